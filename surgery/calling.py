@@ -1,0 +1,163 @@
+"""One form for everything that a model is called with, and one way to read what it returns.
+
+Axis letters: `N` samples, `T` tokens, `K` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The arguments of one call, and the labels that came with them (never passed to the model)."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    labels: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of samples `N`: the first axis of the first tensor."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Tensor) and value.dim() > 0:
+                return value.shape[0]
+        raise DataError(f"a batch holds no tensor: got {_describe(self)}")
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """Move every tensor to `device`, floating-point inputs to `dtype`."""
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(device, dtype if dtype is not None and value.is_floating_point() else None)
+
+        labels = None if self.labels is None else self.labels.to(device)
+        return Batch(tuple(map(move, self.args)), {k: move(v) for k, v in self.kwargs.items()}, labels)
+
+    def rows(self, index: Tensor) -> Batch:
+        """The samples that `index` names; values without a batch axis stay."""
+        n = self.size
+
+        def cut(value: Any) -> Any:
+            return value[index] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == n else value
+
+        return Batch(
+            tuple(map(cut, self.args)),
+            {k: cut(v) for k, v in self.kwargs.items()},
+            None if self.labels is None else cut(self.labels),
+        )
+
+
+def as_batch(value: Any) -> Batch:
+    """Read a tensor, a tuple `(inputs, labels)`, a dict of keyword arguments, or a `Batch`.
+
+    A tuple or list whose second and last element is a 1-D integer tensor (or, for language models, None) is
+    `(inputs, labels)`; any other tuple is the positional arguments.
+
+    Raises:
+        DataError: If it is none of these or holds NaN.
+    """
+    if isinstance(value, Batch):
+        batch = value
+    elif isinstance(value, Tensor):
+        batch = Batch((value,))
+    elif isinstance(value, Mapping):
+        kwargs = {k: v for k, v in value.items() if k not in ("labels", "label")}
+        batch = Batch((), kwargs, value.get("labels", value.get("label")))
+    elif isinstance(value, (tuple, list)) and value:
+        if len(value) == 2 and _is_labels(value[1]):
+            inner = as_batch(value[0])
+            batch = Batch(inner.args, inner.kwargs, value[1])
+        else:
+            batch = Batch(tuple(value))
+    else:
+        raise DataError(
+            f"a batch must be a tensor, a tuple (inputs, labels), or a dict of keyword arguments; got {type(value).__name__}"
+        )
+    for name, item in (*enumerate(batch.args), *batch.kwargs.items()):
+        if isinstance(item, Tensor) and item.is_floating_point() and item.device.type != "meta":
+            if not torch.isfinite(item).all():
+                raise DataError(f"input {name!r} of shape {tuple(item.shape)} holds NaN or infinity; clean the data first")
+    return batch
+
+
+def batches(data: Iterable[Any]) -> Iterator[Batch]:
+    """Read every element of `data` with `as_batch`.
+
+    Raises:
+        DataError: If there is none.
+    """
+    empty = True
+    for value in data:
+        empty = False
+        yield as_batch(value)
+    if empty:
+        raise DataError("the data yields no batch: it is empty, or it is an iterator that was already read to its end")
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """`model(*args, **kwargs)`."""
+    return model(*batch.args, **batch.kwargs)
+
+
+def read_output(output: Any) -> Tensor:
+    """The tensor that matters: logits where there are some, else the first floating-point tensor.
+
+    Returns:
+        `(N, K)` class logits, `(N, T, K)` token logits, or an embedding of any shape.
+
+    Raises:
+        DataError: If the output holds no floating-point tensor.
+    """
+    for name in ("logits", "logits_per_image", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    for value in _tensors(output):
+        if value.is_floating_point():
+            return value
+    raise DataError(f"cannot find a floating-point tensor in the model's output of type {type(output).__name__}")
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor in a nested output, in order."""
+    return list(_tensors(value))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer (cpu when there is none)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """Dtype of the first floating-point parameter, or None."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _is_labels(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.dim() == 1
+
+
+def _describe(batch: Batch) -> str:
+    return ", ".join(type(v).__name__ for v in (*batch.args, *batch.kwargs.values())) or "nothing"

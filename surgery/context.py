@@ -1,0 +1,256 @@
+"""Per-call state, kept in `ContextVar`s and never on modules, so that threads and nested calls do not see each other.
+
+*Overrides* (execution, forced decisions, tape) belong to one gated model and are set by the context managers here. The
+*scope* belongs to one call of a gated model: which samples it holds, where padding is, at which position tokens start.
+
+Axis letters: `N` samples, `T` tokens.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import ForceError, NotConverted
+
+if TYPE_CHECKING:
+    from surgery.gates import Gate
+    from surgery.state import GatedState
+
+Execution = Literal["dense", "mask", "skip", "static"]
+EXECUTIONS: tuple[str, ...] = get_args(Execution)
+Handler = Callable[..., Any]
+
+
+@dataclass(slots=True)
+class Event:
+    """What one gate did in one call."""
+
+    site: str
+    gate: Gate
+    decisions: Tensor
+    """bool, `(N,)` or `(N, *positions)`."""
+    scores: Tensor | None
+    """Router scores, like `decisions`; None where no router ran."""
+    weights: Tensor | None
+    """Share of attention per position (0 where padded), like `decisions`; None means 1 everywhere."""
+
+    def rate(self) -> float:
+        """Share of samples or non-padding tokens that were active."""
+        return float(self.rates().mean())
+
+    def rates(self) -> Tensor:
+        """Active share per sample, `(N,)`."""
+        active = self.decisions.float().flatten(1) if self.decisions.dim() > 1 else self.decisions.float()[:, None]
+        if self.weights is None:
+            return active.mean(1)
+        weights = self.weights.float().flatten(1)
+        return (active * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
+
+
+@dataclass(slots=True)
+class Forced:
+    """Decisions set by hand: a rate drawn from a counter-based generator, or a value per site."""
+
+    rate: float | None
+    values: Mapping[str, bool | Tensor]
+    seed: int
+    samples: Tensor | None
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """What a `with` block changes about one gated model."""
+
+    execution: str | None = None
+    forced: Forced | None = None
+    tape: list[Event] | None = None
+    handler: Handler | None = None
+    thresholds: Mapping[str, float] | float | None = None
+
+
+@dataclass(slots=True)
+class Scope:
+    """One call of a gated model."""
+
+    mask: Tensor | None = None
+    """bool `(N, T)`, True at real tokens, or None."""
+    positions: Tensor | None = None
+    """int64 `(N, T)` position of every token of this call, or None."""
+    samples: Tensor | None = None
+    """int64 `(N,)` sample ids for forced decisions."""
+    start: int = 0
+    decided: dict[int, Any] = field(default_factory=dict)
+
+
+NONE = Overrides()
+_overrides: ContextVar[Mapping[int, Overrides]] = ContextVar("surgery_overrides", default={})
+_scope: ContextVar[Scope | None] = ContextVar("surgery_scope", default=None)
+
+
+def overrides_of(state: GatedState) -> Overrides:
+    """The overrides in force for one gated model."""
+    table = _overrides.get()
+    return table.get(id(state), NONE) if table else NONE
+
+
+def scope() -> Scope | None:
+    """The running call, or None outside of one."""
+    return _scope.get()
+
+
+@contextmanager
+def override(state: GatedState, **changes: Any) -> Iterator[Overrides]:
+    """Change the overrides of one gated model inside the block."""
+    table = dict(_overrides.get())
+    table[id(state)] = new = replace(table.get(id(state), NONE), **changes)
+    token = _overrides.set(table)
+    try:
+        yield new
+    finally:
+        _overrides.reset(token)
+
+
+@contextmanager
+def entered(new: Scope) -> Iterator[Scope]:
+    """Make `new` the running call."""
+    token = _scope.set(new)
+    try:
+        yield new
+    finally:
+        _scope.reset(token)
+
+
+@contextmanager
+def execution(gated: nn.Module, mode: Execution) -> Iterator[None]:
+    """Run `gated` in one execution inside the block.
+
+    Args:
+        gated: A gated model.
+        mode: `dense` runs every branch and no router; `mask` runs everything and selects; `skip` runs active samples or
+            tokens only; `static` runs the frozen policy of the current budget.
+
+    Raises:
+        ForceError: If `mode` is none of these.
+        NotConverted: If the model has no gates.
+    """
+    if mode not in EXECUTIONS:
+        raise ForceError(f"execution {mode!r} is unknown; choose one of {', '.join(EXECUTIONS)}")
+    with override(state_of(gated), execution=mode):
+        yield
+
+
+@contextmanager
+def force(
+    gated: nn.Module,
+    decisions: float | Mapping[str, bool | Tensor],
+    seed: int = 0,
+    samples: Sequence[int] | Tensor | None = None,
+) -> Iterator[None]:
+    """Set decisions by hand inside the block; routers do not run where they are set.
+
+    A rate is drawn per (seed, site, sample id, position), so it is the same whatever the batch, the padding and the cache.
+
+    Args:
+        gated: A gated model.
+        decisions: Active rate in [0, 1], or `{site: bool or bool tensor (N,) or (N, T)}`; sites not named are routed.
+        seed: Seed of the draw.
+        samples: Sample ids of each row; a running index since entering by default. Rows expanded by beam search share
+            their source's id.
+
+    Raises:
+        ForceError: If a site is unknown, or a value is neither bool nor a bool tensor, or the rate is outside [0, 1].
+
+    Example:
+        >>> with force(gated, {"blocks.3.mlp": False}):  # doctest: +SKIP
+        ...     gated(x)
+    """
+    state = state_of(gated)
+    ids = None if samples is None else torch.as_tensor(samples, dtype=torch.int64)
+    if isinstance(decisions, Mapping):
+        unknown = sorted(set(decisions) - set(state.names))
+        if unknown:
+            raise ForceError(f"no site named {unknown}; there are: {', '.join(state.names)}")
+        for name, value in decisions.items():
+            if isinstance(value, Tensor) and value.dtype is not torch.bool:
+                raise ForceError(f"{name}: forced decisions must be bool, got {value.dtype}; use `values > 0`")
+            if not isinstance(value, (bool, Tensor)):
+                raise ForceError(f"{name}: forced decisions must be a bool or a bool tensor, got {type(value).__name__}")
+        forced = Forced(None, dict(decisions), seed, ids)
+    else:
+        rate = float(decisions)
+        if not 0 <= rate <= 1:
+            raise ForceError(f"the forced active rate must be in [0, 1], got {rate}")
+        forced = Forced(rate, {}, seed, ids)
+    with override(state, forced=forced):
+        yield
+
+
+@contextmanager
+def tape(gated: nn.Module) -> Iterator[list[Event]]:
+    """Collect what every gate does inside the block, in order of execution."""
+    events: list[Event] = []
+    with override(state_of(gated), tape=events):
+        yield events
+
+
+@contextmanager
+def handled(gated: nn.Module, handler: Handler) -> Iterator[None]:
+    """Let `handler(gate, branch, left, residual, inputs)` execute every gate inside the block."""
+    with override(state_of(gated), handler=handler):
+        yield
+
+
+def state_of(gated: nn.Module) -> GatedState:
+    """The state that a conversion attached to the model.
+
+    Raises:
+        NotConverted: If there is none.
+    """
+    state = gated.__dict__.get("_surgery_state")
+    if state is None:
+        raise NotConverted(
+            f"{type(gated).__name__} has no gates; convert it first: gated = surgery.convert(model, budget=0.6)"
+        )
+    return state  # type: ignore[no-any-return]
+
+
+def draw(rate: float, seed: int, site: str, samples: Tensor, positions: Tensor | None) -> Tensor:
+    """Bool decisions of a counter-based generator keyed by (seed, site, sample id, position).
+
+    Args:
+        rate: Probability of True.
+        seed: Any integer.
+        site: Site name.
+        samples: int64 `(N,)`.
+        positions: int64 `(N, T)`, or None for one decision per sample.
+
+    Returns:
+        bool `(N,)` or `(N, T)`.
+    """
+    key = _mix(torch.tensor((seed & 0x7FFFFFFF) * 0x9E3779B1 + zlib.crc32(site.encode()), dtype=torch.int64, device=samples.device))
+    mixed = _mix(key + samples)
+    if positions is not None:
+        mixed = _mix(mixed[:, None] + positions * 0x85EBCA77)
+    uniform = (mixed & 0xFFFFFF).double() / 0x1000000
+    return uniform < rate
+
+
+def _mix(value: Tensor) -> Tensor:
+    """A 64-bit finaliser (Steele et al. 2014, SplitMix), with arithmetic shifts masked to logical ones."""
+    value = value + -7046029254386353131
+    value = (value ^ _shift(value, 30)) * -4658895280553007687
+    value = (value ^ _shift(value, 27)) * -7723592293110705685
+    return value ^ _shift(value, 31)
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    return (value >> bits) & ((1 << (64 - bits)) - 1)

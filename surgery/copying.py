@@ -1,0 +1,49 @@
+"""A copy of a model that shares the original's storage and owns everything else.
+
+The copy has its own `Parameter` and buffer *objects* over the same memory. Sharing the objects would be a trap:
+`gated.half()` or `requires_grad_()` would then change the original.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def share(model: nn.Module) -> nn.Module:
+    """Copy `model`; parameters are frozen views of the original's memory, ties are kept.
+
+    Loading a state dict into the copy gives it memory of its own first, so the original is never written.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = _alias(parameter)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach()
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        if module._parameters or module._buffers:
+            module.register_load_state_dict_pre_hook(_own_memory_before_loading)
+    return twin
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    alias = nn.Parameter(parameter.data, requires_grad=False)
+    alias.__dict__.update(parameter.__dict__)
+    return alias
+
+
+def _own_memory_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        given = state_dict.get(prefix + name)
+        if tensor is not None and isinstance(given, Tensor) and not _same(tensor, given):
+            tensor.data = tensor.data.clone()
+
+
+def _same(mine: Tensor, given: Tensor) -> bool:
+    if mine.shape != given.shape or mine.dtype != given.dtype or mine.device != given.device or mine.device.type == "meta":
+        return False
+    return mine.data_ptr() == given.data_ptr() or torch.equal(mine, given)

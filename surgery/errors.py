@@ -1,0 +1,70 @@
+"""Every error that Bypass Surgery raises on purpose.
+
+Each message says what happened, where, what was expected and found, and the next step. `docs/errors.md` lists them all.
+"""
+
+from __future__ import annotations
+
+
+class SurgeryError(Exception):
+    """Base of all errors of this package."""
+
+
+class UnsupportedModel(SurgeryError):
+    """The model cannot be converted at all (no sites, meta device, not a module)."""
+
+
+class NoSites(UnsupportedModel):
+    """Nothing that can be skipped was found, or the selection left none."""
+
+
+class AlreadyConverted(SurgeryError):
+    """The model given already carries gates."""
+
+
+class NotConverted(SurgeryError):
+    """A function for gated models was given a model without gates."""
+
+
+class TraceError(SurgeryError):
+    """A `forward` cannot be traced; it is then treated as one opaque module."""
+
+
+class SitesMismatch(SurgeryError):
+    """Sites found differ from the sites expected (by a plan, a config's depth or a selection)."""
+
+
+class PlanMismatch(SurgeryError):
+    """A plan does not fit the model that it is applied to."""
+
+
+class BudgetError(SurgeryError, ValueError):
+    """A budget outside (0, 1] or outside the attainable range."""
+
+
+class DataError(SurgeryError, ValueError):
+    """Data that yields nothing, has wrong shapes or dtypes, holds NaN, or can be read only once."""
+
+
+class CheckpointError(SurgeryError):
+    """A checkpoint directory that is missing, damaged, of another model, or of a newer format."""
+
+
+class BaseMismatch(CheckpointError):
+    """The base weights are not those that the checkpoint was made from."""
+
+
+class OutputExists(SurgeryError, FileExistsError):
+    """The output directory exists and overwriting was not asked for."""
+
+
+class UnknownModel(SurgeryError, ValueError):
+    """A `MODEL` string that names no known model."""
+
+
+class MissingDependency(SurgeryError, ImportError):
+    """An optional library is needed; the message is the install line."""
+
+
+class ForceError(SurgeryError, ValueError):
+    """Forced decisions that name unknown sites or have the wrong shape or dtype."""

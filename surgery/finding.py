@@ -1,0 +1,415 @@
+"""`find_sites`: what can be skipped in a model, proved by running it.
+
+Every module's own `forward` is traced bottom-up. An add whose residual is open (BERT's `dense(hidden) + input`) makes its
+module be traced through from the parent. Then a trial conversion runs with all gates open: it must be bit-equal, and every
+branch is probed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from surgery import probing
+from surgery.calling import Batch, as_batch, call, tensors
+from surgery.context import handled
+from surgery.errors import DataError, TraceError, UnsupportedModel
+from surgery.probing import Claim, Probe
+from surgery.regions import Findings, Region, find_regions
+from surgery.rewriting import check_convertible, insert_gates
+from surgery.sites import Granularity, Plan, Rejection, Site, SitePlan, Sites
+from surgery.tracing import Pattern, patterns_of_call, trace
+
+logger = logging.getLogger(__name__)
+
+_OTHER = "a sum whose terms come from different places, none of which is the residual of the others"
+
+
+@dataclass(slots=True)
+class Host:
+    """One module whose forward will be generated."""
+
+    name: str
+    patterns: list[Pattern]
+    graph: fx.Graph
+    regions: list[Region]
+    inlined: tuple[str, ...]
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its descendants begin with."""
+        return f"{self.name}." if self.name else ""
+
+
+def find_sites(model: nn.Module, example: Any) -> Sites:
+    """Find what can be skipped.
+
+    Args:
+        model: Any module; it runs a few times under `no_grad` in eval mode and is left as it was.
+        example: What the model is called with: a tensor, a tuple, or a dict of keyword arguments. Two or more samples
+            with some padding say most; one sample is doubled.
+
+    Returns:
+        The sites in order of execution, and what was rejected with its reason; prints as a table.
+
+    Raises:
+        UnsupportedModel: If it is not a module or on the meta device.
+        AlreadyConverted: If it carries gates.
+        DataError: If the example holds no tensor, or the model refuses it.
+    """
+    check_convertible(model)
+    if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is on the meta device; finding sites runs it, so it needs real weights: load them first "
+            "(inserting gates from a saved plan works on the meta device)"
+        )
+    batch = _pair(as_batch(example))
+    with _eval_mode(model), torch.no_grad():
+        try:
+            with FlopCounterMode(display=False) as counter:
+                patterns, output = patterns_of_call(model, lambda: call(model, batch))
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise DataError(
+                f"{type(model).__name__} refuses the example ({_shapes(batch)}): {type(error).__name__}: {error}; "
+                "`example` is what the model is called with: a tensor, a tuple, or a dict of keyword arguments"
+            ) from error
+        hosts, rejections = _trace_all(model, patterns)
+        hosts, nested = _without_nested(model, hosts)
+        rejections += nested
+        sites, failed, inlined = _probe(model, batch, hosts, tensors(output))
+    rejections += failed
+    covered = {module for site in sites for module in site.modules}
+    kept = {host.name: [p.to_list() for p in host.patterns] for host in hosts}
+    used = {site.host for site in sites}
+    flops = counter.get_total_flops() // batch.size
+    return Sites(
+        [replace(site, share=site.flops / max(flops, 1)) for site in sites],
+        _relevant(rejections, covered),
+        model_name=type(model).__name__,
+        model_flops=flops,
+        model_parameters=sum(p.numel() for p in model.parameters()),
+        signature=_signature(batch),
+        patterns={name: value for name, value in kept.items() if name in used},
+        inlined=[name for name in inlined if any(host == "" or name.startswith(f"{host}.") for host in used)],
+    )
+
+
+def _trace_all(model: nn.Module, patterns: Mapping[str, list[Pattern]]) -> tuple[list[Host], list[Rejection]]:
+    """Trace bottom-up; modules with open residuals are traced through from their parents."""
+    rejections: list[Rejection] = []
+    hosts: dict[str, Host] = {}
+    open_modules: dict[str, tuple[str, ...]] = {}  # name -> itself and what is inlined in it
+    names = [name for name, _ in model.named_modules()]
+    for name in sorted(names, key=lambda n: -n.count(".") - (n != "")):
+        if name not in patterns:
+            continue
+        module = model.get_submodule(name)
+        prefix = f"{name}." if name else ""
+        inside = [n for n in open_modules if n.startswith(prefix)]
+        inlined = tuple(dict.fromkeys(one for n in inside for one in open_modules[n]))
+        result = _trace_one(module, patterns[name], tuple(n[len(prefix) :] for n in inlined))
+        if isinstance(result, str) and inlined:
+            rejections += [Rejection(n, f"{_OTHER} ({result})") for n in inside]
+            for n in inside:
+                del open_modules[n]
+            inlined = ()
+            result = _trace_one(module, patterns[name], ())
+        if isinstance(result, str):
+            if any(p.dim() > 1 for p in module.parameters()) and list(module.children()):
+                rejections.append(Rejection(name or "model", result))
+            continue
+        used, graph, findings = result
+        rejections += [Rejection(prefix + where, why) for where, why in findings.rejected]
+        if findings.regions:
+            hosts[name] = Host(name, used, graph, findings.regions, inlined)
+            for n in inside:
+                del open_modules[n]
+        if findings.open and not findings.regions and name:
+            for n in inside:
+                del open_modules[n]
+            open_modules[name] = (name, *inlined)
+        elif findings.open:
+            rejections.append(Rejection(name or "model", _OTHER))
+    rejections += [Rejection(name, _OTHER) for name in open_modules]
+    return list(hosts.values()), rejections
+
+
+def _trace_one(
+    module: nn.Module, patterns: list[Pattern], inlined: tuple[str, ...]
+) -> tuple[list[Pattern], fx.Graph, Findings] | str:
+    """Trace with numbers as values, else with numbers held fixed; the reason if neither works."""
+    plain = [p for p in patterns if not any(k.startswith("int") for k in (*p.named, *p.extra, *(k for _, k in p.keywords)))]
+    fixed = [p for p in patterns if p not in plain] or plain
+    reason = "it is never called"
+    for group in (plain, fixed):
+        try:
+            graph = trace(module, group[0], inlined)
+        except TraceError as error:
+            reason = str(error)
+        except IndexError:
+            continue
+        else:
+            return group, graph, find_regions(graph, module)
+    return reason
+
+
+def _without_nested(model: nn.Module, hosts: list[Host]) -> tuple[list[Host], list[Rejection]]:
+    """Of a branch and the sites inside it, keep the finer ones if they hold half of its parameters, else the branch."""
+    weights = {host.name: _weight(model, [host.prefix + c for region in host.regions for c in region.calls]) for host in hosts}
+    dropped: set[str] = set()
+    rejections = []
+    for host in sorted(hosts, key=lambda h: h.name.count(".") + (h.name != "")):  # outermost first
+        if host.name in dropped:
+            continue
+        regions = []
+        for region in host.regions:
+            calls = [host.prefix + c for c in region.calls]
+            inner = [n for n in weights if n not in dropped and any(n == c or n.startswith(f"{c}.") for c in calls)]
+            if inner and 2 * sum(weights[n] for n in inner) >= _weight(model, calls):
+                rejections.append(Rejection(calls[0], f"it contains other sites (in {len(inner)} modules), which are kept"))
+            else:
+                regions.append(region)
+                dropped |= set(inner)
+        host.regions = regions
+    return [host for host in hosts if host.regions and host.name not in dropped], rejections
+
+
+def _weight(model: nn.Module, calls: list[str]) -> int:
+    """Number of different parameters in the modules named."""
+    return sum({id(p): p.numel() for c in calls for p in model.get_submodule(c).parameters()}.values())
+
+
+def _probe(
+    model: nn.Module, batch: Batch, hosts: list[Host], reference: list[Tensor]
+) -> tuple[list[Site], list[Rejection], list[str]]:
+    rejections: list[Rejection] = []
+    while hosts:
+        named = _name(model, hosts)
+        inlined = list(dict.fromkeys(n for host in hosts for n in host.inlined))
+        trial_sites = {site.name: site for site in (site for _, _, site in named)}
+        plan = Plan(
+            tuple(SitePlan(site, "sample", "identity", hidden=1) for site in trial_sites.values()),
+            type(model).__name__,
+            1,
+            patterns={host.name: [p.to_list() for p in host.patterns] for host in hosts},
+            inlined=tuple(inlined),
+        )
+        modules = {site.name: [model.get_submodule(m) for m in site.modules] for _, _, site in named}
+        input_names = {site.name: tuple(n.name for n in region.inputs) for _, region, site in named}
+        try:
+            gated = insert_gates(model, plan)
+            larger = batch.rows(torch.tensor([*range(batch.size), 0], device=_device(batch)))
+            first = Probe(input_names, modules, larger.size)
+            with handled(gated, first):
+                call(gated, larger)
+            second = Probe(input_names, modules, batch.size, first.claims)
+            with handled(gated, second):
+                output = tensors(call(gated, batch))
+            equal = _equal(output, reference)
+        except Exception as error:  # anything may go wrong in a model that was traced wrongly; it is then narrowed down
+            logger.debug("trial conversion failed", exc_info=True)
+            hosts, found = _narrow(model, batch, hosts, reference, f"{type(error).__name__}: {error}")
+            rejections += found
+            continue
+        if not equal:
+            hosts, found = _narrow(model, batch, hosts, reference, "")
+            rejections += found
+            continue
+        sites, failed = _judge(named, second, modules)
+        return sites, rejections + failed, inlined
+    return [], rejections, []
+
+
+def _narrow(
+    model: nn.Module, batch: Batch, hosts: list[Host], reference: list[Tensor], reason: str
+) -> tuple[list[Host], list[Rejection]]:
+    """Try every host alone; keep those that are bit-equal."""
+    kept, rejections = [], []
+    for host in hosts:
+        why = ""
+        plan = Plan(
+            tuple(SitePlan(site, "sample", "identity", hidden=1) for _, _, site in _name(model, [host])),
+            "",
+            1,
+            patterns={host.name: [p.to_list() for p in host.patterns]},
+            inlined=host.inlined,
+        )
+        try:
+            if not _equal(tensors(call(insert_gates(model, plan), batch)), reference):
+                why = "its traced forward does not give the same result"
+        except Exception as error:  # the reason goes into the table
+            why = f"its traced forward fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if why:
+            rejections.append(Rejection(host.name or "model", why))
+        else:
+            kept.append(host)
+    if len(kept) == len(hosts):
+        rejections = [Rejection(h.name or "model", f"gates do not work together here ({reason or 'results differ'})") for h in hosts]
+        kept = []
+    return kept, rejections
+
+
+def _judge(
+    named: list[tuple[Host, Region, Site]], probe: Probe, modules: Mapping[str, list[nn.Module]]
+) -> tuple[list[Site], list[Rejection]]:
+    sites, rejections = [], []
+    order = {name: index for index, name in enumerate(probe.claims)}
+    for _, _, site in sorted(named, key=lambda entry: order.get(entry[2].name, len(order))):
+        claim = probe.claims.get(site.name)
+        reason = "it did not run with this example" if claim is None else claim.problem
+        if claim is not None and not reason and claim.cached:
+            reason = "it writes a key/value cache, which skipping would leave incomplete"
+        if claim is not None and not reason and claim.per_sample and claim.per_token:
+            reason = claim.per_sample
+        if claim is None or reason:
+            rejections.append(Rejection(site.name, reason))
+        else:
+            sites.append(_site(site, claim, probe, modules[site.name]))
+    return sites, rejections
+
+
+def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module]) -> Site:
+    granularities: list[Granularity] = [] if claim.per_sample else ["sample"]
+    if not claim.per_token:
+        granularities.append("token")
+    shape = claim.residual
+    channels = shape[1] if claim.layout in ("NC", "NCHW") else shape[-1]
+    positions = int(torch.Size(shape[1:]).numel()) // channels
+    axes = probe.axes[trial.name]
+    assert not isinstance(axes, str)
+    named = list(zip(trial.modules, modules, strict=True))
+    heaviest = sorted(named, key=lambda pair: -sum(p.numel() for p in pair[1].parameters()))
+    return replace(
+        trial,
+        kind=probing.kind_of_site(claim.operations, heaviest, not claim.per_token),
+        flops=claim.flops // claim.samples,
+        granularities=tuple(granularities),
+        layout=claim.layout,
+        channels=channels,
+        positions=positions,
+        inputs=axes,
+    )
+
+
+def _name(model: nn.Module, hosts: list[Host]) -> list[tuple[Host, Region, Site]]:
+    """Name every region: the common prefix of its calls if no other site is named so or lies below, else its costliest call."""
+    entries = [(host, region) for host in hosts for region in host.regions]
+    prefixes = [_common(host, region) for host, region in entries]
+    heaviest = [_heaviest(model, host, region) for host, region in entries]
+    used: Counter[str] = Counter()
+    named = []
+    for index, (host, region) in enumerate(entries):
+        prefix = prefixes[index]
+        others = [p for i, p in enumerate(prefixes) if i != index]
+        clash = not prefix or any(p == prefix or p.startswith(f"{prefix}.") for p in others)
+        name = heaviest[index] if clash else prefix
+        used[name or host.name] += 1
+        if not name or used[name] > 1:
+            name = f"{name or host.name or 'model'}#{used[name or host.name]}"
+        calls = tuple(dict.fromkeys(host.prefix + c for c in region.calls))
+        site = Site(
+            name, "block", host.name, 0, 0.0, _weight(model, list(calls)), ("sample",), "other", 1, 1,
+            modules=calls, anchor=tuple(host.prefix + a for a in region.anchor),
+        )  # fmt: skip
+        named.append((host, region, site))
+    return named
+
+
+def _common(host: Host, region: Region) -> str:
+    parts = [(host.prefix + c).split(".") for c in region.calls]
+    if not parts:
+        return ""
+    common = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
+def _heaviest(model: nn.Module, host: Host, region: Region) -> str:
+    calls = [host.prefix + c for c in region.calls]
+    if not calls:
+        return ""
+    return max(calls, key=lambda c: (sum(p.numel() for p in model.get_submodule(c).parameters()), -calls.index(c)))
+
+
+def _relevant(rejections: list[Rejection], covered: set[str]) -> list[Rejection]:
+    """Leave out what lies inside a site or inside another rejected place, and modules around them that cannot be traced."""
+    named = {r.where for r in rejections if "cannot be traced" not in r.reason}
+    kept = []
+    for rejection in dict.fromkeys(rejections):
+        where, untraced = rejection.where, "cannot be traced" in rejection.reason
+        inside = any(where == m or where.startswith(f"{m}.") for m in covered)
+        doubled = untraced and any(where == n or where.startswith(f"{n}.") for n in named)
+        around = untraced and (where == "model" or any(m.startswith(f"{where}.") for m in (*covered, *named)))
+        if not (inside or doubled or around):
+            kept.append(rejection)
+    return kept
+
+
+def _pair(batch: Batch) -> Batch:
+    """A batch of at least two different samples."""
+    if batch.size > 1:
+        return batch
+    pair = batch.rows(torch.zeros(2, dtype=torch.long, device=_device(batch)))
+    generator = torch.Generator().manual_seed(0)
+
+    def vary(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != 2:
+            return value
+        value = value.clone()
+        if value.is_floating_point():
+            noise = torch.randn(value[1].shape, generator=generator).to(value)
+            value[1] += 0.1 * value[1].std() * noise
+        elif value.dim() > 1 and not set(value.unique().tolist()) <= {0, 1}:
+            value[1] = value[1].roll(1, 0)
+        return value
+
+    return Batch(tuple(map(vary, pair.args)), {k: vary(v) for k, v in pair.kwargs.items()})
+
+
+def _equal(output: list[Tensor], reference: list[Tensor]) -> bool:
+    return len(output) == len(reference) and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(output, reference, strict=True)
+    )
+
+
+def _device(batch: Batch) -> torch.device:
+    return next(v.device for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor))
+
+
+def _signature(batch: Batch) -> dict[str, Any]:
+    def describe(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        return None if value is None else type(value).__name__
+
+    return {"args": [describe(v) for v in batch.args], "kwargs": {k: describe(v) for k, v in batch.kwargs.items()}}
+
+
+def _shapes(batch: Batch) -> str:
+    items = [*((str(i), v) for i, v in enumerate(batch.args)), *batch.kwargs.items()]
+    return ", ".join(f"{k}: {list(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for k, v in items)
+
+
+class _eval_mode:
+    """Eval inside the block; every module's own mode back afterwards, on every path."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.was = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self.was.items():
+            module.training = training

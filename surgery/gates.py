@@ -1,0 +1,294 @@
+"""Gates: one decision, several ways to execute it.
+
+A generated `forward` calls `gate(branch, left, residual, *inputs)` where the original computed `left + branch(*inputs)`.
+`left` is None for the first of two parallel branches, whose sum with the residual comes later.
+
+Axis letters: `N` samples, `T` tokens, `C` channels, `K` active rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from surgery import context
+from surgery.context import Event, Forced, Overrides
+from surgery.errors import ForceError
+from surgery.routers import Router, make_router
+from surgery.sites import RegionInput, SitePlan
+from surgery.skip_paths import SkipPath, make_skip_path
+from surgery.state import GatedState
+
+
+class Branch(Protocol):
+    """A generated function that runs one branch. Attributes are set by `surgery.rewriting`."""
+
+    axes: tuple[RegionInput, ...] | None
+    """How to cut each input, or None where this call pattern was never probed."""
+    escapes: int
+    """Number of further outputs; the branch then returns a tuple."""
+    stateful: bool
+    """Whether it writes a key/value cache in this call pattern, so that it must run whatever is decided."""
+
+    def __call__(self, *inputs: Any) -> Any: ...
+
+
+class Gate(nn.Module):
+    """Decides one site and executes the decision.
+
+    Args:
+        planned: What the plan says of this site.
+        state: The gated model's state, shared by all its gates.
+        copies: Whether a skipped residual must be copied because in-place operations may follow.
+    """
+
+    def __init__(self, planned: SitePlan, state: GatedState, *, copies: bool) -> None:
+        super().__init__()
+        site = planned.site
+        self.planned = planned
+        self.site = site
+        self.state = state
+        self.copies = copies
+        self.router: Router = make_router(site.layout, site.channels, planned.granularity, planned.hidden)
+        self.skip_path: SkipPath = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
+        self.offset = 0.0  # log of the cost saved by skipping, subtracted from the predicted log harm
+
+    @property
+    def per_token(self) -> bool:
+        """Whether this gate decides for every token."""
+        return self.planned.granularity == "token"
+
+    @property
+    def threshold(self) -> float:
+        """Scores above it keep the branch."""
+        return self.state.threshold
+
+    @property
+    def active_rate(self) -> float | None:
+        """Active rate on calibration data at the current budget, or None before calibration."""
+        for point in self.state.table:
+            if point.threshold == self.state.threshold:
+                return point.active_rate[self.site.name]
+        return None
+
+    def forward(self, branch: Branch, left: Tensor | None, residual: Tensor, *inputs: Any) -> Any:
+        """What the original sum gives where the branch is active, `left + skip_path(residual)` where it is not."""
+        over = context.overrides_of(self.state)
+        if over.handler is not None:
+            return over.handler(self, branch, left, residual, inputs)
+        mode = over.execution or self._default_execution(over)
+        if mode == "dense":
+            return self.open(branch, left, inputs)
+        if mode == "static" and over.forced is None:
+            is_open = self.state.static.get(self.site.name, True)
+            if over.tape is None and (is_open or not branch.stateful):
+                return self.open(branch, left, inputs) if is_open else self.closed(branch, left, residual)
+            decisions, scores = self._constant(residual, is_open), None
+        else:
+            decisions, scores = self.decide(residual, over)
+        if over.tape is not None:
+            over.tape.append(Event(self.site.name, self, decisions, scores, self.padding(residual) if self.per_token else None))
+        if mode == "mask":
+            return self.mask(branch, left, residual, inputs, decisions)
+        return self.skip(branch, left, residual, inputs, decisions)
+
+    # -- deciding -------------------------------------------------------------------------------------------------
+
+    def decide(self, residual: Tensor, over: Overrides = context.NONE) -> tuple[Tensor, Tensor | None]:
+        """Decisions, and the scores behind them (None where they were forced)."""
+        if over.forced is not None:
+            decisions = self._forced(residual, over.forced)
+            if decisions is not None:
+                return decisions, None
+        scores = self.scores(residual)
+        threshold: Any = self.threshold if over.thresholds is None else over.thresholds
+        if isinstance(threshold, dict):
+            threshold = threshold[self.site.name]
+        return scores > threshold, scores
+
+    def scores(self, residual: Tensor) -> Tensor:
+        """Predicted log harm per log saving: `(N,)` or `(N, *positions)`, fp32."""
+        return self.router(residual, self.padding(residual)) - self.offset
+
+    def padding(self, residual: Tensor) -> Tensor | None:
+        """The call's attention mask, bool `(N, T)`, if it fits the residual stream here."""
+        scope = context.scope()
+        if scope is None or scope.mask is None or residual.dim() != 3 or scope.mask.shape != residual.shape[:2]:
+            return None
+        return scope.mask
+
+    def _default_execution(self, over: Overrides) -> str:
+        if over.forced is None:
+            if self.state.budget is None or self.state.budget >= 1:
+                return "dense"
+            if self.state.policy == "static":
+                return "static"
+        return "mask" if self.training else "skip"
+
+    def _shape(self, residual: Tensor) -> torch.Size:
+        return residual.shape[:-1] if self.per_token else residual.shape[:1]
+
+    def _constant(self, residual: Tensor, value: bool) -> Tensor:
+        return torch.full(self._shape(residual), value, dtype=torch.bool, device=residual.device)
+
+    def _forced(self, residual: Tensor, forced: Forced) -> Tensor | None:
+        name, shape = self.site.name, self._shape(residual)
+        if forced.rate is not None:
+            if forced.rate in (0.0, 1.0):
+                return self._constant(residual, forced.rate == 1.0)
+            samples = _sample_ids(forced, shape[0]).to(residual.device)
+            positions = _positions(shape, residual.device) if self.per_token else None
+            flat = context.draw(forced.rate, forced.seed, name, samples, positions)
+            return flat.view(shape)
+        if name not in forced.values:
+            return None
+        value = forced.values[name]
+        if isinstance(value, bool):
+            return self._constant(residual, value)
+        value = value.to(residual.device)
+        if value.shape == shape:
+            return value
+        if self.per_token and value.shape == shape[:1]:
+            return value.view(-1, *(1,) * (len(shape) - 1)).expand(shape)
+        raise ForceError(
+            f"{name}: forced decisions have shape {tuple(value.shape)}, expected {tuple(shape)}"
+            + (f" or {tuple(shape[:1])}" if self.per_token else "")
+        )
+
+    # -- executing ------------------------------------------------------------------------------------------------
+
+    def open(self, branch: Branch, left: Tensor | None, inputs: Sequence[Any]) -> Any:
+        """The original computation."""
+        if branch.escapes:
+            value, *escaped = branch(*inputs)
+            return (value if left is None else left + value, *escaped)
+        value = branch(*inputs)
+        return value if left is None else left + value
+
+    def closed(self, branch: Branch, left: Tensor | None, residual: Tensor) -> Any:
+        """The skip path alone; the branch is not called."""
+        if left is None:
+            value = self.skip_path(residual)
+        elif self.skip_path.is_identity:
+            value = left.clone() if self.copies else left
+        else:
+            value = left + self.skip_path(residual)
+        return (value, *(None,) * branch.escapes) if branch.escapes else value
+
+    def mask(self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor) -> Any:
+        """Everything runs, decisions select: the reference for every other execution."""
+        value, escaped = _split(branch, branch(*inputs))
+        value = torch.where(self.expand(decisions, value), value, self.skip_path(residual))
+        value = value if left is None else left + value
+        return (value, *escaped) if branch.escapes else value
+
+    def skip(self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor) -> Any:
+        """Only active samples or tokens run."""
+        if branch.stateful:
+            return self.mask(branch, left, residual, inputs, decisions)
+        count = int(decisions.sum()) if decisions.numel() > 1 else int(decisions.item())
+        if count == decisions.numel():
+            return self.open(branch, left, inputs)
+        if count == 0:
+            return self.closed(branch, left, residual)
+        if branch.axes is None:
+            return self.mask(branch, left, residual, inputs, decisions)
+        if self.per_token:
+            value = self._skip_tokens(branch, left, residual, inputs, decisions)
+        else:
+            value = self._skip_samples(branch, left, residual, inputs, decisions)
+        return (value, *(None,) * branch.escapes) if branch.escapes else value
+
+    def expand(self, decisions: Tensor, like: Tensor) -> Tensor:
+        """Decisions with singleton axes appended, to broadcast against the residual stream."""
+        return decisions.view(*decisions.shape, *(1,) * (like.dim() - decisions.dim()))
+
+    def _skip_samples(
+        self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
+    ) -> Tensor:
+        active = decisions.nonzero().squeeze(1)  # K
+        assert branch.axes is not None
+        cut = [take_samples(value, axes, active, len(decisions)) for value, axes in zip(inputs, branch.axes, strict=True)]
+        value, _ = _split(branch, branch(*cut))
+        return self._merge(left, residual, decisions, active, value)
+
+    def _skip_tokens(
+        self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
+    ) -> Tensor:
+        flat = decisions.flatten()
+        active = flat.nonzero().squeeze(1)  # K
+        assert branch.axes is not None
+        cut = [take_tokens(value, axes, active, decisions.dim()) for value, axes in zip(inputs, branch.axes, strict=True)]
+        value, _ = _split(branch, branch(*cut))
+        rows = decisions.dim() - 1
+        merged = self._merge(
+            None if left is None else left.flatten(0, rows), residual.flatten(0, rows), flat, active, value.flatten(0, rows)
+        )
+        return merged.view(residual.shape)
+
+    def _merge(self, left: Tensor | None, residual: Tensor, decisions: Tensor, active: Tensor, value: Tensor) -> Tensor:
+        """`left` plus the branch at active rows and the skip path at the others."""
+        base = torch.zeros_like(residual) if left is None else left
+        merged = base.index_add(0, active, value.to(base.dtype))
+        if self.skip_path.is_identity:
+            return merged
+        passive = decisions.logical_not().nonzero().squeeze(1)
+        return merged.index_add_(0, passive, self.skip_path(residual[passive]).to(base.dtype))
+
+
+def take_samples(value: Any, axes: RegionInput, index: Tensor, size: int) -> Any:
+    """The samples that `index` names, along the input's batch axis; what is shared (or has length 1 there) stays."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(take_samples(item, axes, index, size) for item in value)
+    if axes.batch_axis is None or not isinstance(value, Tensor) or value.shape[axes.batch_axis] != size:
+        return value
+    return value.index_select(axes.batch_axis, index)
+
+
+def take_tokens(value: Any, axes: RegionInput, index: Tensor, lead: int) -> Any:
+    """Rows of the flattened samples x positions, as one sample of K positions."""
+    if axes.token_axis is None or not isinstance(value, Tensor):
+        return value
+    rows = value.flatten(0, lead - 1).index_select(0, index)  # K C
+    return rows.view(*(1,) * (lead - 1), len(index), *value.shape[lead:])
+
+
+def iter_gates(gated: nn.Module) -> Iterator[tuple[str, Gate]]:
+    """`(site name, gate)` in order of execution.
+
+    Raises:
+        NotConverted: If the model has no gates.
+    """
+    state = context.state_of(gated)
+    found = {module.site.name: module for module in gated.modules() if isinstance(module, Gate)}
+    return iter([(name, found[name]) for name in state.names])
+
+
+def _split(branch: Branch, output: Any) -> tuple[Tensor, tuple[Any, ...]]:
+    if branch.escapes:
+        return output[0], tuple(output[1:])
+    return output, ()
+
+
+def _sample_ids(forced: Forced, rows: int) -> Tensor:
+    scope = context.scope()
+    start = 0 if scope is None else scope.start
+    ids = scope.samples if scope is not None and scope.samples is not None else forced.samples
+    if ids is None:
+        return torch.arange(start, start + rows)
+    if len(ids) == rows:
+        return ids
+    if rows % len(ids) == 0:
+        return ids.repeat_interleave(rows // len(ids))
+    raise ForceError(f"`samples` names {len(ids)} samples, the batch has {rows} rows")
+
+
+def _positions(shape: torch.Size, device: torch.device) -> Tensor:
+    scope = context.scope()
+    if scope is not None and scope.positions is not None and scope.positions.shape == shape:
+        return scope.positions.to(device)
+    count = int(torch.Size(shape[1:]).numel())
+    return torch.arange(count, device=device).expand(shape[0], count)

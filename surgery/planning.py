@@ -1,0 +1,71 @@
+"""Choosing granularity, skip path and router size for every site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from surgery.errors import PlanMismatch
+from surgery.routers import router_features
+from surgery.sites import Granularity, Plan, Site, SitePlan, Sites, SkipKind
+
+LINEAR_LIMIT = 0.15
+"""A full linear skip path is chosen where it costs at most this share of its branch."""
+ROUTER_LIMIT = {"sample": 0.005, "token": 0.01}
+"""All routers together cost at most this share of the model (reported where even the narrowest ones exceed it)."""
+_WIDTHS = (64, 32, 16, 8)
+
+
+def choose(
+    sites: Sites,
+    *,
+    granularity: Granularity | Literal["auto"],
+    skip: SkipKind | Literal["auto"],
+    rank: int,
+    hidden: int | Literal["auto"],
+) -> Plan:
+    """See `Sites.plan`."""
+    grains = {site.name: _granularity(site, granularity) for site in sites}
+    widths = {grain: _width(sites, grains, grain) if hidden == "auto" else hidden for grain in set(grains.values())}
+    return Plan(
+        sites=tuple(
+            SitePlan(site, grains[site.name], _skip(site, skip), rank if skip == "low-rank" else 0, widths[grains[site.name]])
+            for site in sites
+        ),
+        model_name=sites.model_name,
+        model_flops=sites.model_flops,
+        signature=sites.signature,
+        patterns=sites.patterns,
+        inlined=sites.inlined,
+    )
+
+
+def _granularity(site: Site, wanted: Granularity | Literal["auto"]) -> Granularity:
+    if wanted == "auto":
+        return "token" if "token" in site.granularities else site.granularities[0]
+    if wanted in site.granularities:
+        return wanted
+    if wanted == "prefill":
+        raise PlanMismatch(f"{site.name}: granularity 'prefill' needs an attention branch with a key/value cache")
+    return site.granularities[0]
+
+
+def _skip(site: Site, wanted: SkipKind | Literal["auto"]) -> SkipKind:
+    if site.layout == "other":
+        return "identity"
+    if wanted != "auto":
+        return wanted
+    return "linear" if 2 * site.positions * site.channels**2 <= LINEAR_LIMIT * site.flops else "affine"
+
+
+def _width(sites: Sites, grains: dict[str, Granularity], grain: Granularity) -> int:
+    limit = ROUTER_LIMIT["token" if grain == "token" else "sample"] * sites.model_flops
+    ours = [site for site in sites if grains[site.name] == grain]
+    return next((width for width in _WIDTHS if _cost(ours, grain, width) <= limit), _WIDTHS[-1])
+
+
+def _cost(sites: Iterable[Site], grain: Granularity, width: int) -> int:
+    return sum(
+        2 * (site.positions if grain == "token" else 1) * width * (router_features(site.layout, site.channels, grain) + 1)
+        for site in sites
+    )

@@ -1,0 +1,226 @@
+"""Checking every claim about a branch by running it.
+
+A trial conversion of the model runs twice, with two batch sizes. At each gate the branch is run again on a part of its
+inputs: on single samples, and on a few tokens as if they were a sequence of their own. What the results show becomes the
+site; what fails is restricted or rejected with the reason.
+
+Axis letters: `N` samples, `T` tokens, `C` channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from surgery.gates import Branch, Gate, take_samples, take_tokens
+from surgery.sites import Kind, Layout, RegionInput
+from surgery.tracing import CACHE_NAMES
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(slots=True)
+class Claim:
+    """What one probe run saw at one gate."""
+
+    shapes: list[Any]
+    residual: torch.Size
+    names: tuple[str, ...]
+    flops: int = 0
+    samples: int = 0
+    layout: Layout = "other"
+    operations: frozenset[str] = frozenset()
+    problem: str = ""
+    per_sample: str = ""
+    """Why samples cannot be left out one by one; "" when they can."""
+    per_token: str = ""
+    cached: bool = False
+
+
+@dataclass(slots=True)
+class Probe:
+    """A gate handler that runs every branch in full and notes what it sees."""
+
+    input_names: Mapping[str, tuple[str, ...]]
+    modules: Mapping[str, Sequence[nn.Module]]
+    size: int
+    """Batch size of this run."""
+    earlier: Mapping[str, Claim] | None = None
+    """Claims of a run with another batch size, or None in the first run."""
+    claims: dict[str, Claim] = field(default_factory=dict)
+    axes: dict[str, tuple[RegionInput, ...] | str] = field(default_factory=dict)
+
+    def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
+        """Run the branch; see `Claim`."""
+        name = gate.site.name
+        names = self.input_names[name]
+        claim = Claim([_shape(v) for v in inputs], residual.shape, names, samples=residual.shape[0])
+        first_time = name not in self.claims
+        versions = [v._version for v in _tensors((residual, *inputs))]
+        if self.earlier is None:
+            output = branch(*inputs)
+        else:
+            with FlopCounterMode(display=False) as counter:
+                output = branch(*inputs)
+            claim.flops = counter.get_total_flops()
+            claim.operations = frozenset(str(op) for op in counter.get_flop_counts().get("Global", {}))
+        value, *escaped = output if branch.escapes else (output,)
+        claim.cached = any(n in CACHE_NAMES and v is not None for n, v in zip(names, inputs, strict=True))
+        if versions != [v._version for v in _tensors((residual, *inputs))]:
+            claim.problem = "it changes its input in place"
+        elif any(item is not None for item in escaped):
+            claim.problem = "a second output of its module is used outside the branch"
+        elif not isinstance(value, Tensor) or value.shape != residual.shape or (left is not None and left.shape != value.shape):
+            claim.problem = "its output is broadcast when it is added"
+        elif not value.is_floating_point():
+            claim.problem = "it is no floating-point computation"
+        elif self.earlier is not None and claim.flops == 0:
+            claim.problem = "nothing worth skipping is in it (0 FLOPs: norms, pooling or shape changes only)"
+        if not first_time:
+            claim.problem = claim.problem or "its host runs more than once per call"
+        elif claim.samples != self.size:
+            claim.problem = claim.problem or "the first axis of the residual stream is not the batch"
+        claim.layout = layout_of(residual, self.modules[name])
+        if self.earlier is not None and name in self.earlier and not claim.problem:
+            axes = self.axes[name] = batch_axes(claim, self.earlier[name])
+            if isinstance(axes, str):
+                claim.per_sample = claim.per_token = axes
+            elif not claim.cached:
+                claim.per_sample = _reason(lambda: _separable_by_sample(branch, value, inputs, axes))
+                claim.per_token = _reason(lambda: _separable_by_token(branch, value, residual, inputs, axes, claim.layout))
+        self.claims[name] = claim
+        result = value if left is None else left + value
+        return (result, *escaped) if branch.escapes else result
+
+
+def batch_axes(small: Claim, large: Claim) -> tuple[RegionInput, ...] | str:
+    """Which axis of each input carries the batch, from two runs with different batch sizes; or why that is unclear."""
+    found = []
+    for name, a, b in zip(small.names, small.shapes, large.shapes, strict=True):
+        axis = _batch_axis(a, b, small.samples, large.samples)
+        if isinstance(axis, str):
+            return f"input {name}: {axis}"
+        token_axis = 1 if axis == 0 and _carries_tokens(a, small.residual) else None
+        found.append(RegionInput(name, axis, token_axis))
+    return tuple(found)
+
+
+def layout_of(residual: Tensor, modules: Sequence[nn.Module]) -> Layout:
+    """Layout of the residual stream: feature maps are NCHW unless a module reads the last axis as channels."""
+    if residual.dim() == 2:
+        return "NC"
+    if residual.dim() == 3:
+        return "NTC"
+    if residual.dim() == 4:
+        for module in modules:
+            for part in module.modules():
+                if isinstance(part, nn.Conv2d):
+                    return "NCHW"
+                if isinstance(part, nn.Linear) and part.in_features == residual.shape[-1]:
+                    return "NHWC"
+        return "NCHW"
+    return "other"
+
+
+def kind_of_site(operations: frozenset[str], modules: Sequence[tuple[str, nn.Module]], token: bool) -> Kind:
+    """attention, mlp or block, by the modules' class names first and by the operations seen second."""
+    for name, module in modules:
+        words = f"{type(module).__name__} {name.rsplit('.', 1)[-1]}".lower()
+        if "attention" in words or "attn" in words:
+            return "attention"
+        if any(word in words for word in ("mlp", "ffn", "feedforward", "feed_forward", "moe", "intermediate")):
+            return "mlp"
+    if any("scaled_dot_product" in op or "bmm" in op for op in operations):
+        return "attention"
+    if operations and not any("convolution" in op for op in operations) and token:
+        return "mlp"
+    return "block"
+
+
+def _separable_by_sample(branch: Branch, value: Tensor, inputs: Sequence[Any], axes: tuple[RegionInput, ...]) -> str:
+    size = len(value)
+    for rows in ([size - 1], [size - 1, 0]):
+        index = torch.tensor(rows, device=value.device)
+        part = _first(branch, branch(*[take_samples(v, a, index, size) for v, a in zip(inputs, axes, strict=True)]))
+        if part.shape != value[index].shape or not _close(part, value[index], value):
+            return "a sample's result depends on its batch mates"
+    return ""
+
+
+def _separable_by_token(
+    branch: Branch, value: Tensor, residual: Tensor, inputs: Sequence[Any], axes: tuple[RegionInput, ...], layout: Layout
+) -> str:
+    if layout not in ("NTC", "NHWC"):
+        return "no token axis"
+    if any(a.batch_axis is not None and a.token_axis is None for a in axes):
+        return "an input has a batch axis but no token axis"
+    lead = residual.dim() - 1
+    rows = value.flatten(0, lead - 1)
+    generator = torch.Generator().manual_seed(0)
+    for count in {max(1, len(rows) // 2), 1}:
+        index = torch.randperm(len(rows), generator=generator)[:count].sort().values.to(value.device)
+        part = _first(branch, branch(*[take_tokens(v, a, index, lead) for v, a in zip(inputs, axes, strict=True)]))
+        if part.numel() != rows[index].numel() or not _close(part.reshape(rows[index].shape), rows[index], value):
+            return "a token's result depends on other tokens"
+    return ""
+
+
+def _reason(check: Callable[[], str]) -> str:
+    try:
+        return check()
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
+        first = (str(error) or type(error).__name__).strip().splitlines()[0]
+        return f"the branch refuses a part of its input ({first[:80]})"
+
+
+def _close(part: Tensor, whole: Tensor, scale: Tensor) -> bool:
+    limit = _TOLERANCE.get(whole.dtype, 2e-4) * float(scale.abs().max().clamp_min(1e-12))
+    return float((part - whole).abs().max()) <= limit
+
+
+def _first(branch: Branch, output: Any) -> Tensor:
+    return output[0] if branch.escapes else output
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, (tuple, list)):
+        return [_shape(item) for item in value]
+    return None
+
+
+def _batch_axis(small: Any, large: Any, n: int, m: int) -> int | None | str:
+    if isinstance(small, list) and isinstance(large, list):
+        axes = {_batch_axis(a, b, n, m) for a, b in zip(small, large, strict=False)}
+        return axes.pop() if len(axes) == 1 else None if not axes else "its parts carry the batch on different axes"
+    if small is None or large is None:
+        return None
+    if len(small) != len(large):
+        return "its rank depends on the batch size"
+    changed = [axis for axis, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
+    if not changed:
+        return 0 if small and small[0] == 1 else None  # length 1 is broadcast now and may carry the batch in another call
+    if len(changed) > 1 or (small[changed[0]], large[changed[0]]) != (n, m):
+        return "the batch is folded into another axis"
+    return changed[0]
+
+
+def _carries_tokens(shape: Any, residual: torch.Size) -> bool:
+    lead = tuple(residual[:-1])
+    return isinstance(shape, tuple) and len(shape) >= len(lead) and shape[: len(lead)] == lead
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(value)
+    return found

@@ -1,0 +1,426 @@
+"""Inserting gates: the class stays, the forward is generated.
+
+For every host two kinds of functions are generated from its trace, one per branch and the new `forward`:
+
+    def _branch_mlp(self, x):                     # before:  def forward(self, x):
+        norm = self.norm(x)                       #              return x + self.mlp(self.norm(x))
+        return self.mlp(norm)
+
+    def _forward_0(self, x):
+        return self.surgery_gates.mlp(self._branch_mlp, x, x, x)
+
+The host instance gets a dynamic subclass of its own class with these functions, so names in the state dict, `isinstance`,
+hooks, gradient checkpointing, `save_pretrained` and `generate` go on working. Graphs are never stored; a host that meets a
+new call pattern (another argument is None) traces again, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import keyword
+import linecache
+import logging
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from surgery import roots
+from surgery.context import state_of
+from surgery.copying import share
+from surgery.errors import AlreadyConverted, PlanMismatch, TraceError, UnsupportedModel
+from surgery.gates import Gate
+from surgery.regions import Region, find_regions
+from surgery.sites import Plan, RegionInput, SitePlan, Sites
+from surgery.state import CostModel, GatedState, SiteCost
+from surgery.tracing import (
+    CACHE_NAMES,
+    GATES,
+    Pattern,
+    Signature,
+    base_class,
+    kind_of,
+    kind_with_numbers,
+    new_graph,
+    remove_dead_code,
+    signature_of,
+    trace,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Gates(nn.Module):
+    """The gates of one host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A site inside a host: where its gate hangs, which region it is, and how its inputs are cut."""
+
+    site: str
+    key: str
+    anchor: tuple[str, ...]
+    axes: Mapping[str, RegionInput] | None
+
+
+@dataclass(slots=True)
+class Programs:
+    """The generated functions of one host, one `forward` per call pattern."""
+
+    name: str
+    base: type[nn.Module]
+    signature: Signature
+    marked: tuple[Marked, ...]
+    inlined: frozenset[str]
+    numbers: bool = False
+    compiled: dict[Pattern, Callable[..., Any] | None] = field(default_factory=dict)
+    sources: dict[Pattern, str] = field(default_factory=dict)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the program of this call's pattern; generate it when the pattern is new."""
+        values, extra, rest = self.signature.bind(args, kwargs)
+        kind = kind_with_numbers if self.numbers else kind_of
+        names = sorted(rest)
+        pattern = Pattern(
+            tuple(map(kind, values)), tuple(map(kind, extra)), tuple((name, kind(rest[name])) for name in names)
+        )
+        try:
+            program = self.compiled[pattern]
+        except KeyError:
+            program = self.add(module, pattern, strict=False)
+        if program is None:
+            return self.base.forward(module, *args, **kwargs)
+        return program(module, *values, *extra, *[rest[name] for name in names])
+
+    def add(self, module: nn.Module, pattern: Pattern, *, strict: bool) -> Callable[..., Any] | None:
+        """Generate the program of one pattern.
+
+        Raises:
+            PlanMismatch: If `strict` and a site is not found again in the trace.
+        """
+        try:
+            graph = trace(module, pattern, self.inlined)
+        except TraceError as error:
+            if strict:
+                raise
+            logger.warning("%s: this call runs dense, since it cannot be traced: %s", self.name or "model", error)
+            self.compiled[pattern] = None
+            return None
+        matched = _match(find_regions(graph, module).regions, self.marked)
+        missing = [m.site for m in self.marked if m not in [mark for mark, _ in matched]]
+        if missing and strict:
+            raise PlanMismatch(
+                f"{self.name or 'model'}: the plan's sites {missing} are not found in this model; "
+                "was the plan made for another architecture or another version of its library?"
+            )
+        if missing:
+            logger.warning("%s: called in a new way in which %s cannot be skipped", self.name or "model", missing)
+        index = len(self.compiled)
+        source, namespace = _generate(self, graph, pattern, matched, index)
+        functions = _compile(source, namespace, f"<surgery {self.name or 'model'} #{index}>")
+        program = functions.pop(f"_forward_{index}")
+        cls = type(module)
+        for mark, region in matched:
+            function: Any = functions[_branch_name(mark.key, index)]
+            function.escapes = len(region.escapes)
+            function.axes = _axes(mark, region)
+            function.stateful = any(node.name in CACHE_NAMES for node in region.inputs)
+            setattr(cls, function.__name__, function)
+        self.sources[pattern] = source
+        self.compiled[pattern] = program
+        return program
+
+
+def insert_gates(model: nn.Module, plan: Plan | Sites) -> nn.Module:
+    """Put gates into a copy of `model` that shares its weights; all of them are open.
+
+    Args:
+        model: The dense model; it is not changed. It may be on the meta device.
+        plan: What `sites.plan()` gave, or `Sites`, short for `sites.plan()`.
+
+    Returns:
+        A module of the same class, called in the same way, bit-equal to `model` until it is trained or forced.
+
+    Raises:
+        AlreadyConverted: If `model` carries gates.
+        PlanMismatch: If the plan does not fit the model.
+    """
+    if isinstance(plan, Sites):
+        plan = plan.plan()
+    check_convertible(model)
+    modules = dict(model.named_modules())
+    unknown = sorted({p.site.host for p in plan.sites} - set(modules))
+    if unknown:
+        raise PlanMismatch(f"the plan for {plan.model_name} names modules that {type(model).__name__} lacks: {unknown}")
+    state = GatedState(plan=plan, costs=flop_costs(plan), threshold=float("-inf"))
+    gated = share(model).eval()
+    copies = _has_inplace(model)
+    for host in dict.fromkeys(p.site.host for p in plan.sites):
+        planned = [p for p in plan.sites if p.site.host == host]
+        install(gated, host, planned, plan, state, copies=copies)
+    _make_root(gated, state)
+    for _, gate in _gates(gated):
+        gate.eval()
+        device = next((p.device for p in gated.parameters()), torch.device("cpu"))
+        gate.to(device)
+    return gated
+
+
+def remove(gated: nn.Module) -> nn.Module:
+    """The dense model back: a module of the original class without gates, sharing the backbone's weights.
+
+    Raises:
+        NotConverted: If the model has no gates.
+    """
+    trainable = state_of(gated).base.get("trainable", ())
+    dense = share(gated)
+    for module in list(dense.modules()):
+        if GATES in module._modules:
+            del module._modules[GATES]
+        module.__class__ = base_class(module)
+    del dense.__dict__["_surgery_state"]
+    for name, parameter in dense.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    return dense
+
+
+def show(gated: nn.Module, name: str = "") -> str:
+    """The generated code of one host, as readable Python.
+
+    Args:
+        gated: A gated model.
+        name: Name of a host, of a site in it, or "" for the model itself.
+
+    Raises:
+        NotConverted: If the model has no gates.
+        KeyError: If nothing of that name was rewritten.
+    """
+    state = state_of(gated)
+    host = next((p.site.host for p in state.plan.sites if p.site.name == name), name)
+    programs = getattr(type(gated.get_submodule(host)), "_surgery_programs", None) if _has(gated, host) else None
+    if programs is None:
+        hosts = list(dict.fromkeys(p.site.host or "''" for p in state.plan.sites))
+        raise KeyError(f"{name!r} was not rewritten; rewritten modules: {', '.join(hosts)}")
+    return "\n".join(programs.sources.values())
+
+
+def check_convertible(model: nn.Module) -> None:
+    """Refuse what is not a dense module.
+
+    Raises:
+        UnsupportedModel: If it is not a module.
+        AlreadyConverted: If it carries gates.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if "_surgery_state" in model.__dict__ or any(isinstance(m, Gate) for m in model.modules()):
+        raise AlreadyConverted(
+            f"this {type(model).__name__} already has gates; use surgery.set_budget(model, budget), "
+            "or surgery.remove(model) for the dense model"
+        )
+
+
+def flop_costs(plan: Plan) -> CostModel:
+    """The cost model in FLOPs of a plan; one multiply-add = 2."""
+    from surgery.routers import make_router
+    from surgery.skip_paths import make_skip_path
+
+    sites = {}
+    with torch.device("meta"):
+        for planned in plan.sites:
+            site = planned.site
+            per_token = planned.granularity == "token"
+            router = make_router(site.layout, site.channels, planned.granularity, planned.hidden)
+            skip = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
+            sites[site.name] = SiteCost(
+                float(site.flops), float(skip.flops(site.positions)), float(router.flops(site.positions if per_token else 1))
+            )
+    return CostModel("flops", float(max(plan.model_flops, 1)), sites)
+
+
+def install(
+    gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan, state: GatedState, *, copies: bool
+) -> None:
+    """Turn one module of `gated` into a host."""
+    module = gated.get_submodule(host)
+    prefix = f"{host}." if host else ""
+    gates = Gates()
+    marked = []
+    for one in planned:
+        key = _key(one.site.name, host, gates)
+        gates.add_module(key, Gate(one, state, copies=copies))
+        axes = {i.name: i for i in one.site.inputs} if not one.site.restriction else None
+        marked.append(Marked(one.site.name, key, tuple(a[len(prefix) :] for a in one.site.anchor), axes))
+    base = base_class(module)
+    inlined = frozenset(n[len(prefix) :] for n in plan.inlined if n.startswith(prefix))
+    patterns = [Pattern.from_list(p) for p in plan.patterns[host]]
+    numbers = any(k.startswith("int") for p in patterns for k in (*p.named, *p.extra, *(kind for _, kind in p.keywords)))
+    programs = Programs(host, base, signature_of(base), tuple(marked), inlined, numbers)
+    module.add_module(GATES, gates)
+    module.__class__ = _subclass(base, {"forward": _dispatcher(base), "_surgery_programs": programs})
+    for pattern in patterns:
+        programs.add(module, pattern, strict=pattern == patterns[0])
+
+
+def _make_root(gated: nn.Module, state: GatedState) -> None:
+    cls = base_class(gated)
+    existing = {k: v for k, v in vars(type(gated)).items() if k in ("forward", "_surgery_programs") or k.startswith("_branch_")}
+    extra = existing if type(gated) is not cls else {}
+    gated.__class__ = _subclass(cls, {**extra, **roots.namespace(cls)})
+    gated.__dict__["_surgery_state"] = state
+
+
+def _subclass(base: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
+    cls = type(base.__name__, (base,), {**namespace, "_surgery_base": base, "__module__": base.__module__, "__doc__": base.__doc__})
+    cls.__qualname__ = base.__qualname__
+    return cls
+
+
+def _dispatcher(base: type[nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return type(self)._surgery_programs.run(self, args, kwargs)
+
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def _key(site: str, host: str, gates: nn.Module) -> str:
+    relative = site[len(host) + 1 :] if host and site.startswith(f"{host}.") else "" if site == host else site
+    stem = relative.replace(".", "_").replace("#", "_").replace("-", "_") or "branch"
+    if not stem.isidentifier() or keyword.iskeyword(stem) or hasattr(gates, stem):
+        stem = f"branch_{stem}"
+    key, count = stem, 1
+    while key in gates._modules:
+        count += 1
+        key = f"{stem}_{count}"
+    return key
+
+
+def _match(regions: list[Region], marked: Iterable[Marked]) -> list[tuple[Marked, Region]]:
+    left = list(regions)
+    pairs = []
+    for mark in marked:
+        region = next((r for r in left if r.anchor == mark.anchor), None)
+        if region is not None:
+            left.remove(region)
+            pairs.append((mark, region))
+    return pairs
+
+
+def _axes(mark: Marked, region: Region) -> tuple[RegionInput, ...] | None:
+    if mark.axes is None or any(node.name not in mark.axes for node in region.inputs):
+        return None
+    return tuple(mark.axes[node.name] for node in region.inputs)
+
+
+def _branch_name(key: str, index: int) -> str:
+    return f"_branch_{key}" if index == 0 else f"_branch_{key}_{index}"
+
+
+def _generate(
+    programs: Programs, graph: fx.Graph, pattern: Pattern, matched: list[tuple[Marked, Region]], index: int
+) -> tuple[str, dict[str, Any]]:
+    namespace: dict[str, Any] = {}
+    parts = []
+    for mark, region in matched:
+        parts.append(_code(_branch_graph(region), _branch_name(mark.key, index), namespace))
+    main = _main_graph(programs, graph, pattern, matched, index)
+    parts.append(_code(main, f"_forward_{index}", namespace))
+    return "\n\n".join(parts) + "\n", namespace
+
+
+def _branch_graph(region: Region) -> fx.Graph:
+    graph = new_graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in region.inputs:
+        env[node] = graph.placeholder(node.name)
+    for node in region.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    result: Any = env[region.term]
+    if region.escapes:
+        result = (result, *(_copy_escape(graph, node, env) for node in region.escapes))
+    graph.output(result)
+    return graph
+
+
+def _copy_escape(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    return env[node] if node in env else graph.node_copy(node, env.__getitem__)
+
+
+def _main_graph(
+    programs: Programs, source: fx.Graph, pattern: Pattern, matched: list[tuple[Marked, Region]], index: int
+) -> fx.Graph:
+    graph = new_graph()
+    env: dict[fx.Node, fx.Node] = {}
+    given = {str(node.target): node for node in source.nodes if node.op == "placeholder"}
+    names = [p.name for p in programs.signature.named]
+    names += [f"{programs.signature.extra}_{i}" for i in range(len(pattern.extra))]
+    names += [name for name, _ in pattern.keywords]
+    for name in names:
+        placeholder = graph.placeholder(name)
+        if name in given:
+            env[given[name]] = placeholder
+    inside = {node for _, region in matched for node in region.own}
+    escaped = {node for _, region in matched for node in region.escapes}
+    gates: dict[fx.Node, list[tuple[Marked, Region]]] = {}
+    for mark, region in matched:
+        gates.setdefault(region.add, []).append((mark, region))
+    for node in source.nodes:
+        if node.op == "placeholder" or node in inside or node in escaped:
+            continue
+        if node in gates:
+            env[node] = _gate_calls(graph, node, gates[node], env, index)
+        elif node.op == "output" or all(source in env for source in node.all_input_nodes):
+            env[node] = graph.node_copy(node, env.__getitem__)  # what is left out are shape reads inside a branch
+    remove_dead_code(graph)
+    return graph
+
+
+def _gate_calls(
+    graph: fx.Graph, add: fx.Node, branches: list[tuple[Marked, Region]], env: dict[fx.Node, fx.Node], index: int
+) -> fx.Node:
+    terms = [region.term for _, region in branches]
+    others = [operand for operand in add.args if operand not in terms]
+    left: fx.Node | None = env[others[0]] if others else None  # type: ignore[index]
+    for mark, region in branches:
+        function = graph.get_attr(_branch_name(mark.key, index))
+        inputs = tuple(env[node] for node in region.inputs)
+        call = graph.call_module(f"{GATES}.{mark.key}", (function, left, env[region.residual], *inputs))
+        if region.escapes:
+            for position, node in enumerate(region.escapes, start=1):
+                env[node] = graph.call_function(operator.getitem, (call, position))
+            call = graph.call_function(operator.getitem, (call, 0))
+        left = call
+    assert left is not None
+    return left
+
+
+def _code(graph: fx.Graph, name: str, namespace: dict[str, Any]) -> str:
+    python = graph.python_code("self")
+    namespace.update(python.globals)
+    return python.src.strip().replace("def forward(", f"def {name}(", 1)
+
+
+def _compile(source: str, namespace: dict[str, Any], filename: str) -> dict[str, Any]:
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    scope = dict(namespace)
+    exec(compile(source, filename, "exec"), scope)
+    return {name: value for name, value in scope.items() if inspect.isfunction(value) and value.__code__.co_filename == filename}
+
+
+def _has_inplace(model: nn.Module) -> bool:
+    return any(getattr(module, "inplace", False) is True for module in model.modules())
+
+
+def _gates(gated: nn.Module) -> Collection[tuple[str, Gate]]:
+    return [(name, m) for name, m in gated.named_modules() if isinstance(m, Gate)]
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return name == "" or name in dict(model.named_modules())

@@ -1,0 +1,115 @@
+"""What a conversion adds to the model itself: one scope per call, and a `train` that leaves the backbone in eval.
+
+Both live in the dynamic subclass that the root gets; its name and module stay those of the model's own class.
+
+Axis letters: `N` samples, `T` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery import context
+from surgery.context import Scope
+from surgery.gates import Gate
+from surgery.tracing import Signature, base_class, signature_of
+
+_generation: ContextVar[tuple[int, int] | None] = ContextVar("surgery_generation", default=None)
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "input_values", "pixel_values")
+
+
+def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`model(...)` inside a scope of its own."""
+    cls = base_class(self)
+    with context.entered(_scope_of(self, _arguments(cls, args, kwargs))):
+        return cls.__call__(self, *args, **kwargs)
+
+
+def train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """Put gates in training mode; the backbone (dropout, BatchNorm) stays in eval."""
+    base_class(self).train(self, False)
+    for module in self.modules():
+        if isinstance(module, Gate):
+            module.train(mode)
+    return self
+
+
+def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`model.generate(...)`, all steps of which hold the same samples."""
+    cls: Any = base_class(self)
+    forced = context.overrides_of(context.state_of(self)).forced
+    if forced is None:
+        return cls.generate(self, *args, **kwargs)
+    rows = next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1), 1)
+    token = _generation.set((forced.count, rows))
+    try:
+        return cls.generate(self, *args, **kwargs)
+    finally:
+        _generation.reset(token)
+        forced.count += rows
+
+
+def namespace(cls: type[nn.Module]) -> dict[str, Any]:
+    """What the root's subclass overrides."""
+    methods: dict[str, Any] = {"__call__": call, "train": train}
+    if hasattr(cls, "generate"):
+        methods["generate"] = generate
+    return methods
+
+
+_signatures: dict[type, Signature] = {}
+
+
+def _arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    if not args:
+        return dict(kwargs)
+    if cls not in _signatures:
+        _signatures[cls] = signature_of(cls)
+    names = [p.name for p in _signatures[cls].named]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _scope_of(model: nn.Module, arguments: Mapping[str, Any]) -> Scope:
+    main = next((arguments[n] for n in _INPUTS if isinstance(arguments.get(n), Tensor)), None)
+    mask = arguments.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or main is None or main.dim() < 2:
+        mask = None
+    length = 0 if main is None or main.dim() < 2 else main.shape[1]
+    forced = context.overrides_of(context.state_of(model)).forced
+    scope = Scope(mask=None if mask is None else mask[:, -length:].bool())
+    if forced is None:
+        return scope
+    rows = len(main) if main is not None else _rows(arguments)
+    running = _generation.get()
+    if running is not None:
+        start, count = running
+        base = forced.samples if forced.samples is not None else torch.arange(start, start + count)
+        scope.samples = base.repeat_interleave(rows // len(base)) if rows % len(base) == 0 else None
+        scope.start = start
+    else:
+        scope.start = forced.count
+        forced.count += rows
+    scope.positions = _token_positions(arguments, mask, main, length)
+    return scope
+
+
+def _rows(arguments: Mapping[str, Any]) -> int:
+    return next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.dim() > 0), 1)
+
+
+def _token_positions(arguments: Mapping[str, Any], mask: Tensor | None, main: Tensor | None, length: int) -> Tensor | None:
+    if main is None or length == 0:
+        return None
+    given = arguments.get("position_ids")
+    if isinstance(given, Tensor) and given.dim() == 2:
+        return given.expand(len(main), -1)
+    if mask is not None:
+        return (mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
+    past = arguments.get("past_key_values")
+    start = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
+    return torch.arange(start, start + length, device=main.device).expand(len(main), length)

@@ -1,0 +1,123 @@
+"""Routers: residual stream -> one score per sample or per token.
+
+A score estimates how much is lost by skipping; the gate is open where it exceeds the threshold. Router inputs are
+*normalised*, because pooled features share a large common part and a router on raw ones collapses to a static policy.
+
+Axis letters: `N` samples, `T` tokens, `C` channels, `F` features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surgery.sites import Layout
+
+
+class Router(nn.Module):
+    """Features -> bottleneck -> score. Parameters stay fp32 whatever dtype the model is moved to."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.features = features
+        self.down = nn.Linear(features, hidden)
+        self.up = nn.Linear(hidden, 1)
+        nn.init.normal_(self.up.weight, std=1e-3)
+        nn.init.zeros_(self.up.bias)
+
+    def score(self, features: Tensor) -> Tensor:
+        """`(..., F)` -> `(...)`."""
+        return self.up(F.gelu(self.down(features))).squeeze(-1)
+
+    def flops(self, positions: int) -> int:
+        """FLOPs per sample with `positions` decisions; one multiply-add = 2."""
+        return 2 * positions * (self.down.weight.numel() + self.up.weight.numel())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        for module in (self.down, self.up):
+            for parameter in module.parameters():
+                if parameter.dtype is not torch.float32:
+                    parameter.data = parameter.data.float()
+        for name, buffer in list(self._buffers.items()):
+            if buffer is not None and buffer.is_floating_point():
+                self._buffers[name] = buffer.float()
+        return result
+
+
+class TokenRouter(Router):
+    """One score per token (or spatial position) from its own channels, LayerNorm without parameters in front."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__(channels, hidden)
+
+    def extract(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`(N, *positions, C)` -> the same, fp32 and normalised."""
+        return F.layer_norm(residual.float(), residual.shape[-1:])
+
+    def forward(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`(N, *positions, C)` -> scores `(N, *positions)`."""
+        return self.score(self.extract(residual))
+
+
+class SampleRouter(Router):
+    """One score per sample from pooled channels: mean, and the first token (sequences) or the maximum (feature maps).
+
+    Pooled features are standardised with statistics of the calibration data (`standardise`).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int, hidden: int, layout: Layout) -> None:
+        features = channels if layout == "NC" else 2 * channels
+        super().__init__(features, hidden)
+        self.layout = layout
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+
+    def extract(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Residual stream -> pooled features `(N, F)`, fp32, standardised; padding (`mask` False) does not count."""
+        return (self.pool(residual, mask) - self.mean) / self.std
+
+    def pool(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Residual stream -> raw pooled features `(N, F)`, fp32."""
+        if self.layout == "NC":
+            return residual.float()
+        if self.layout == "NCHW":
+            flat = residual.flatten(2)  # N C HW
+            return torch.cat((flat.mean(2), flat.amax(2)), 1).float()
+        flat = residual.flatten(1, -2)  # N T C
+        if self.layout == "NHWC":
+            return torch.cat((flat.mean(1), flat.amax(1)), 1).float()
+        if mask is None:
+            return torch.cat((flat.mean(1), flat[:, 0]), 1).float()
+        weights = mask.to(flat.dtype).unsqueeze(-1)  # N T 1
+        first = flat[torch.arange(len(flat), device=flat.device), mask.int().argmax(1)]
+        # float32 sums: a half-precision sum over a long, padded sequence would depend on the padding
+        mean = (flat.float() * weights.float()).sum(1) / weights.float().sum(1).clamp_min(1)
+        return torch.cat((mean, first.float()), 1)
+
+    def standardise(self, pooled: Tensor) -> None:
+        """Set the statistics from raw pooled features `(N, F)`."""
+        self.mean.copy_(pooled.mean(0))
+        self.std.copy_(pooled.std(0, correction=0).clamp_min(1e-3 * pooled.std().clamp_min(1e-6)))
+
+    def forward(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Residual stream -> scores `(N,)`."""
+        return self.score(self.extract(residual, mask))
+
+
+def router_features(layout: Layout, channels: int, granularity: str) -> int:
+    """Number of router inputs `F`."""
+    return channels if granularity == "token" or layout == "NC" else 2 * channels
+
+
+def make_router(layout: Layout, channels: int, granularity: str, hidden: int) -> Router:
+    """The router for a site."""
+    if granularity == "token":
+        return TokenRouter(channels, hidden)
+    return SampleRouter(channels, hidden, layout)

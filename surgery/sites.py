@@ -1,0 +1,304 @@
+"""The values that travel between the steps: sites, their selection, and the plan.
+
+All of them are frozen, hold names instead of graph nodes, and turn into JSON and back.
+
+Axis letters: `N` samples, `T` tokens, `C` channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+from surgery.errors import CheckpointError, NoSites, PlanMismatch, SitesMismatch
+
+Kind = Literal["block", "attention", "mlp", "heads"]
+Granularity = Literal["sample", "token", "prefill"]
+Layout = Literal["NC", "NTC", "NHWC", "NCHW", "other"]
+SkipKind = Literal["identity", "affine", "low-rank", "linear"]
+
+KINDS: tuple[Kind, ...] = ("block", "attention", "mlp", "heads")
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RegionInput:
+    """One value that a branch reads.
+
+    `batch_axis` / `token_axis` say along which axis it is cut when samples / tokens are left out; None means that it is
+    shared by all of them.
+    """
+
+    name: str
+    batch_axis: int | None = None
+    token_axis: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One residual branch whose work may be skipped.
+
+    Args:
+        name: Qualified name, as in `model.get_submodule` wherever the branch is one module.
+        kind: block, attention, mlp or heads.
+        host: Name of the module whose `forward` contains the add ("" for the model itself).
+        flops: Dense forward of the branch per sample at the example's shape; one multiply-add = 2.
+        share: `flops` as a fraction of the model's.
+        parameters: Number of parameters in the branch.
+        granularities: What the probes allow, coarsest first; empty never occurs.
+        layout: Layout of the residual stream here.
+        channels: Width `C` of the residual stream here.
+        positions: Tokens (or spatial positions) per sample at the example's shape.
+        inputs: What the branch reads, in call order.
+        restriction: Why `skip` runs all rows or none here, or "" when it is not restricted.
+        modules: Names of the modules that the branch calls.
+        anchor: Names of the modules and tensors that it uses, which identify it in another trace.
+    """
+
+    name: str
+    kind: Kind
+    host: str
+    flops: int
+    share: float
+    parameters: int
+    granularities: tuple[Granularity, ...]
+    layout: Layout
+    channels: int
+    positions: int
+    inputs: tuple[RegionInput, ...] = ()
+    restriction: str = ""
+    modules: tuple[str, ...] = ()
+    anchor: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A place that was looked at and left alone, and why."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """What is done at one site."""
+
+    site: Site
+    granularity: Granularity
+    skip: SkipKind
+    rank: int = 0
+    hidden: int = 16
+
+
+class Sites(Sequence[Site]):
+    """What can be skipped in one model: a sequence of `Site` that prints as a table.
+
+    `model_flops` is the dense model's FLOPs per sample at the example's shape. `signature` records the example's names,
+    shapes, dtypes and Nones; `patterns` how each host was called; `inlined` which modules were traced through.
+    """
+
+    def __init__(
+        self,
+        sites: Iterable[Site],
+        rejections: Iterable[Rejection] = (),
+        *,
+        model_name: str = "",
+        model_flops: int = 0,
+        model_parameters: int = 0,
+        signature: Mapping[str, Any] | None = None,
+        patterns: Mapping[str, Any] | None = None,
+        inlined: Iterable[str] = (),
+    ) -> None:
+        self._sites = tuple(sites)
+        self.rejections = tuple(rejections)
+        self.model_name = model_name
+        self.model_flops = model_flops
+        self.model_parameters = model_parameters
+        self.signature = dict(signature or {})
+        self.patterns = dict(patterns or {})
+        self.inlined = tuple(inlined)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Site: ...
+    @overload
+    def __getitem__(self, key: slice) -> Sites: ...
+    def __getitem__(self, key: int | str | slice) -> Site | Sites:
+        if isinstance(key, slice):
+            return self._with(self._sites[key])
+        if isinstance(key, str):
+            for site in self._sites:
+                if site.name == key:
+                    return site
+            raise KeyError(f"no site named {key!r}; there are: {', '.join(self.names)}")
+        return self._sites[key]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in the order of execution."""
+        return tuple(site.name for site in self._sites)
+
+    def filter(self, *patterns: str, kind: Kind | Iterable[Kind] | None = None) -> Sites:
+        """Keep the sites of the given kinds whose name matches one of the glob `patterns`.
+
+        Raises:
+            NoSites: If nothing is left.
+        """
+        kinds = {kind} if isinstance(kind, str) else set(kind or KINDS)
+        kept = [
+            site
+            for site in self._sites
+            if site.kind in kinds and (not patterns or any(fnmatch.fnmatchcase(site.name, p) for p in patterns))
+        ]
+        if not kept:
+            raise NoSites(
+                f"no site of {self.model_name} is of kind {sorted(kinds)} and matches {list(patterns) or ['*']}; "
+                f"found: {', '.join(f'{s.name} ({s.kind})' for s in self._sites) or 'none'}"
+            )
+        return self._with(kept)
+
+    def expect(self, count: int) -> Sites:
+        """Return self if there are exactly `count` sites.
+
+        Raises:
+            SitesMismatch: Otherwise, naming what was found.
+        """
+        if len(self) != count:
+            raise SitesMismatch(
+                f"{self.model_name}: expected {count} sites, found {len(self)}: {', '.join(self.names) or 'none'}"
+            )
+        return self
+
+    def plan(
+        self,
+        *,
+        granularity: Granularity | Literal["auto"] = "auto",
+        skip: SkipKind | Literal["auto"] = "auto",
+        rank: int = 16,
+        hidden: int | Literal["auto"] = "auto",
+    ) -> Plan:
+        """Choose granularity, skip path and router size for every site.
+
+        Args:
+            granularity: `auto` takes the finest that the probes allow; `token` and `sample` apply where allowed.
+            skip: Kind of skip path; `auto` takes a full linear map where it costs at most 0.15 of its branch (and the
+                routing is not per token), else per-channel affine.
+            rank: Rank of `low-rank` skip paths.
+            hidden: Width of the routers' bottleneck; `auto` keeps a router within its cost limit.
+
+        Raises:
+            NoSites: If there is nothing to plan.
+        """
+        from surgery.planning import choose
+
+        if not self._sites:
+            raise NoSites(
+                f"{self.model_name} has no sites; rejected: "
+                + ("; ".join(f"{r.where}: {r.reason}" for r in self.rejections) or "no residual add was found")
+            )
+        return choose(self, granularity=granularity, skip=skip, rank=rank, hidden=hidden)
+
+    def _with(self, sites: Iterable[Site]) -> Sites:
+        return Sites(
+            sites,
+            self.rejections,
+            model_name=self.model_name,
+            model_flops=self.model_flops,
+            model_parameters=self.model_parameters,
+            signature=self.signature,
+            patterns=self.patterns,
+            inlined=self.inlined,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready form."""
+        return {
+            "model": self.model_name,
+            "model_flops": self.model_flops,
+            "model_parameters": self.model_parameters,
+            "sites": [dataclasses.asdict(site) for site in self._sites],
+            "rejections": [dataclasses.asdict(r) for r in self.rejections],
+        }
+
+    def __rich__(self) -> Any:
+        from surgery.tables import sites_table
+
+        return sites_table(self)
+
+    def __str__(self) -> str:
+        from surgery.tables import render
+
+        return render(self.__rich__())
+
+    def __repr__(self) -> str:
+        return f"<Sites of {self.model_name}: {len(self)} found, {len(self.rejections)} rejected>"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The serialisable choice: everything that is needed to insert the same gates again, without real values."""
+
+    sites: tuple[SitePlan, ...]
+    model_name: str
+    model_flops: int
+    signature: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    patterns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    inlined: tuple[str, ...] = ()
+    format_version: int = PLAN_FORMAT
+
+    def __post_init__(self) -> None:
+        names = [planned.site.name for planned in self.sites]
+        if len(set(names)) != len(names):
+            raise PlanMismatch(f"plan for {self.model_name} names a site twice: {sorted(names)}")
+        for planned in self.sites:
+            if planned.granularity not in planned.site.granularities:
+                raise PlanMismatch(
+                    f"{planned.site.name}: granularity {planned.granularity!r} is not allowed by its probes; "
+                    f"allowed: {', '.join(planned.site.granularities)}"
+                )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Site names in the order of execution."""
+        return tuple(planned.site.name for planned in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready form."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists, as they do on disk
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Inverse of `to_dict`.
+
+        Raises:
+            CheckpointError: If the form is newer than this version, or damaged.
+        """
+        version = data.get("format_version")
+        if not isinstance(version, int) or version > PLAN_FORMAT:
+            raise CheckpointError(
+                f"plan has format version {version!r}, this version of bypass-surgery reads up to {PLAN_FORMAT}: "
+                "pip install -U bypass-surgery"
+            )
+        try:
+            sites = tuple(_site_plan(entry) for entry in data["sites"])
+            rest = {key: data[key] for key in ("model_name", "model_flops", "signature", "patterns", "format_version")}
+            return cls(sites=sites, inlined=tuple(data["inlined"]), **rest)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the plan is damaged: {error!r}") from error
+
+
+def _site_plan(entry: Mapping[str, Any]) -> SitePlan:
+    site = dict(entry["site"])
+    site["inputs"] = tuple(RegionInput(**one) for one in site["inputs"])
+    for key in ("granularities", "modules", "anchor"):
+        site[key] = tuple(site[key])
+    return SitePlan(**{**entry, "site": Site(**site)})

@@ -1,0 +1,120 @@
+"""Skip paths: what replaces a branch where it is skipped.
+
+All are linear in the residual stream and are fitted in closed form before any training (`surgery.fitting`).
+
+Axis letters: `N` samples, `T` tokens, `C` channels, `R` rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surgery.sites import Layout, SkipKind
+
+
+class SkipPath(nn.Module):
+    """Base of all skip paths; the identity path adds nothing to the residual stream."""
+
+    kind: SkipKind = "identity"
+
+    def __init__(self, channels: int, layout: Layout) -> None:
+        super().__init__()
+        self.channels = channels
+        self.layout = layout
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the path contributes nothing."""
+        return self.kind == "identity"
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """Residual stream -> what is added to it instead of the branch; same shape."""
+        return torch.zeros_like(residual)
+
+    def flops(self, positions: int) -> int:
+        """FLOPs per sample at `positions` positions; one multiply-add = 2."""
+        return 0
+
+
+class AffineSkip(SkipPath):
+    """Per-channel scale and shift."""
+
+    kind: SkipKind = "affine"
+
+    def __init__(self, channels: int, layout: Layout) -> None:
+        super().__init__(channels, layout)
+        self.scale = nn.Parameter(torch.zeros(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """Residual stream -> same shape."""
+        scale, shift = self.scale.to(residual.dtype), self.shift.to(residual.dtype)
+        if self.layout == "NCHW":
+            shape = (1, self.channels, *(1,) * (residual.dim() - 2))
+            scale, shift = scale.view(shape), shift.view(shape)
+        return torch.addcmul(shift, residual, scale)
+
+    def flops(self, positions: int) -> int:
+        """One multiply-add per element."""
+        return 2 * positions * self.channels
+
+
+class LinearSkip(SkipPath):
+    """Full linear map over channels (a 1x1 convolution on feature maps)."""
+
+    kind: SkipKind = "linear"
+
+    def __init__(self, channels: int, layout: Layout) -> None:
+        super().__init__(channels, layout)
+        self.weight = nn.Parameter(torch.zeros(channels, channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """Residual stream -> same shape."""
+        return _linear(residual, self.weight, self.bias, self.layout)
+
+    def flops(self, positions: int) -> int:
+        """C*C multiply-adds per position."""
+        return 2 * positions * self.channels**2
+
+
+class LowRankSkip(SkipPath):
+    """Linear map of rank `R` over channels."""
+
+    kind: SkipKind = "low-rank"
+
+    def __init__(self, channels: int, layout: Layout, rank: int) -> None:
+        super().__init__(channels, layout)
+        self.rank = min(rank, channels)
+        self.down = nn.Parameter(torch.zeros(self.rank, channels))
+        self.up = nn.Parameter(torch.zeros(channels, self.rank))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """Residual stream -> same shape."""
+        return _linear(_linear(residual, self.down, None, self.layout), self.up, self.bias, self.layout)
+
+    def flops(self, positions: int) -> int:
+        """2*C*R multiply-adds per position."""
+        return 4 * positions * self.channels * self.rank
+
+
+def make_skip_path(kind: SkipKind, channels: int, layout: Layout, rank: int) -> SkipPath:
+    """The skip path of a kind; it contributes nothing until it is fitted."""
+    if kind == "affine":
+        return AffineSkip(channels, layout)
+    if kind == "linear":
+        return LinearSkip(channels, layout)
+    if kind == "low-rank":
+        return LowRankSkip(channels, layout, rank)
+    return SkipPath(channels, layout)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if layout == "NCHW":
+        return F.conv2d(x, weight[:, :, None, None], bias)
+    return F.linear(x, weight, bias)

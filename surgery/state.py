@@ -1,0 +1,75 @@
+"""What a gated model knows about itself: its plan, gates' names, costs, and the table of budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgery.sites import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCost:
+    """Costs at one site per sample, in the unit of the model's `CostModel`."""
+
+    branch: float
+    skip: float
+    router: float
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Whole-model cost as a function of active rates; `unit` is `flops` or `seconds`.
+
+    `cost(rates) = (fixed + sum_s router_s + rate_s * branch_s + (1 - rate_s) * skip_s) / dense`.
+    """
+
+    unit: str
+    dense: float
+    sites: dict[str, SiteCost]
+
+    @property
+    def fixed(self) -> float:
+        """What runs whatever is decided."""
+        return self.dense - sum(site.branch for site in self.sites.values())
+
+    def cost(self, rates: dict[str, float]) -> float:
+        """Fraction of the dense model's cost at the given active rates (sites that are missing count as open)."""
+        total = self.fixed
+        for name, site in self.sites.items():
+            rate = rates.get(name, 1.0)
+            total += site.router + rate * site.branch + (1 - rate) * site.skip
+        return total / self.dense
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPoint:
+    """One row of the budget table: a threshold, the mean cost it gave on calibration data, and what was active."""
+
+    threshold: float
+    cost: float
+    active_rate: dict[str, float]
+    static: tuple[str, ...] = ()
+    """Sites that the static policy of this cost keeps open."""
+
+
+@dataclass(slots=True)
+class GatedState:
+    """Everything about a gated model that is not a tensor."""
+
+    plan: Plan
+    costs: CostModel
+    table: list[BudgetPoint] = field(default_factory=list)
+    budget: float | None = None
+    threshold: float = 0.0
+    static: dict[str, bool] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+    policy: str = "routed"
+    """`routed`, or `static` where input-dependence did not pay and the frozen policy runs."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Site names in order of execution."""
+        return self.plan.names

@@ -1,0 +1,373 @@
+"""One module's own `forward` as an `fx.Graph`, its children as leaves.
+
+Whole-model tracing fails on most transformers and some timm models; tracing each module alone, children as leaves, works
+on nearly all. `torch.fx.Tracer.trace` patches `nn.Module` globally while it runs, which would disturb other threads (a
+gated model may trace a new call pattern while it serves), so `forward` runs here on a *stand-in* instead: an object of the
+same class whose parameters read as proxies and whose children record a call. Nothing global is touched, nor the module.
+
+FX silently takes one side of `if argument is None`. Therefore a graph always belongs to a *call pattern*: which arguments
+are None, True, False, a string, a tensor, or another object. A host keeps one graph per pattern it meets.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError as FxTraceError
+
+from surgery.errors import TraceError
+
+GATES = "surgery_gates"  # name of the child that holds a host's gates; invisible to tracing
+CACHE_NAMES = frozenset({"past_key_value", "past_key_values", "layer_past", "cache_params", "cache"})
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """How a module was called: the kind of each named argument, of extra positional ones, and of extra keyword ones.
+
+    A kind is `none`, `true`, `false`, `str:<value>`, `tensor`, `object`, or `int:<value>` where numbers are held fixed.
+    """
+
+    named: tuple[str, ...]
+    extra: tuple[str, ...] = ()
+    keywords: tuple[tuple[str, str], ...] = ()
+
+    def to_list(self) -> list[Any]:
+        """JSON-ready form."""
+        return [list(self.named), list(self.extra), [list(pair) for pair in self.keywords]]
+
+    @classmethod
+    def from_list(cls, data: list[Any]) -> Pattern:
+        """Inverse of `to_list`."""
+        named, extra, keywords = data
+        return cls(tuple(named), tuple(extra), tuple((name, kind) for name, kind in keywords))
+
+
+def kind_of(value: Any) -> str:
+    """The kind of one argument, as used in `Pattern`."""
+    if isinstance(value, Tensor):
+        return "tensor"
+    if value is None:
+        return "none"
+    if value is True:
+        return "true"
+    if value is False:
+        return "false"
+    if isinstance(value, str):
+        return f"str:{value}"
+    return "object"
+
+
+def kind_with_numbers(value: Any) -> str:
+    """Like `kind_of`, with integers (and tuples of integers) held fixed."""
+    if type(value) is int:
+        return f"int:{value}"
+    if isinstance(value, tuple) and value and all(type(item) is int for item in value):
+        return f"ints:{','.join(map(str, value))}"
+    return kind_of(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Names and defaults of a `forward`, without `self`."""
+
+    named: tuple[inspect.Parameter, ...]
+    extra: str | None
+    keywords: str | None
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
+        """Values of the named parameters, extra positional ones, extra keyword ones."""
+        rest = dict(kwargs)
+        values = []
+        for index, parameter in enumerate(self.named):
+            if index < len(args) and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+                values.append(args[index])
+            else:
+                values.append(rest.pop(parameter.name, parameter.default))
+        return values, args[len(self.named) :] if self.extra else (), rest
+
+    def pattern(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, numbers: bool = False) -> Pattern:
+        """The call pattern of one call."""
+        kind = kind_with_numbers if numbers else kind_of
+        values, extra, rest = self.bind(args, kwargs)
+        return Pattern(
+            tuple(map(kind, values)), tuple(map(kind, extra)), tuple((name, kind(rest[name])) for name in sorted(rest))
+        )
+
+
+def signature_of(cls: type) -> Signature:
+    """Signature of a class's `forward`, decorators unwrapped."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+    extra = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
+    keywords = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    return Signature(tuple(p for p in parameters if p.kind not in _VARIADIC), extra, keywords)
+
+
+def trace(module: nn.Module, pattern: Pattern, inlined: Collection[str] = ()) -> fx.Graph:
+    """Trace `type(module).forward` for one call pattern.
+
+    Args:
+        module: The module; it is not changed and none of its children run.
+        pattern: Which arguments are None, constants, tensors or other objects.
+        inlined: Names (relative to `module`) of descendants to trace through instead of recording a call.
+
+    Returns:
+        A graph without dead code. Its placeholders are the arguments that are not constants; the names of calls and
+        attributes are relative to `module`.
+
+    Raises:
+        TraceError: If `forward` reads a tensor's value, sets attributes, uses a context manager, or cannot be traced.
+    """
+    cls = base_class(module)
+    if "forward" in module.__dict__:
+        raise TraceError(f"{cls.__name__}: `forward` was replaced on the instance; undo the patch before converting")
+    if "SETUP_WITH" in _opcodes(cls) or "BEFORE_WITH" in _opcodes(cls) or "LOAD_SPECIAL" in _opcodes(cls):
+        raise TraceError(f"{cls.__name__}.forward uses a `with` block, which a graph would lose")
+    signature = signature_of(cls)
+    if len(pattern.named) != len(signature.named):
+        raise TraceError(f"{cls.__name__}.forward takes {len(signature.named)} arguments, the pattern has {len(pattern.named)}")
+    tracer = _Tracer(module)
+    positional, keyword = [], {}
+    for parameter, kind in zip(signature.named, pattern.named, strict=True):
+        value = tracer.argument(parameter.name, kind)
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            keyword[parameter.name] = value
+        else:
+            positional.append(value)
+    positional += [tracer.argument(f"{signature.extra}_{i}", kind) for i, kind in enumerate(pattern.extra)]
+    keyword.update({name: tracer.argument(name, kind) for name, kind in pattern.keywords})
+    stand_in = _stand_in(module, "", tracer, frozenset(inlined), root=True)
+    try:
+        result = cls.forward(stand_in, *positional, **keyword)  # type: ignore[attr-defined]
+        tracer.graph.output(tracer.create_arg(result))
+    except TraceError:
+        raise
+    except (FxTraceError, TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        raise TraceError(f"{cls.__name__}.forward cannot be traced ({_where(error)}): {_first_line(error)}") from error
+    remove_dead_code(tracer.graph)
+    return tracer.graph
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The module's own class, looking through the subclass that a conversion gives it."""
+    return getattr(type(module), "_surgery_base", type(module))
+
+
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Remove nodes that nothing reads and that do nothing; placeholders and side effects stay."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("output", "placeholder") and not has_side_effect(node):
+            graph.erase_node(node)
+
+
+def has_side_effect(node: fx.Node) -> bool:
+    """Whether a node does something beyond its value: in-place methods, item assignment, assertions, unread calls."""
+    if node.op == "call_module":
+        return not node.users
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name in _MUTATING_METHODS
+    if node.op == "call_function":
+        return node.target in _MUTATING_FUNCTIONS or _inplace_name(node.target)
+    return False
+
+
+_MUTATING_METHODS = frozenset({"update", "append", "pop", "setdefault", "extend", "insert", "clear", "remove", "__setitem__"})
+_MUTATING_FUNCTIONS = frozenset(
+    {operator.setitem, operator.delitem, torch._assert, setattr}
+    | {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "imatmul", "ipow")}
+)
+
+
+def _inplace_name(target: Any) -> bool:
+    name = getattr(target, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def new_graph() -> fx.Graph:
+    """An empty graph in which no value may be named `self` (BERT has a child of that name)."""
+    graph = fx.Graph()
+    graph._graph_namespace.create_name("self", None)
+    return graph
+
+
+class _Tracer(fx.proxy.TracerBase):
+    """Records into one graph; knows which proxies stand for tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.graph = new_graph()
+        self.module = module
+        self.trace_asserts = False
+        self.proxy_buffer_attributes = True
+        self._attributes: dict[str, fx.Proxy] = {}
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None) -> fx.Node:
+        return self.graph.create_node(kind, target, args, kwargs, name, type_expr)
+
+    def argument(self, name: str, kind: str) -> Any:
+        if kind in _CONSTANTS:
+            return _CONSTANTS[kind]
+        tag, _, text = kind.partition(":")
+        if tag == "str":
+            return text
+        if tag == "int":
+            return int(text)
+        if tag == "ints":
+            return tuple(map(int, text.split(",")))
+        return fx.Proxy(self.create_node("placeholder", name, (), {}), self)
+
+    def attribute(self, name: str) -> fx.Proxy:
+        if name not in self._attributes:
+            self._attributes[name] = fx.Proxy(self.create_node("get_attr", name, (), {}), self)
+        return self._attributes[name]
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor):
+            raise TraceError(f"{type(self.module).__name__}.forward uses a tensor that is neither a parameter nor a buffer")
+        if isinstance(a, nn.Module):
+            raise TraceError(f"{type(self.module).__name__}.forward passes a module as a value")
+        return super().create_arg(a)
+
+
+_CONSTANTS: dict[str, Any] = {"none": None, "true": True, "false": False}
+
+
+class _Tensors(dict[str, Any]):
+    """A module's parameters or buffers, read as proxies."""
+
+    def __init__(self, source: Mapping[str, Any], prefix: str, tracer: _Tracer) -> None:
+        super().__init__(source)
+        self._prefix, self._tracer = prefix, tracer
+
+    def __getitem__(self, name: str) -> Any:
+        return None if super().__getitem__(name) is None else self._tracer.attribute(self._prefix + name)
+
+
+class _Children(dict[str, Any]):
+    """A module's children, read as stand-ins; gates are left out."""
+
+    def __init__(self, source: Mapping[str, Any], make: Callable[[str, nn.Module], nn.Module]) -> None:
+        super().__init__({name: child for name, child in source.items() if name != GATES})
+        self._make = make
+        self._made: dict[str, nn.Module] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        child = super().__getitem__(name)
+        if child is None:
+            return None
+        if name not in self._made:
+            self._made[name] = self._make(name, child)
+        return self._made[name]
+
+    def values(self) -> Any:
+        return [self[name] for name in self]
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
+
+
+def _stand_in(module: nn.Module, path: str, tracer: _Tracer, inlined: frozenset[str], *, root: bool = False) -> nn.Module:
+    """An object of the module's class whose tensors are proxies and whose call is recorded (or, inlined, run)."""
+    cls = base_class(module)
+    prefix = f"{path}." if path else ""
+
+    def child(name: str, value: nn.Module) -> nn.Module:
+        return _stand_in(value, prefix + name, tracer, inlined)
+
+    def record(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if path in inlined:
+            return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return tracer.create_proxy("call_module", path, args, kwargs)
+
+    def refuse(self: nn.Module, name: str, value: Any) -> None:
+        raise TraceError(f"{cls.__name__}.forward sets self.{name}, a side effect that a graph would lose")
+
+    namespace: dict[str, Any] = {"__setattr__": refuse, "__module__": cls.__module__}
+    if not root:
+        namespace["__call__"] = record
+    stand_in = object.__new__(type(cls.__name__, (cls,), namespace))
+    state = dict(module.__dict__)
+    state["_parameters"] = _Tensors(module._parameters, prefix, tracer)
+    state["_buffers"] = _Tensors(module._buffers, prefix, tracer)
+    state["_modules"] = _Children(module._modules, child)
+    state["training"] = False
+    stand_in.__dict__.update(state)
+    return stand_in
+
+
+def _opcodes(cls: type) -> frozenset[str]:
+    import dis
+
+    function = inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
+    code = getattr(function, "__code__", None)
+    return frozenset() if code is None else frozenset(i.opname for i in dis.get_instructions(code))
+
+
+def _where(error: BaseException) -> str:
+    frames = []
+    step = error.__traceback__
+    while step is not None:
+        filename = step.tb_frame.f_code.co_filename
+        if "/torch/fx/" not in filename and not filename.endswith("surgery/tracing.py"):
+            frames.append(f"{filename.rsplit('/', 1)[-1]}:{step.tb_lineno}")
+        step = step.tb_next
+    return frames[-1] if frames else "at its entry"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def patterns_of_call(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[str, list[Pattern]], Any]:
+    """Run `run()` once and note with which call patterns each module of `model` was called.
+
+    Returns:
+        Module name -> distinct patterns in order of appearance; and what `run` returned.
+    """
+    seen: dict[str, list[Pattern]] = {}
+    signatures: dict[type, Signature | None] = {}
+    handles = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            cls = type(module)
+            if cls not in signatures:
+                signatures[cls] = _signature_or_none(cls)
+            signature = signatures[cls]
+            if signature is not None:
+                pattern = signature.pattern(args, kwargs)
+                with_numbers = signature.pattern(args, kwargs, numbers=True)
+                known = seen.setdefault(name, [])
+                known += [p for p in dict.fromkeys((pattern, with_numbers)) if p not in known]
+
+        return hook
+
+    for name, module in _named_modules(model):
+        handles.append(module.register_forward_pre_hook(note(name), with_kwargs=True))
+    try:
+        result = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, result
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return iter(model.named_modules())
+
+
+def _signature_or_none(cls: type) -> Signature | None:
+    try:
+        return signature_of(cls)
+    except (TypeError, ValueError):  # a forward written in C has no signature: the module stays a leaf
+        return None
