@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
-from surgery.context import execution, force
+from surgery.calibration import budget_range, calibrate, set_budget
+from surgery.context import execution, force, tape
+from surgery.conversion import UnmeasuredQuality, convert
 from surgery.finding import find_sites
+from surgery.fitting import fit_skip_paths
+from surgery.regression import regress_routers
 from surgery.rewriting import insert_gates, remove, show
 from surgery.sites import Plan, Rejection, Site, SitePlan, Sites
+from surgery.training import History, Options, train_routers
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "History",
+    "Options",
+    "Plan",
+    "Rejection",
+    "Site",
+    "SitePlan",
+    "Sites",
+    "UnmeasuredQuality",
+    "budget_range",
+    "calibrate",
+    "convert",
+    "execution",
+    "find_sites",
+    "fit_skip_paths",
+    "force",
+    "insert_gates",
+    "regress_routers",
+    "remove",
+    "set_budget",
+    "show",
+    "tape",
+    "train_routers",
+]

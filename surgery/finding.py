@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from surgery import probing
 from surgery.calling import Batch, as_batch, call, tensors
 from surgery.context import handled
+from surgery.copying import share
+from surgery.counting import flop_counter
 from surgery.errors import DataError, TraceError, UnsupportedModel
 from surgery.probing import Claim, Probe
 from surgery.regions import Findings, Region, find_regions
@@ -73,9 +74,10 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
     batch = _pair(as_batch(example))
     with _eval_mode(model), torch.no_grad():
         try:
-            with FlopCounterMode(display=False) as counter:
-                patterns, output = patterns_of_call(model, lambda: call(model, batch))
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            with flop_counter() as counter:
+                twin = share(model)  # frozen: the FLOP counter fails on leaf tensors that require gradients
+                patterns, output = patterns_of_call(twin, lambda: call(twin, batch))
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
             raise DataError(
                 f"{type(model).__name__} refuses the example ({_shapes(batch)}): {type(error).__name__}: {error}; "
                 "`example` is what the model is called with: a tensor, a tuple, or a dict of keyword arguments"
@@ -349,7 +351,8 @@ def _relevant(rejections: list[Rejection], covered: set[str]) -> list[Rejection]
         where, untraced = rejection.where, "cannot be traced" in rejection.reason
         inside = any(where == m or where.startswith(f"{m}.") for m in covered)
         doubled = untraced and any(where == n or where.startswith(f"{n}.") for n in named)
-        around = untraced and (where == "model" or any(m.startswith(f"{where}.") for m in (*covered, *named)))
+        below = "" if where == "model" else f"{where}."
+        around = untraced and any(m.startswith(below) for m in (*covered, *named))
         if not (inside or doubled or around):
             kept.append(rejection)
     return kept

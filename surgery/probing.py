@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from surgery.counting import flop_counter
 from surgery.gates import Branch, Gate, take_samples, take_tokens
 from surgery.sites import Kind, Layout, RegionInput
 from surgery.tracing import CACHE_NAMES
@@ -65,7 +65,7 @@ class Probe:
         if self.earlier is None:
             output = branch(*inputs)
         else:
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 output = branch(*inputs)
             claim.flops = counter.get_total_flops()
             claim.operations = frozenset(str(op) for op in counter.get_flop_counts().get("Global", {}))
@@ -162,7 +162,7 @@ def _separable_by_token(
     lead = residual.dim() - 1
     rows = value.flatten(0, lead - 1)
     generator = torch.Generator().manual_seed(0)
-    for count in {max(1, len(rows) // 2), 1}:
+    for count in {max(2, len(rows) // 2), 1}:  # two at least: tokens that mix are not seen in one
         index = torch.randperm(len(rows), generator=generator)[:count].sort().values.to(value.device)
         part = _first(branch, branch(*[take_tokens(v, a, index, lead) for v, a in zip(inputs, axes, strict=True)]))
         if part.numel() != rows[index].numel() or not _close(part.reshape(rows[index].shape), rows[index], value):
@@ -195,7 +195,7 @@ def _shape(value: Any) -> Any:
     return None
 
 
-def _batch_axis(small: Any, large: Any, n: int, m: int) -> int | None | str:
+def _batch_axis(small: Any, large: Any, n: int, m: int) -> int | str | None:
     if isinstance(small, list) and isinstance(large, list):
         axes = {_batch_axis(a, b, n, m) for a, b in zip(small, large, strict=False)}
         return axes.pop() if len(axes) == 1 else None if not axes else "its parts carry the batch on different axes"

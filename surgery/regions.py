@@ -24,7 +24,7 @@ _SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "__len__"})
 _PRODUCTS = frozenset(
     {"linear", "matmul", "bmm", "mm", "einsum", "baddbmm", "addmm", "scaled_dot_product_attention", "conv1d", "conv2d", "conv3d"}
 )
-_SHORTCUT_COST = 0.5  # a shortcut with more than this share of the branch's parameters is a second branch, not a shortcut
+_SHORTCUT_DEPTH = 0.5  # a shortcut with more than this share of the branch's weight matrices is a second branch
 
 
 @dataclass(slots=True)
@@ -174,23 +174,23 @@ def _residual(terms: list[fx.Node], ancestors: dict[fx.Node, set[fx.Node]], modu
     common = {n for n in (ancestors[first] | {first}) & (ancestors[second] | {second}) if not _is_copyable(n)}
     if not any(node.op != "get_attr" for node in common):
         return "open: the terms share no ancestor"
-    weights = [_parameters(ancestors[t] | {t}, common, module) for t in terms]
+    weights = [_matrices(ancestors[t] | {t}, common, module) for t in terms]
     light, heavy = (0, 1) if weights[0] <= weights[1] else (1, 0)
-    if weights[heavy] == 0 or weights[light] > _SHORTCUT_COST * weights[heavy]:
+    if weights[heavy] == 0 or weights[light] > _SHORTCUT_DEPTH * weights[heavy]:
         return "two branches of similar size meet here and neither is a shortcut"
     return terms[light]
 
 
-def _parameters(nodes: Iterable[fx.Node], without: Collection[fx.Node], module: nn.Module) -> int:
+def _matrices(nodes: Iterable[fx.Node], without: Collection[fx.Node], module: nn.Module) -> int:
     total = 0
     for node in nodes:
         if node in without:
             continue
         if node.op == "call_module":
-            total += sum(p.numel() for p in module.get_submodule(str(node.target)).parameters())
+            total += sum(p.dim() > 1 for p in module.get_submodule(str(node.target)).parameters())
         elif node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
-            total += getattr(module.get_submodule(owner), name).numel()
+            total += getattr(module.get_submodule(owner), name).dim() > 1
     return total
 
 

@@ -1,0 +1,249 @@
+"""`convert`: the whole pipeline, readable from top to bottom.
+
+    find_sites -> plan -> insert_gates -> fit_skip_paths -> regress_routers -> calibrate -> train_routers -> calibrate
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from surgery.calibration import calibrate, check_budget, set_budget
+from surgery.calling import Batch, as_batch
+from surgery.context import execution, state_of
+from surgery.costs import Usage, observe
+from surgery.errors import DataError
+from surgery.finding import find_sites
+from surgery.fitting import fit_skip_paths
+from surgery.objectives import divergence
+from surgery.progress import Progress, silent
+from surgery.regression import regress_routers
+from surgery.rewriting import check_convertible, insert_gates
+from surgery.sites import KINDS, Granularity, Sites, SkipKind
+from surgery.splitting import check_reiterable, split
+from surgery.training import CHECKPOINT, Options, train_routers, trainable
+
+logger = logging.getLogger(__name__)
+
+_MADE_INPUTS = 256
+_MADE_BATCH = 16
+
+
+class UnmeasuredQuality(UserWarning):
+    """The model was converted without data, so nobody knows how much accuracy it keeps."""
+
+
+def convert(
+    model: nn.Module,
+    budget: float,
+    *,
+    data: Iterable[Any] | None = None,
+    validation: Iterable[Any] | None = None,
+    example: Any = None,
+    sites: Sites | Sequence[str] | None = None,
+    granularity: Granularity | Literal["auto"] = "auto",
+    tune: Literal["auto", "oneshot", "train"] = "auto",
+    skip: SkipKind | Literal["auto"] = "auto",
+    cost: Literal["flops", "latency"] = "flops",
+    options: Options | None = None,
+    samples: int = 2048,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Turn a pretrained network into one that decides, input by input, what it skips.
+
+    Args:
+        model: Any pretrained module; it is not changed, stays dense, and shares its weights with the result.
+        budget: Target mean cost as a fraction of the dense model's, in (0, 1].
+        data: Re-iterable batches (a tensor, `(inputs, labels)`, or a dict of keyword arguments). Labels are not needed.
+            Without data, inputs are made up for timm and transformers models, and a warning says that quality is unmeasured.
+        validation: Batches to calibrate on; every fifth batch of `data` by default.
+        example: What the model is called with; the first batch of `data` by default.
+        sites: What may be skipped: `Sites`, or kinds and name patterns such as `["mlp", "layer3.*"]`; all by default.
+        granularity: `token`, `sample`, or `auto` for the finest that each site allows.
+        tune: `oneshot` fits in closed form and from harm labels, in seconds to minutes; `train` adds distillation; `auto`
+            trains when there is data.
+        skip: Kind of skip path, or `auto`.
+        cost: What the budget counts: `flops`, or `latency` on this device.
+        options: How to train.
+        samples: Number of samples to fit routers on.
+        seed: Seed of everything random.
+        output_dir: Where training keeps its checkpoint, for `resume`.
+        resume: Continue an interrupted training in `output_dir`.
+        progress: Called as `progress(stage, done, total)`.
+
+    Returns:
+        A module of the same class, called in the same way, whose mean cost on held-out data is within 0.01 of the budget.
+
+    Raises:
+        BudgetError: If the budget is outside (0, 1] or cannot be reached.
+        NoSites: If nothing can be skipped.
+        DataError: If the data yields nothing, can be read only once, or is refused by the model.
+        AlreadyConverted: If the model carries gates.
+    """
+    check_budget(budget)
+    check_convertible(model)
+    report = progress or silent
+    made = data is None
+    if data is None:
+        data = made_inputs(model, example, seed)
+    check_reiterable(data)
+    fit, held = split(data, validation)
+
+    report("finding sites", 0, None)
+    found = sites if isinstance(sites, Sites) else find_sites(model, first(fit) if example is None else example)
+    if not isinstance(sites, Sites) and sites:
+        found = select(found, sites)
+    gated = insert_gates(model, found.plan(granularity=granularity, skip=skip))
+
+    fit_skip_paths(gated, fit, seed=seed, progress=report)
+    regress_routers(gated, fit, samples=samples, seed=seed, progress=report)
+    calibrate(gated, held, budget, cost=cost, progress=report)
+
+    if tune == "train" or (tune == "auto" and not made and budget < 1):
+        before = Checkpoint.of(gated, held)
+        train_routers(
+            gated, fit, budget=budget, options=options, seed=seed, output_dir=output_dir, resume=resume, progress=report
+        )
+        calibrate(gated, held, budget, cost=cost, progress=report)
+        if Checkpoint.of(gated, held).divergence > before.divergence:
+            before.restore(gated, budget)
+            note(gated, "training did not improve on the one-shot conversion on held-out data; the one-shot result is kept")
+    if budget < 1:
+        prefer_static_where_it_wins(gated, held)
+    if made:
+        note(gated, "converted without data: the quality is unmeasured")
+        warnings.warn(
+            "converted without data: the budget holds on made-up inputs and the quality is unmeasured; "
+            "pass data=..., or check with surgery.measure(gated, data)",
+            UnmeasuredQuality,
+            stacklevel=2,
+        )
+    return gated
+
+
+def made_inputs(model: nn.Module, example: Any, seed: int) -> Iterable[Batch]:
+    """Inputs for a conversion without data.
+
+    Raises:
+        DataError: If the model is neither timm's nor transformers' (a network of the user's own).
+    """
+    from surgery.adapters import adapter_for
+
+    if example is not None:
+        return vary(as_batch(example), seed)
+    return adapter_for(model).inputs(model, _MADE_INPUTS, _MADE_BATCH, seed)  # type: ignore[no-any-return]
+
+
+def vary(batch: Batch, seed: int) -> list[Batch]:
+    """Batches like an example: its rows mixed and perturbed (floating-point inputs) or shuffled in time (token ids)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(value: Any, index: Tensor) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != batch.size:
+            return value
+        rows = value[index]
+        if rows.is_floating_point():
+            other = value[index.flip(0)]
+            weight = torch.rand(len(index), generator=generator).view(-1, *(1,) * (rows.dim() - 1)).to(rows)
+            mixed = weight * rows + (1 - weight) * other
+            return mixed + 0.3 * rows.std() * torch.randn(rows.shape, generator=generator).to(rows)
+        return rows
+
+    made = []
+    for _ in range(max(5, _MADE_INPUTS // _MADE_BATCH)):
+        index = torch.randint(batch.size, (_MADE_BATCH,), generator=generator)
+        made.append(Batch(tuple(one(v, index) for v in batch.args), {k: one(v, index) for k, v in batch.kwargs.items()}))
+    return made
+
+
+def select(sites: Sites, wanted: Sequence[str]) -> Sites:
+    """Keep the sites whose kind or name pattern is in `wanted`.
+
+    Raises:
+        NoSites: If nothing is left.
+    """
+    if isinstance(wanted, str):
+        wanted = [wanted]
+    kinds = [w for w in wanted if w in KINDS]
+    patterns = [w for w in wanted if w not in KINDS]
+    if kinds and patterns:
+        return sites.filter(*patterns, kind=kinds)  # type: ignore[arg-type]
+    return sites.filter(*patterns, kind=kinds or None)  # type: ignore[arg-type]
+
+
+def first(data: Iterable[Any]) -> Batch:
+    """The first batch, at most eight rows of it."""
+    for value in data:
+        batch = as_batch(value)
+        return Batch(batch.args, batch.kwargs).rows(torch.arange(min(8, batch.size)))
+    raise DataError("the data yields no batch")
+
+
+def note(gated: nn.Module, text: str) -> None:
+    """Say something about the conversion that every report repeats."""
+    state_of(gated).notes.append(text)
+    logger.info(text)
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """Routers, skip paths and table of a gated model, and how far it is from dense on held-out data."""
+
+    tensors: dict[str, Tensor]
+    table: list[Any]
+    divergence: float
+
+    @classmethod
+    def of(cls, gated: nn.Module, data: Iterable[Any]) -> Checkpoint:
+        """Take one."""
+        tensors = {name: p.detach().clone() for name, p in trainable(gated).items()}
+        return cls(tensors, list(state_of(gated).table), float(distances(gated, data, observe(gated, data)).mean()))
+
+    def restore(self, gated: nn.Module, budget: float) -> None:
+        """Go back to it."""
+        with torch.no_grad():
+            for name, parameter in trainable(gated).items():
+                parameter.copy_(self.tensors[name])
+        state_of(gated).table = self.table
+        set_budget(gated, budget)
+
+
+def distances(gated: nn.Module, data: Iterable[Any], usage: Usage) -> Tensor:
+    """Divergence from the dense model per sample, `(N,)`, of outputs that were collected earlier."""
+    with execution(gated, "dense"):
+        dense = observe(gated, data)
+    parts = [
+        divergence(a, b, as_batch(batch).to("cpu"))
+        for a, b, batch in zip(usage.outputs, dense.outputs, data, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def prefer_static_where_it_wins(gated: nn.Module, held: Iterable[Any]) -> None:
+    """Let the static policy run where it is closer to dense, beyond chance, than routing at the same cost."""
+    state = state_of(gated)
+    routed = distances(gated, held, observe(gated, held))
+    with execution(gated, "static"):
+        static = distances(gated, held, observe(gated, held))
+    difference = routed - static
+    error = float(difference.std()) / math.sqrt(max(1, len(difference)))
+    if float(difference.mean()) > 1.96 * error > 0:
+        state.policy = "static"
+        note(
+            gated,
+            "input-dependent routing was farther from the dense model than the static policy of the same cost on held-out "
+            f"data (mean divergence {float(routed.mean()):.4g} against {float(static.mean()):.4g}), so the static policy runs",
+        )
+
+

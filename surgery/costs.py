@@ -1,0 +1,107 @@
+"""What decisions cost: FLOPs (or seconds) of the sites that they keep, of skip paths where they skip, and of routers.
+
+Axis letters: `N` samples, `S` sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.calling import Batch, batches, call, device_of, dtype_of, read_output
+from surgery.context import Event, state_of, tape
+from surgery.progress import Progress, silent
+from surgery.state import CostModel
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a gated model did on some data.
+
+    Args:
+        names: Site names.
+        rates: Active share per sample and site, `(N, S)`.
+        weights: How much each sample counts (its real tokens where gates decide per token, else 1), `(N,)`.
+        outputs: The model's logits or embeddings, one tensor per batch, on the CPU in fp32.
+        labels: Labels, one tensor per batch, or None.
+    """
+
+    names: tuple[str, ...]
+    rates: Tensor
+    weights: Tensor
+    outputs: list[Tensor]
+    labels: list[Tensor | None]
+
+    @property
+    def active_rate(self) -> dict[str, float]:
+        """Share of inputs (or tokens) for which each gate ran its branch."""
+        weights = (self.weights / self.weights.sum())[:, None]
+        return dict(zip(self.names, (self.rates * weights).sum(0).tolist(), strict=True))
+
+    @property
+    def submodules(self) -> float:
+        """Unweighted mean active rate over sites."""
+        rates = self.active_rate
+        return sum(rates.values()) / len(rates)
+
+    def costs(self, model: CostModel) -> Tensor:
+        """Cost of each sample as a fraction of dense, `(N,)`."""
+        branch = torch.tensor([model.sites[n].branch - model.sites[n].skip for n in self.names], dtype=torch.float64)
+        constant = model.fixed + sum(model.sites[n].router + model.sites[n].skip for n in self.names)
+        return (constant + self.rates.double() @ branch) / model.dense
+
+
+def observe(
+    gated: nn.Module, data: Iterable[Any], *, progress: Progress = silent, stage: str = "running", outputs: bool = True
+) -> Usage:
+    """Run `gated` over `data` as it is set now and collect decisions and outputs.
+
+    Sites that run no router (execution `dense`) count as open.
+
+    Raises:
+        DataError: If the data yields nothing.
+    """
+    names = state_of(gated).names
+    rates, weights, kept, labels = [], [], [], []
+    total = _length(data)
+    with torch.no_grad():
+        for index, batch in enumerate(batches(data)):
+            batch = place(batch, gated)
+            with tape(gated) as events:
+                output = read_output(call(gated, batch))
+            rates.append(rates_of(events, names, batch.size))
+            weights.append(weights_of(events, batch.size))
+            if outputs:
+                kept.append(output.float().cpu())
+                labels.append(None if batch.labels is None else batch.labels.cpu())
+            progress(stage, index + 1, total)
+    return Usage(names, torch.cat(rates), torch.cat(weights), kept, labels)
+
+
+def rates_of(events: Sequence[Event], names: Sequence[str], size: int) -> Tensor:
+    """Active share per sample and site, `(N, S)`; 1 where a gate made no decision."""
+    result = torch.ones(size, len(names))
+    for event in events:
+        result[:, names.index(event.site)] = event.rates().cpu()
+    return result
+
+
+def weights_of(events: Sequence[Event], size: int) -> Tensor:
+    """Real tokens per sample where gates decide per token on padded input, else 1; `(N,)`."""
+    for event in events:
+        if event.weights is not None:
+            return event.weights.float().sum(1).cpu()
+    return torch.ones(size)
+
+
+def place(batch: Batch, model: nn.Module) -> Batch:
+    """The batch on the model's device and in its dtype."""
+    return batch.to(device_of(model), dtype_of(model))
+
+
+def _length(data: Any) -> int | None:
+    return len(data) if hasattr(data, "__len__") else None

@@ -1,0 +1,69 @@
+"""Writing a directory so that it is there in full or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from surgery.errors import CheckpointError, OutputExists
+
+
+@contextmanager
+def written_directory(target: str | Path, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a new directory beside `target` that takes its name when the block ends well and vanishes when it does not.
+
+    Args:
+        target: Where the directory shall be; its parents are made.
+        marker: Name of a file by which an older directory of the same kind is recognised: nothing else is replaced.
+        overwrite: Whether such a directory, or an empty one, may be replaced.
+
+    Raises:
+        OutputExists: If `target` is there and must not be replaced.
+        CheckpointError: If the file system refuses.
+    """
+    place = Path(os.path.realpath(Path(target).expanduser()))  # a link stays, what it points to is replaced
+    _check_free(place, target, marker, overwrite)
+    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.new")
+    try:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            _check_free(place, target, marker, overwrite)
+            _move(temporary, place)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"cannot write {target}: {error}; nothing was written") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(place: Path, target: str | Path, marker: str, overwrite: bool) -> None:
+    if not place.exists():
+        return
+    if not overwrite:
+        raise OutputExists(f"{target} exists; give another directory, or overwrite=True to replace it")
+    if not place.is_dir() or (any(place.iterdir()) and not (place / marker).is_file()):
+        raise OutputExists(
+            f"{target} holds no {marker}, so it is something else and is not replaced; give another directory"
+        )
+
+
+def _move(new: Path, place: Path) -> None:
+    """Give `new` its name; what stood there goes only once `new` is in place."""
+    if not place.exists():
+        new.rename(place)
+        return
+    old = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.old")
+    place.rename(old)
+    try:
+        new.rename(place)
+    except OSError:
+        old.rename(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

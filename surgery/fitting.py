@@ -1,0 +1,243 @@
+"""`fit_skip_paths`: skip paths in closed form, before (and again after) routing.
+
+One *twin pass* fits all sites in order: the first half of the batch runs dense, the second half runs gated. At each site
+the map is solved from the gated half's residual stream to what the dense half has after the add, and then used at once, so
+that every later map also repairs the error that reaches it.
+
+Axis letters: `N` samples, `T` tokens, `C` channels, `M` rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surgery import least_squares
+from surgery.calling import Batch, batches, call
+from surgery.context import handled, scope, state_of
+from surgery.costs import place
+from surgery.errors import DataError
+from surgery.gates import Branch, Gate
+from surgery.progress import Progress, silent
+from surgery.sites import Layout
+from surgery.skip_paths import AffineSkip, LinearSkip, LowRankSkip, SkipPath
+
+_ELEMENTS = 2**26  # largest residual stream of the twin pass; bounds memory
+_ROWS = 2**16  # rows per least-squares problem; more change the maps by less than their noise
+
+
+def fit_skip_paths(
+    gated: nn.Module,
+    data: Iterable[Any],
+    *,
+    decisions: Literal["random", "routed"] = "random",
+    samples: int = 512,
+    ridge: float = least_squares.RIDGE,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Fit every skip path in closed form; nothing else changes.
+
+    Args:
+        gated: A gated model.
+        data: Batches; the first `samples` samples are used (fewer where memory asks for it).
+        decisions: What the gated half of the twin pass skips: `random` draws a rate in [0.2, 1] per sample, `routed` asks
+            the routers at the current threshold and fits on what they skip.
+        samples: Number of samples.
+        ridge: Ridge relative to the mean variance of the residual stream.
+        seed: Seed of the random decisions.
+        progress: Called with the number of sites done.
+
+    Returns:
+        Per site, the error that is left in the stream as a share of the error of skipping without a skip path, measured
+        on held-out rows (1 where the fitted map was worse and has been reset to contribute nothing).
+
+    Raises:
+        DataError: If the data yields nothing.
+    """
+    state = state_of(gated)
+    widest = max(p.site.channels * p.site.positions for p in state.plan.sites)
+    batch = gather(data, max(8, min(samples, _ELEMENTS // (2 * widest))))
+    batch = place(batch, gated)
+    count = batch.size
+    twin = batch.rows(torch.arange(2 * count, device=_device(batch)) % count)
+    handler = _TwinPass(count, decisions, ridge, seed, len(state.names), progress or silent)
+    with torch.no_grad(), handled(gated, handler):
+        call(gated, twin)
+    return handler.left
+
+
+@dataclass(slots=True)
+class _TwinPass:
+    """Gate handler: dense rows first, gated rows second."""
+
+    count: int
+    decisions: str
+    ridge: float
+    seed: int
+    total: int
+    progress: Progress
+    left: dict[str, float] = field(default_factory=dict)
+    levels: Tensor | None = None
+
+    def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
+        n = self.count
+        output = branch(*inputs)
+        value, *escaped = output if branch.escapes else (output,)
+        base = torch.zeros_like(value) if left is None else left
+        target = base[:n] + value[:n]  # the dense stream after the add
+        active = self._decide(gate, residual)
+        wanted = target - base[n:]
+        if not gate.skip_path.is_identity:
+            chosen = ~active if self.decisions == "routed" else torch.ones_like(active)
+            self.left[gate.site.name] = fit_one(
+                gate.skip_path, residual[n:], wanted, base[n:], self._rows(gate, residual, chosen), self.ridge
+            )
+        term = torch.where(gate.expand(active, wanted), value[n:], gate.skip_path(residual[n:]))
+        result = torch.cat((target, base[n:] + term))
+        self.progress("fitting skip paths", len(self.left), self.total)
+        return (result, *escaped) if branch.escapes else result
+
+    def _decide(self, gate: Gate, residual: Tensor) -> Tensor:
+        n = self.count
+        if self.decisions == "routed":
+            return gate.decide(residual)[0][n:]
+        generator = torch.Generator().manual_seed(self.seed + len(self.left) * 7919)
+        if self.levels is None:
+            self.levels = 0.2 + 0.8 * torch.rand(n, generator=torch.Generator().manual_seed(self.seed))
+        shape = residual[n:].shape[:-1] if gate.per_token else torch.Size([n])
+        levels = self.levels.view(n, *(1,) * (len(shape) - 1))
+        return (torch.rand(shape, generator=generator) < levels).to(residual.device)
+
+    def _rows(self, gate: Gate, residual: Tensor, chosen: Tensor) -> Tensor:
+        """Bool mask of the positions `(N, *positions)` to fit on: chosen ones that are not padding."""
+        shape = _positions_shape(residual[self.count :], gate.site.layout)
+        rows = chosen if chosen.shape == shape else chosen.view(-1, *(1,) * (len(shape) - 1)).expand(shape)
+        running = scope()
+        if running is not None and running.mask is not None and running.mask.shape[1:] == shape[1:]:
+            rows = rows & running.mask[self.count :]
+        return rows
+
+
+def fit_one(path: SkipPath, residual: Tensor, wanted: Tensor, base: Tensor, rows: Tensor, ridge: float) -> float:
+    """Fit one skip path on every fifth-excluded row and judge it on the fifth ones.
+
+    The judgement compares streams after LayerNorm where the last axis holds channels, since a next layer reads them so
+    (plain squared error in a post-norm network prefers maps that are worse after the norm).
+
+    Returns:
+        Error left, as a share of the error without a skip path; 1 if the path was reset.
+    """
+    layout = path.layout
+    x, y, b = (_to_rows(t, layout)[rows.flatten()] for t in (residual, wanted, base))
+    if len(x) < 32:
+        return 1.0
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:_ROWS].to(x.device)
+    held, used = order[: len(order) // 5], order[len(order) // 5 :]
+    before = {name: p.clone() for name, p in path.named_parameters()}
+    _solve(path, x[used], y[used], ridge)
+    plain = _Rows(path)
+    after = _judge(b[held] + plain(x[held]), b[held] + y[held], layout)
+    without = _judge(b[held], b[held] + y[held], layout)
+    if not math.isfinite(after) or after >= without:
+        for name, parameter in path.named_parameters():
+            parameter.copy_(torch.zeros_like(before[name]))
+        return 1.0
+    return after / max(without, 1e-30)
+
+
+def gather(data: Iterable[Any], samples: int) -> Batch:
+    """The first `samples` samples of `data` as one batch; token sequences are padded with zeros at the end.
+
+    Raises:
+        DataError: If the data yields nothing.
+    """
+    found: list[Batch] = []
+    count = 0
+    for batch in batches(data):
+        if found and not _compatible(found[0], batch):
+            break  # without an attention mask, sequences of another length cannot be padded
+        found.append(batch)
+        count += batch.size
+        if count >= samples:
+            break
+    if not found:
+        raise DataError("the data yields no batch")
+    joined = Batch(
+        tuple(_join([b.args[i] for b in found]) for i in range(len(found[0].args))),
+        {k: _join([b.kwargs[k] for b in found]) for k in found[0].kwargs},
+        None,
+    )
+    return joined.rows(torch.arange(min(samples, joined.size), device=_device(joined)))
+
+
+def _solve(path: SkipPath, x: Tensor, y: Tensor, ridge: float) -> None:
+    if isinstance(path, AffineSkip):
+        scale, shift = least_squares.affine(x, y, ridge)
+        path.scale.copy_(scale)
+        path.shift.copy_(shift)
+    elif isinstance(path, LinearSkip):
+        weight, bias = least_squares.linear(x, y, ridge)
+        path.weight.copy_(weight)
+        path.bias.copy_(bias)
+    elif isinstance(path, LowRankSkip):
+        down, up, bias = least_squares.low_rank(x, y, path.rank, ridge)
+        path.down.copy_(down)
+        path.up.copy_(up)
+        path.bias.copy_(bias)
+
+
+class _Rows:
+    """A skip path applied to rows `(M, C)`."""
+
+    def __init__(self, path: SkipPath) -> None:
+        self.path = path
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if self.path.layout == "NCHW":
+            return self.path(rows[:, :, None, None])[:, :, 0, 0]
+        return self.path(rows)
+
+
+def _judge(stream: Tensor, target: Tensor, layout: Layout) -> float:
+    if layout != "NCHW":
+        stream, target = (F.layer_norm(t.float(), t.shape[-1:]) for t in (stream, target))
+    return float((stream.double() - target.double()).square().mean())
+
+
+def _to_rows(value: Tensor, layout: Layout) -> Tensor:
+    """Residual stream -> `(M, C)`."""
+    if layout == "NCHW":
+        return value.movedim(1, -1).flatten(0, -2)
+    return value.flatten(0, -2)
+
+
+def _positions_shape(residual: Tensor, layout: Layout) -> torch.Size:
+    if layout == "NCHW":
+        return torch.Size([residual.shape[0], *residual.shape[2:]])
+    return residual.shape[:-1]
+
+
+def _compatible(first: Batch, other: Batch) -> bool:
+    pairs = [*zip(first.args, other.args, strict=False), *((first.kwargs[k], other.kwargs.get(k)) for k in first.kwargs)]
+    same = all(not isinstance(a, Tensor) or isinstance(b, Tensor) and a.shape[1:] == b.shape[1:] for a, b in pairs)
+    return same or "attention_mask" in first.kwargs and all(
+        not isinstance(a, Tensor) or isinstance(b, Tensor) and a.dim() == b.dim() == 2 for a, b in pairs
+    )
+
+
+def _join(values: list[Any]) -> Any:
+    if not isinstance(values[0], Tensor):
+        return values[0]
+    length = max(v.shape[1] if v.dim() > 1 else 0 for v in values)
+    return torch.cat([F.pad(v, (0, length - v.shape[1])) if v.dim() == 2 else v for v in values])
+
+
+def _device(batch: Batch) -> torch.device:
+    return next(v.device for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor))

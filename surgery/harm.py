@@ -1,0 +1,97 @@
+"""First-order harm labels: how much the output would change if one branch were skipped for one sample or token.
+
+`|<gradient of the output margin with respect to the branch's output, branch output minus skip path>|`, for all sites and all
+samples or tokens from one backward pass (the first-order term of the Taylor expansion that Molchanov et al. 2017 use for
+pruning whole filters, here per input).
+
+Axis letters: `N` samples, `T` tokens, `C` channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.calling import Batch, call, read_output
+from surgery.context import handled
+from surgery.gates import Branch, Gate
+from surgery.objectives import margin
+from surgery.routers import SampleRouter
+
+
+@dataclass(slots=True)
+class HarmLabels:
+    """Labels of one site on one batch.
+
+    Args:
+        features: Router inputs before standardisation: pooled `(N, F)`, or normalised tokens `(N, *positions, C)`.
+        harm: `(N,)` or `(N, *positions)`.
+        weights: False at padding, like `harm`; None where everything counts.
+    """
+
+    features: Tensor
+    harm: Tensor
+    weights: Tensor | None
+
+
+def label_harm(gated: nn.Module, batch: Batch, generator: torch.Generator | None = None) -> dict[str, HarmLabels]:
+    """Label every site of a gated model on one batch, with all gates open.
+
+    Costs one forward and one backward pass; the backbone's parameters need no gradient.
+    """
+    collector = _Collector()
+    with torch.enable_grad(), handled(gated, collector):
+        output = read_output(call(gated, batch))
+        objective = margin(output, batch, generator or torch.Generator().manual_seed(0))
+    sites = collector.sites
+    gradients = torch.autograd.grad(objective, [s.probe for s in sites], allow_unused=True)
+    labels = {}
+    for site, gradient in zip(sites, gradients, strict=True):
+        labels[site.gate.site.name] = HarmLabels(site.features, _harm(site, gradient), site.weights)
+    return labels
+
+
+@dataclass(slots=True)
+class _Seen:
+    gate: Gate
+    probe: Tensor
+    difference: Tensor
+    features: Tensor
+    weights: Tensor | None
+
+
+@dataclass(slots=True)
+class _Collector:
+    """Gate handler: open gates, with a zero added to every branch output to take gradients at."""
+
+    sites: list[_Seen] = field(default_factory=list)
+
+    def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
+        output = branch(*inputs)
+        value, *escaped = output if branch.escapes else (output,)
+        probe = torch.zeros_like(value, requires_grad=True)
+        stream = residual.detach()
+        with torch.no_grad():
+            difference = value.detach() - gate.skip_path(stream)
+            padding = gate.padding(stream)
+            router = gate.router
+            features = router.pool(stream, padding) if isinstance(router, SampleRouter) else router.extract(stream)
+        self.sites.append(_Seen(gate, probe, difference, features, padding if gate.per_token else None))
+        value = value + probe
+        result = value if left is None else left + value
+        return (result, *escaped) if branch.escapes else result
+
+
+def _harm(site: _Seen, gradient: Tensor | None) -> Tensor:
+    if gradient is None:  # the branch does not reach the output
+        shape = site.difference.shape[:-1] if site.gate.per_token else site.difference.shape[:1]
+        return torch.zeros(shape, device=site.difference.device)
+    product = gradient.float() * site.difference.float()
+    channels = 1 if site.gate.site.layout == "NCHW" else -1
+    harm = product.sum(channels).abs()  # N *positions
+    # effects of different positions cancel to first order but not when a whole branch goes, so they are added up unsigned
+    return harm if site.gate.per_token or harm.dim() == 1 else harm.flatten(1).sum(1)

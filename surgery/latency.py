@@ -1,0 +1,161 @@
+"""Budgets in time: what every site costs on this device, and what the gated model really takes.
+
+Sites are timed inside the running model, so caches are as warm as they will be. The sum of the parts misses what gathering
+and scattering cost, so the table of budgets is then corrected with measured ratios.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.calling import Batch, batches, call, device_of
+from surgery.context import execution, handled, override, state_of
+from surgery.costs import place
+from surgery.errors import BudgetError, DataError
+from surgery.gates import Branch, Gate
+from surgery.progress import Progress, silent
+from surgery.state import BudgetPoint, CostModel, SiteCost
+from surgery.timing import compare
+
+_PASSES = 9
+_REPEATS = 15
+_BATCHES = 3
+_POINTS = 5
+_GOAL = 0.02
+
+
+def measure_costs(gated: nn.Module, batch: Batch | None, *, progress: Progress | None = None) -> CostModel:
+    """Seconds per call at this batch size: whole model, and branch, skip path and router of every site.
+
+    Raises:
+        DataError: If there is no batch.
+    """
+    if batch is None:
+        raise DataError("measuring latency needs a batch of data")
+    report = progress or silent
+    batch = place(batch, gated)
+    clock = _Clock(device_of(gated))
+    timer = _Timer(clock)
+    whole = []
+    with torch.no_grad():
+        for index in range(_PASSES + 2):
+            with execution(gated, "dense"):
+                seconds = clock(lambda: call(gated, batch))
+            with handled(gated, timer):
+                call(gated, batch)
+            if index < 2:  # warm-up
+                timer.seen.clear()
+            else:
+                whole.append(seconds)
+            report("timing sites", index + 1, _PASSES + 2)
+    sites = {
+        name: SiteCost(*(statistics.median(part) for part in zip(*timer.seen[name], strict=True)))
+        for name in state_of(gated).names
+    }
+    dense = max(statistics.median(whole), sum(site.branch for site in sites.values()))
+    return CostModel("seconds", dense, sites)
+
+
+def measure_ratio(gated: nn.Module, data: Iterable[Any], threshold: float | None = None) -> float:
+    """Time of the gated model over that of the dense model on a few batches, measured side by side."""
+    state = state_of(gated)
+    gated_time = dense_time = 0.0
+    for batch in itertools.islice(batches(data), _BATCHES):
+        batch = place(batch, gated)
+
+        def routed(batch: Batch = batch) -> None:
+            with override(state, thresholds=threshold), execution(gated, "skip"):
+                call(gated, batch)
+
+        def dense(batch: Batch = batch) -> None:
+            with execution(gated, "dense"):
+                call(gated, batch)
+
+        with torch.no_grad():
+            ratio = compare(routed, dense, repeats=_REPEATS, warmup=2, device=device_of(gated))
+        gated_time += ratio.median * ratio.b_ms
+        dense_time += ratio.b_ms
+    return gated_time / dense_time
+
+
+def correct_table(gated: nn.Module, data: Iterable[Any], budget: float, *, progress: Progress | None = None) -> None:
+    """Replace the predicted costs in the table of budgets by measured ratios, and close in on `budget`.
+
+    Raises:
+        BudgetError: If the measured range does not hold `budget`.
+    """
+    state, report = state_of(gated), progress or silent
+    finite = [p for p in state.table if abs(p.threshold) < float("inf")]
+    step = max(1, len(finite) // _POINTS)
+    measured: list[BudgetPoint] = []
+    for index, point in enumerate(finite[::step]):
+        measured.append(replace(point, cost=measure_ratio(gated, data, point.threshold)))
+        report("timing budgets", index + 1, None)
+    if budget < 1:
+        for _ in range(4):
+            measured.sort(key=lambda p: -p.threshold)
+            nearest = min(measured, key=lambda p: abs(p.cost - budget))
+            if abs(nearest.cost - budget) <= _GOAL:
+                break
+            pairs = [(a, b) for a, b in itertools.pairwise(measured) if min(a.cost, b.cost) <= budget <= max(a.cost, b.cost)]
+            if not pairs:
+                low, high = min(p.cost for p in measured), max(p.cost for p in measured)
+                raise BudgetError(
+                    f"budget {budget:g} of the dense model's time cannot be reached on this device: measured {low:.3f} to "
+                    f"{high:.3f} (or 1.0 for dense); routers and gathering take their share of small batches"
+                )
+            below, above = min(pairs, key=lambda pair: abs(pair[0].cost - pair[1].cost))
+            share = (budget - below.cost) / (above.cost - below.cost) if above.cost != below.cost else 0.5
+            threshold = below.threshold + share * (above.threshold - below.threshold)
+            rates = {n: below.active_rate[n] + share * (above.active_rate[n] - below.active_rate[n]) for n in state.names}
+            measured.append(BudgetPoint(threshold, measure_ratio(gated, data, threshold), rates, below.static))
+            report("timing budgets", len(measured), None)
+    measured.sort(key=lambda p: -p.threshold)
+    rising = list(itertools.accumulate((p.cost for p in measured), max))
+    state.table = [replace(point, cost=cost) for point, cost in zip(measured, rising, strict=True)]
+
+
+class _Clock:
+    """Seconds that a call takes, the device's queue emptied before and after."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        run()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+@dataclass(slots=True)
+class _Timer:
+    """Gate handler that times branch, skip path and router."""
+
+    clock: _Clock
+    seen: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
+
+    def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
+        result: list[Any] = []
+        times = (
+            self.clock(lambda: result.append(gate.open(branch, left, inputs))),
+            0.0 if gate.skip_path.is_identity else self.clock(lambda: gate.skip_path(residual)),
+            self.clock(lambda: bool(gate.decide(residual)[0].any())),
+        )
+        self.seen.setdefault(gate.site.name, []).append(times)
+        return result[0]

@@ -1,0 +1,70 @@
+"""What counts as being different from the dense model: distances between outputs, and the margin whose gradient labels harm.
+
+Axis letters: `N` samples, `T` tokens, `K` classes or vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from surgery.calling import Batch
+
+
+def divergence(output: Tensor, dense: Tensor, batch: Batch | None = None, temperature: float = 1.0) -> Tensor:
+    """Distance of each sample's output from the dense model's, `(N,)`.
+
+    Args:
+        output: `(N, K)` logits, `(N, T, K)` token logits, or an embedding of another shape.
+        dense: Same shape; constant.
+        batch: Where to find the attention mask for token logits.
+        temperature: Softmax temperature; the result is multiplied by its square.
+
+    Returns:
+        KL(dense || output) for logits (mean over real tokens), mean squared error over the dense variance otherwise.
+    """
+    output, dense = output.float(), dense.float()
+    if output.dim() in (2, 3) and output.shape[-1] > 1:
+        log_p = F.log_softmax(output / temperature, -1)
+        log_q = F.log_softmax(dense / temperature, -1)
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1) * temperature**2  # N or N T
+        if kl.dim() == 1:
+            return kl
+        weights = token_weights(kl, batch)
+        return (kl * weights).sum(1) / weights.sum(1).clamp_min(1)
+    scale = dense.square().mean().clamp_min(1e-12)
+    return (output - dense).square().flatten(1).mean(1) / scale
+
+
+def margin(output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    """A scalar whose gradient tells what changes the result: see `surgery.harm`.
+
+    Args:
+        output: `(N, K)` logits: sum of the margins between the two largest. `(N, T, K)` token logits: sum of the negative
+            log-likelihood of the next token, or of the most likely token where the inputs hold no ids. Else: a random
+            projection of the embedding.
+        batch: The inputs.
+        generator: For the random projection.
+    """
+    output = output.float()
+    if output.dim() == 2 and output.shape[1] > 1:
+        top = output.topk(2, dim=1).values  # N 2
+        return (top[:, 0] - top[:, 1]).sum()
+    if output.dim() == 3 and output.shape[-1] > 1:
+        log_p = F.log_softmax(output, -1)
+        ids = batch.kwargs.get("input_ids")
+        if isinstance(ids, Tensor) and ids.shape == output.shape[:2]:
+            loss = -log_p[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)  # N T-1
+            return (loss * token_weights(loss, batch, shift=1)).sum()
+        return -(log_p.max(-1).values).sum()
+    direction = torch.randn(output.shape, generator=generator).to(output)
+    return (output * direction).sum()
+
+
+def token_weights(values: Tensor, batch: Batch | None, shift: int = 0) -> Tensor:
+    """1 at real tokens, 0 at padding, in the shape of `values` `(N, T)`; all ones where no mask fits."""
+    mask = None if batch is None else batch.kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == values.shape[1] + shift:
+        return mask[:, shift:].to(values.dtype)
+    return torch.ones_like(values)

@@ -1,0 +1,163 @@
+"""`regress_routers`: routers learn to predict log harm, in seconds, without a gradient through the backbone's parameters.
+
+Axis letters: `N` samples, `T` tokens, `F` router features, `M` rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surgery.calling import batches
+from surgery.context import state_of
+from surgery.costs import place
+from surgery.gates import Gate, iter_gates
+from surgery.harm import label_harm
+from surgery.progress import Progress, silent
+from surgery.routers import SampleRouter
+
+_ROWS_PER_BATCH = 2048
+_ROWS = 60_000
+_STEPS = 500
+_TINY = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Predictability:
+    """How well one router predicts harm on rows that it was not fitted on.
+
+    Args:
+        correlation: Pearson correlation with log harm.
+        shrinkage: Factor in [0, 1] that the prediction's deviation from its mean was multiplied by; 0 makes the site's
+            decision the same for all inputs.
+        rows: Rows fitted on.
+    """
+
+    correlation: float
+    shrinkage: float
+    rows: int
+
+
+def regress_routers(
+    gated: nn.Module,
+    data: Iterable[Any],
+    *,
+    samples: int = 2048,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Predictability]:
+    """Fit every router to first-order harm labels (`surgery.harm`) and set every gate's offset to its log saving.
+
+    Args:
+        gated: A gated model; only its routers change.
+        data: Batches; labels are not used.
+        samples: Number of samples to label.
+        seed: Seed of initialisation and row sampling.
+        progress: Called with batches labelled and routers fitted.
+
+    Returns:
+        Per site, how predictable harm was on held-out rows.
+    """
+    report = progress or silent
+    features: dict[str, list[Tensor]] = {}
+    harms: dict[str, list[Tensor]] = {}
+    generator = torch.Generator().manual_seed(seed)
+    count = 0
+    for batch in batches(data):
+        batch = place(batch, gated)
+        for name, label in label_harm(gated, batch, generator).items():
+            rows, harm = _flatten(label.features, label.harm, label.weights)
+            if len(rows) > _ROWS_PER_BATCH:
+                chosen = torch.randperm(len(rows), generator=generator)[:_ROWS_PER_BATCH].to(rows.device)
+                rows, harm = rows[chosen], harm[chosen]
+            features.setdefault(name, []).append(rows)
+            harms.setdefault(name, []).append(harm)
+        count += batch.size
+        report("labelling harm", min(count, samples), samples)
+        if count >= samples:
+            break
+    result = {}
+    gates = list(iter_gates(gated))
+    for index, (name, gate) in enumerate(gates):
+        set_offset(gate)
+        rows, harm = torch.cat(features[name])[:_ROWS], torch.cat(harms[name])[:_ROWS]
+        if isinstance(gate.router, SampleRouter):
+            gate.router.standardise(rows)
+            rows = (rows - gate.router.mean) / gate.router.std
+        result[name] = _fit(gate, rows, harm, seed + index)
+        report("fitting routers", index + 1, len(gates))
+    return result
+
+
+def set_offset(gate: Gate) -> None:
+    """Make the gate's scores comparable across sites: subtract the log of the cost that one skipped decision saves."""
+    costs = gate.state.costs
+    site = costs.sites[gate.site.name]
+    saving = max(site.branch - site.skip, _TINY * costs.dense) / costs.dense
+    gate.offset = math.log(saving / (gate.site.positions if gate.per_token else 1))
+
+
+def _fit(gate: Gate, rows: Tensor, harm: Tensor, seed: int) -> Predictability:
+    router = gate.router
+    target = torch.log(harm + _floor(harm))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator).to(rows.device)
+    held, used = order[: max(1, len(order) // 5)], order[max(1, len(order) // 5) :]
+    centre, spread = target[used].mean(), target[used].std().clamp_min(1e-6)
+    x, y = rows[used], (target[used] - centre) / spread
+    _initialise(router, generator)
+    optimiser = torch.optim.AdamW(router.parameters(), lr=5e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=_STEPS)
+    with torch.enable_grad():
+        for _ in range(_STEPS):
+            chosen = torch.randint(len(x), (min(1024, len(x)),), generator=generator).to(x.device)
+            loss = F.mse_loss(router.score(x[chosen]), y[chosen])
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+    with torch.no_grad():
+        predicted, actual = router.score(rows[held]), (target[held] - centre) / spread
+        correlation, slope = _correlation(predicted, actual)
+        shrinkage = min(max(slope, 0.0), 1.0)
+        middle = predicted.mean()
+        # score = centre + spread * (middle + shrinkage * (prediction - middle))
+        router.up.weight.mul_(shrinkage * spread)
+        router.up.bias.sub_(middle).mul_(shrinkage * spread).add_(middle * spread + centre)
+    return Predictability(correlation, shrinkage, len(used))
+
+
+def _initialise(router: nn.Module, generator: torch.Generator) -> None:
+    for module in router.modules():
+        if isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            weight = (torch.rand(module.weight.shape, generator=generator) * 2 - 1) * bound
+            module.weight.data.copy_(weight)
+            module.bias.data.zero_()
+
+
+def _floor(harm: Tensor) -> Tensor:
+    """A small share of the typical harm, so that exact zeros have a finite logarithm."""
+    return 1e-3 * harm.mean() + _TINY
+
+
+def _correlation(predicted: Tensor, actual: Tensor) -> tuple[float, float]:
+    a, b = predicted - predicted.mean(), actual - actual.mean()
+    covariance, variance = (a * b).mean(), a.square().mean()
+    if variance < 1e-12:
+        return 0.0, 0.0
+    return float(covariance / (variance * b.square().mean()).sqrt().clamp_min(1e-12)), float(covariance / variance)
+
+
+def _flatten(features: Tensor, harm: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows, flat = features.flatten(0, harm.dim() - 1).float(), harm.flatten().float()
+    if weights is None:
+        return rows, flat
+    kept = weights.flatten()
+    return rows[kept], flat[kept]

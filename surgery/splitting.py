@@ -1,0 +1,86 @@
+"""Held-out data: every fifth batch, without copying or reading ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from surgery.calling import as_batch, batches
+from surgery.errors import DataError
+
+EVERY = 5
+
+
+class Part:
+    """Every fifth batch of `data` (`held`), or the others; re-iterable."""
+
+    def __init__(self, data: Iterable[Any], count: int | None, *, held: bool) -> None:
+        self.data, self.held = data, held
+        self._count = count
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, value in enumerate(self.data):
+            if (index % EVERY == EVERY - 1) == self.held:
+                yield value
+
+    def __len__(self) -> int:
+        if self._count is None:
+            raise TypeError("the length of streaming data is unknown")
+        kept = self._count // EVERY
+        return kept if self.held else self._count - kept
+
+
+def split(data: Iterable[Any], validation: Iterable[Any] | None) -> tuple[Iterable[Any], Iterable[Any]]:
+    """Data to fit on, and data to calibrate on.
+
+    Fewer than five batches are split by rows: every fifth row is held out.
+
+    Raises:
+        DataError: If `data` can be read only once or yields nothing.
+    """
+    check_reiterable(data)
+    if validation is not None:
+        check_reiterable(validation)
+        return data, validation
+    if hasattr(data, "__len__"):
+        count: int | None = len(data)
+    else:
+        count = None
+        for seen, _ in enumerate(data, start=1):
+            if seen >= EVERY:
+                break
+        else:
+            count = sum(1 for _ in data)
+    if count is not None and count < EVERY:
+        return _by_rows(data)
+    return Part(data, count, held=False), Part(data, count, held=True)
+
+
+def check_reiterable(data: Iterable[Any]) -> None:
+    """Raise `DataError` for an iterator, which is empty when it is read again."""
+    if isinstance(data, Iterator):
+        raise DataError(
+            f"the data is a {type(data).__name__}, which can be read only once; it is read several times: "
+            "pass a list, a DataLoader, or a dataset"
+        )
+    if isinstance(data, (torch.Tensor, dict, str)) or not isinstance(data, Iterable):
+        raise DataError(f"data must be batches to iterate over, got {type(data).__name__}; for one batch pass [batch]")
+
+
+def _by_rows(data: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    fit, held = [], []
+    for value in batches(data):
+        batch = as_batch(value)
+        index = torch.arange(batch.size)
+        last = index % EVERY == EVERY - 1
+        if batch.size < 2:
+            fit.append(batch)
+            held.append(batch)
+            continue
+        if not last.any():
+            last[-1] = True
+        fit.append(batch.rows(index[~last]))
+        held.append(batch.rows(index[last]))
+    return fit, held

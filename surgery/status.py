@@ -1,0 +1,167 @@
+"""`status`: what a gated model is set to do, site by site, from its calibration; nothing runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from surgery.context import state_of
+from surgery.gates import iter_gates
+from surgery.state import GatedState
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatus:
+    """One gate.
+
+    Args:
+        site: Name of the site.
+        kind: block, attention, mlp or heads.
+        granularity: sample, token or prefill.
+        skip_path: identity, affine, low-rank or linear.
+        threshold: Scores above it keep the branch; None where no router runs.
+        active_rate: Share of calibration inputs (or tokens) for which the branch ran; None before calibration.
+        cost_share: What branch, skip path and router cost at that rate, as a fraction of the dense model.
+    """
+
+    site: str
+    kind: str
+    granularity: str
+    skip_path: str
+    threshold: float | None
+    active_rate: float | None
+    cost_share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A gated model's settings; prints as a table.
+
+    Args:
+        model: Class of the model.
+        runs: `dense`, `routed` or `static`.
+        budget: What was asked for; None before calibration.
+        cost: Mean cost on calibration data as a fraction of dense; None before calibration.
+        cost_unit: flops or seconds.
+        attainable: Smallest and largest budget of the table below 1.0; None before calibration.
+        sites: One row per gate, in order of execution.
+        notes: What the conversion found worth saying.
+    """
+
+    model: str
+    runs: str
+    budget: float | None
+    cost: float | None
+    cost_unit: str
+    attainable: tuple[float, float] | None
+    sites: tuple[SiteStatus, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready form; a threshold that is not finite is None."""
+        result = asdict(self)
+        for row in result["sites"]:
+            if row["threshold"] is not None and not math.isfinite(row["threshold"]):
+                row["threshold"] = None
+        return {**result, "sites": list(result["sites"]), "notes": list(self.notes), "attainable": _listed(self.attainable)}
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        from surgery.tables import rows_table
+
+        lines = [Text(self._summary()), *(Text(f"note: {note}") for note in self.notes)]
+        return Group(rows_table(f"Gates of {self.model}", self.sites), *lines)
+
+    def __str__(self) -> str:
+        from surgery.tables import render
+
+        return render(self.__rich__())
+
+    def _summary(self) -> str:
+        from surgery.tables import percent
+
+        if self.attainable is None:
+            return f"runs {self.runs}; not calibrated yet"
+        low, high = (percent(value) for value in self.attainable)
+        cost = "" if self.cost is None else f", cost {percent(self.cost)} of dense on calibration data ({self.cost_unit})"
+        budget = "none" if self.budget is None else percent(self.budget)
+        return f"runs {self.runs}; budget {budget}{cost}; attainable budgets {low} to {high}, and 100 % (dense)"
+
+
+def status(gated: nn.Module) -> Status:
+    """What every gate is set to do: granularity, skip path, threshold, active rate on calibration data, share of the cost.
+
+    Raises:
+        NotConverted: If the model has no gates.
+    """
+    state = state_of(gated)
+    runs = _runs(state)
+    rates = _rates(state, runs)
+    rows = []
+    for name, gate in iter_gates(gated):
+        planned, site = gate.planned, gate.site
+        rows.append(
+            SiteStatus(
+                site=name,
+                kind=site.kind,
+                granularity=planned.granularity,
+                skip_path=planned.skip,
+                threshold=gate.threshold if runs == "routed" else None,
+                active_rate=None if rates is None else rates[name],
+                cost_share=None if rates is None else _cost_share(state, name, rates[name], routed=runs == "routed"),
+            )
+        )
+    costs = [point.cost for point in state.table]
+    return Status(
+        model=type(gated).__name__,
+        runs=runs,
+        budget=state.budget,
+        cost=None if rates is None else _cost(state, rates, routed=runs == "routed"),
+        cost_unit=state.costs.unit,
+        attainable=(min(costs), max(costs)) if costs else None,
+        sites=tuple(rows),
+        notes=tuple(state.notes),
+    )
+
+
+def _runs(state: GatedState) -> str:
+    if state.budget is None or state.budget >= 1:
+        return "dense"
+    return "static" if state.policy == "static" else "routed"
+
+
+def _rates(state: GatedState, runs: str) -> Mapping[str, float] | None:
+    """Active rates of the current setting on calibration data, or None where they are not known."""
+    if runs == "dense":
+        return dict.fromkeys(state.names, 1.0)
+    if runs == "static":
+        return {name: float(state.static.get(name, True)) for name in state.names}
+    if not state.table:
+        return None
+    from surgery.calibration import current_point
+
+    return current_point(state).active_rate
+
+
+def _cost_share(state: GatedState, name: str, rate: float, *, routed: bool) -> float:
+    cost = state.costs.sites[name]
+    return (rate * cost.branch + (1 - rate) * cost.skip + routed * cost.router) / state.costs.dense
+
+
+def _cost(state: GatedState, rates: Mapping[str, float], *, routed: bool) -> float:
+    return state.costs.fixed / state.costs.dense + sum(
+        _cost_share(state, name, rates[name], routed=routed) for name in state.names
+    )
+
+
+def _listed(pair: tuple[float, float] | None) -> list[float] | None:
+    return None if pair is None else list(pair)
