@@ -1,0 +1,187 @@
+"""`load_data`: from a `source` string to a re-iterable loader of what the model is called with.
+
+Axis letters: `N` samples, `C` channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from surgery.adapters.base import Loaded
+from surgery.adapters.columns import find_columns
+from surgery.adapters.labels import Labels, read_labels
+from surgery.adapters.sources import Table, open_source
+from surgery.errors import DataError
+
+
+class Loader:
+    """A dataset in batches, the same rows in the same order on every pass.
+
+    Without data augmentation the batches are equal on every pass too; with it only the rows are.
+
+    Args:
+        table: The rows.
+        order: Which rows, in which order.
+        columns: Role -> column name.
+        labels: How the label column is read; None for data without labels.
+        loaded: The model's preprocessing.
+        batch_size: Samples per batch; the last batch may be smaller.
+        seed: Of the augmentation.
+        augment: Flip and shift pictures at random.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        order: Sequence[int],
+        columns: Mapping[str, str],
+        labels: Labels | None,
+        loaded: Loaded,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        augment: bool = False,
+    ) -> None:
+        self.columns = dict(columns)
+        self.batch_size = batch_size
+        self.labels = labels
+        self._table, self._order, self._loaded = table, list(order), loaded
+        self._seed, self._augment, self._passes = seed, augment, 0
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self._order) // self.batch_size)
+
+    @property
+    def samples(self) -> int:
+        """Number of rows."""
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(self._seed + 7919 * self._passes)
+        self._passes += 1
+        for start in range(0, len(self._order), self.batch_size):
+            yield self._batch(start, self._order[start : start + self.batch_size], generator)
+
+    def __repr__(self) -> str:
+        return f"<Loader of {self.samples} samples in {len(self)} batches, columns {self.columns}>"
+
+    def _batch(self, start: int, rows: Sequence[int], generator: torch.Generator) -> Any:
+        try:
+            table = self._table[list(rows)]
+        except Exception as error:  # datasets raises whatever its decoders raise
+            raise DataError(f"rows {rows[0]} to {rows[-1]} cannot be read: {error}") from error
+        roles = {role: name for role, name in self.columns.items() if role != "label"}
+        samples = []
+        for index, row in enumerate(rows):
+            cells = {role: table[name][index] for role, name in roles.items()}
+            empty = [roles[role] for role, cell in cells.items() if cell is None]
+            if empty:
+                raise DataError(f"row {row}: column {empty[0]!r} is empty")
+            try:
+                samples.append(self._loaded.preprocess(cells))
+            except DataError as error:
+                raise DataError(f"row {row}: {error}") from error
+        if self._augment:
+            samples = [_augmented(sample, generator) for sample in samples]
+        labels: Tensor | None = None
+        if self.labels is not None:
+            labels = self.labels.read(table[self.labels.column], start)
+        return self._loaded.collate(samples, labels)
+
+
+def load_data(
+    source: str,
+    loaded: Loaded,
+    *,
+    split: str = "train",
+    batch_size: int = 32,
+    limit: int | None = None,
+    seed: int = 0,
+    shuffle: bool = False,
+    columns: Mapping[str, str] | None = None,
+    augment: bool = False,
+) -> Loader:
+    """Open a dataset for a model.
+
+    Args:
+        source: A Hugging Face dataset (`name` or `name:config`), a `.parquet`, `.csv`, `.tsv`, `.jsonl` or `.json` file
+            (the whole of it, whatever the split), a directory with `train.parquet` and `test.parquet`, a folder of
+            images by class (with or without folders per split above them), or `digits` (`digits:16` for 16x16).
+        loaded: What `load_model` returned.
+        split: Name of the split.
+        batch_size: Samples per batch.
+        limit: Use that many rows: the first ones, or with `shuffle` random ones.
+        seed: Of shuffling and augmentation.
+        shuffle: Mix the rows once; their order stays the same on every pass, so that batches held out stay held out.
+        columns: Role -> column name where the right column is not found by itself; roles are image, text, pair, audio,
+            value, target, label.
+        augment: Flip and shift pictures at random, anew on every pass.
+
+    Returns:
+        A re-iterable of `(inputs, labels)`, or for transformers of dicts of keyword arguments with `labels`. Without
+        labels: `inputs`, or dicts without `labels`.
+
+    Raises:
+        DataError: If the source cannot be opened, is empty, or lacks a column that the model needs.
+        MissingDependency: If `datasets` is not installed.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size must be at least 1, got {batch_size}")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1, got {limit}")
+    table = open_source(source, split)
+    count = len(table)
+    if count == 0:
+        raise DataError(f"{source} (split {split!r}) has no rows")
+    order = torch.arange(count)
+    if shuffle:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    found = find_columns(
+        table.features,
+        table[0],
+        loaded.preprocess.needs,
+        columns,
+        target="decoder_input_ids" in getattr(loaded.preprocess, "names", ()),
+        where=source,
+    )
+    return Loader(
+        table,
+        order[:limit].tolist(),
+        found,
+        _labels(table, found.get("label"), loaded),
+        loaded,
+        batch_size=batch_size,
+        seed=seed,
+        augment=augment,
+    )
+
+
+def _labels(table: Table, column: str | None, loaded: Loaded) -> Labels | None:
+    if column is None:
+        return None
+    unique: Sequence[Any] = ()
+    if isinstance(table[0][column], str):
+        unique = table.unique(column) if hasattr(table, "unique") else ()
+    return read_labels(column, table.features[column], unique, loaded.label_names, loaded.num_classes)
+
+
+def _augmented(sample: Any, generator: torch.Generator) -> Any:
+    """Flip left-right half of the time, shift by up to an eighth with reflected borders."""
+    if isinstance(sample, Mapping):
+        if "pixel_values" not in sample:
+            return sample
+        return {**sample, "pixel_values": _augmented(sample["pixel_values"], generator)}
+    if not isinstance(sample, Tensor) or sample.dim() != 3:
+        return sample
+    rows, columns = sample.shape[-2:]
+    pad = max(1, min(rows, columns) // 8)
+    top, left, flip = (int(torch.randint(0, n, (1,), generator=generator)) for n in (2 * pad + 1, 2 * pad + 1, 2))
+    padded = functional.pad(sample[None], (pad, pad, pad, pad), mode="reflect")[0]
+    image = padded[:, top : top + rows, left : left + columns]  # C H W
+    return image.flip(-1) if flip else image
