@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from surgery.calling import Batch
-from surgery.context import execution, override, state_of
+from surgery.calling import Batch, batches
+from surgery.context import Event, execution, override, state_of
 from surgery.costs import Usage, observe
 from surgery.errors import BudgetError, DataError
 from surgery.progress import Progress, silent
@@ -24,8 +24,9 @@ from surgery.state import BudgetPoint, CostModel, GatedState
 TOLERANCE = 0.01
 """How far the realised mean cost may be from the budget."""
 _GOAL = 0.002
-_GRID = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-_TRIES = 12
+_GRID_GOAL = 0.02
+_GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_TRIES = 10
 
 
 def calibrate(
@@ -60,7 +61,7 @@ def calibrate(
     if cost == "latency":
         from surgery.latency import measure_costs
 
-        state.costs = measure_costs(gated, stored.first, progress=progress)
+        state.costs = measure_costs(gated, stored.first(), progress=progress)
     elif state.costs.unit != "flops":
         from surgery.rewriting import flop_costs
 
@@ -71,7 +72,7 @@ def calibrate(
         raise BudgetError(_unreachable(budget, low))
     for goal in sorted({*grid, budget} - {1.0}, reverse=True):
         if low + 0.005 <= goal <= high or goal == budget:
-            search.solve(goal, _GOAL if goal == budget else 4 * _GOAL, _TRIES if goal == budget else 2)
+            search.solve(goal, _GOAL if goal == budget else _GRID_GOAL, _TRIES if goal == budget else 2)
     state.table = _monotone(search.points(budget))
     if cost == "latency":
         from surgery.latency import correct_table
@@ -139,16 +140,15 @@ class _Repeatable:
 
     def __init__(self, data: Iterable[Any]) -> None:
         self.data = data
-        self.first: Batch | None = None
         self.count: int | None = None
 
-    def __iter__(self) -> Any:
-        from surgery.calling import as_batch
+    def first(self) -> Batch:
+        """The first batch."""
+        return next(batches(self.data))
 
+    def __iter__(self) -> Any:
         count = 0
         for value in self.data:
-            if self.first is None:
-                self.first = as_batch(value)
             count += 1
             yield value
         if self.count is not None and count != self.count:
@@ -159,54 +159,105 @@ class _Repeatable:
         self.count = count
 
 
+class _Curve:
+    """Cost as a function of the threshold, predicted from the scores of one pass.
+
+    Exact at the threshold of that pass; elsewhere it misses that other upstream decisions would change the scores.
+    """
+
+    def __init__(self, costs: CostModel) -> None:
+        self.costs = costs
+        self.scores: dict[str, list[Tensor]] = {}
+
+    def collect(self, events: list[Event]) -> None:
+        """Take the scores of one batch."""
+        for event in events:
+            assert event.scores is not None
+            scores = event.scores.flatten()
+            kept = scores if event.weights is None else scores[event.weights.flatten()]
+            self.scores.setdefault(event.site, []).append(kept.cpu())
+
+    def finish(self) -> _Curve:
+        """Sort."""
+        self.sorted = {name: torch.cat(parts).sort().values for name, parts in self.scores.items()}
+        self.scores.clear()
+        return self
+
+    def cost(self, threshold: float) -> float:
+        """Predicted cost as a fraction of dense."""
+        rates = {
+            name: 1 - int(torch.searchsorted(scores, threshold, right=True)) / len(scores)
+            for name, scores in self.sorted.items()
+        }
+        return self.costs.cost(rates)
+
+    def solve(self, goal: float) -> float:
+        """The threshold whose predicted cost is nearest to `goal`."""
+        low = min(float(scores[0]) for scores in self.sorted.values()) - 1.0
+        high = max(float(scores[-1]) for scores in self.sorted.values()) + 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.cost(middle) > goal else (low, middle)
+        return (low + high) / 2
+
+
 class _Search:
     """Realised cost as a function of the threshold, evaluated by running the model."""
 
     def __init__(self, gated: nn.Module, data: _Repeatable, progress: Progress) -> None:
         self.gated, self.data, self.progress = gated, data, progress
         self.state = state_of(gated)
-        self.seen: list[BudgetPoint] = []
+        self.curves: dict[float, _Curve] = {}
         self.passes = 0
-        with execution(gated, "mask"):
-            scores = self._scores()
-        self.quantiles = scores
-        costs = self.state.costs
-        closed = costs.cost(dict.fromkeys(self.state.names, 0.0))
-        opened = costs.cost(dict.fromkeys(self.state.names, 1.0))
-        self.seen.append(BudgetPoint(math.inf, closed, dict.fromkeys(self.state.names, 0.0)))
-        self.seen.append(BudgetPoint(-math.inf, opened, dict.fromkeys(self.state.names, 1.0)))
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """Cost with everything closed, and with everything open."""
-        return self.seen[0].cost, min(self.seen[1].cost, 1.0)
+        names, costs = self.state.names, self.state.costs
+        closed, opened = (costs.cost(dict.fromkeys(names, rate)) for rate in (0.0, 1.0))
+        self.seen = [
+            BudgetPoint(math.inf, closed, dict.fromkeys(names, 0.0)),
+            BudgetPoint(-math.inf, opened, dict.fromkeys(names, 1.0)),
+        ]
+        self.range = (closed, min(opened, 1.0))
 
     def evaluate(self, threshold: float) -> BudgetPoint:
         """Run the data once at a threshold."""
+        curve = _Curve(self.state.costs)
         with override(self.state, thresholds=threshold), execution(self.gated, "skip"):
-            usage = observe(self.gated, self.data, outputs=False)
-        point = BudgetPoint(threshold, self._mean(usage), usage.active_rate)
-        self.seen.append(point)
+            usage = observe(self.gated, self.data, outputs=False, inspect=curve.collect)
+        costs, weights = usage.costs(self.state.costs), usage.weights.double()
+        point = BudgetPoint(threshold, float((costs * weights).sum() / weights.sum()), usage.active_rate)
+        self.curves[point.cost] = curve.finish()
+        if math.isfinite(threshold):
+            self.seen.append(point)
         self.passes += 1
         self.progress("calibrating", self.passes, None)
         return point
 
     def solve(self, goal: float, tolerance: float, tries: int) -> None:
-        """Bracket `goal` and close in by regula falsi on the score quantiles, halving when that stalls."""
+        """Find a threshold whose realised cost is near `goal`: by the nearest pass's curve, then by bisection."""
+        if not self.curves:
+            self.evaluate(-math.inf)
         for attempt in range(tries):
-            below, above = self._bracket(goal)
-            if min(abs(below.cost - goal), abs(above.cost - goal)) <= tolerance:
+            below = max((p for p in self.seen if p.cost <= goal), key=lambda p: (p.cost, -p.threshold))
+            above = min((p for p in self.seen if p.cost >= goal), key=lambda p: (p.cost, -p.threshold))
+            if min(goal - below.cost, above.cost - goal) <= tolerance:
                 return
-            guess = self._guess(goal, below, above, halve=attempt % 3 == 2)
+            guess = self.curves[min(self.curves, key=lambda cost: abs(cost - goal))].solve(goal)
+            if not above.threshold < guess < below.threshold or attempt >= tries // 2:
+                if not (math.isfinite(above.threshold) and math.isfinite(below.threshold)):
+                    guess = above.threshold + 1 if math.isfinite(above.threshold) else below.threshold - 1
+                else:
+                    guess = (above.threshold + below.threshold) / 2
             if not above.threshold < guess < below.threshold:
                 return
             self.evaluate(guess)
 
     def points(self, budget: float) -> list[BudgetPoint]:
-        """Everything evaluated at a finite threshold, static policies added."""
+        """Everything evaluated, static policies added.
+
+        Raises:
+            BudgetError: If nothing came near the budget.
+        """
         costs = self.state.costs
-        found = [p for p in self.seen if math.isfinite(p.threshold)] + [p for p in self.seen if p.threshold == math.inf]
-        points = [replace(p, static=static_policy(costs, p.active_rate, p.cost)) for p in found]
+        points = [replace(p, static=static_policy(costs, p.active_rate, p.cost)) for p in self.seen if p.threshold > -math.inf]
         if budget < 1:
             nearest = min(points, key=lambda p: abs(p.cost - budget))
             if abs(nearest.cost - budget) > TOLERANCE:
@@ -215,59 +266,6 @@ class _Search:
                     f"(nearest: {nearest.cost:.3f}); the routers give the same score to many inputs: use more or other data"
                 )
         return points
-
-    def _bracket(self, goal: float) -> tuple[BudgetPoint, BudgetPoint]:
-        below = max((p for p in self.seen if p.cost <= goal), key=lambda p: (p.cost, -p.threshold))
-        above = min((p for p in self.seen if p.cost >= goal), key=lambda p: (p.cost, -p.threshold))
-        return below, above
-
-    def _guess(self, goal: float, below: BudgetPoint, above: BudgetPoint, *, halve: bool) -> float:
-        """A threshold between the bracket's, by position in the sorted scores."""
-        scores = self.quantiles
-        last = len(scores) - 1
-        first = 0 if above.threshold == -math.inf else bisect_left(scores, above.threshold)
-        end = last if below.threshold == math.inf else bisect_left(scores, below.threshold)
-        share = 0.5 if halve or above.cost == below.cost else (above.cost - goal) / (above.cost - below.cost)
-        place = first + min(max(share, 0.02), 0.98) * (end - first)
-        index = min(max(int(place), 0), max(last - 1, 0))
-        between = scores[index] + (place - int(place)) * (scores[min(index + 1, last)] - scores[index])
-        if above.threshold < between < below.threshold:
-            return between
-        if math.isfinite(above.threshold) and math.isfinite(below.threshold):
-            return (above.threshold + below.threshold) / 2
-        if math.isfinite(above.threshold):
-            return above.threshold + 1.0
-        return below.threshold - 1.0 if math.isfinite(below.threshold) else 0.0
-
-    def _scores(self) -> list[float]:
-        """Sorted scores of all gates with everything open, weighted by savings through repetition."""
-        from surgery.calling import batches, call
-        from surgery.context import tape
-        from surgery.costs import place
-
-        found: dict[str, list[torch.Tensor]] = {}
-        with torch.no_grad(), override(self.state, thresholds=-math.inf):
-            for batch in batches(self.data):
-                with tape(self.gated) as events:
-                    call(self.gated, place(batch, self.gated))
-                for event in events:
-                    assert event.scores is not None
-                    scores = event.scores.flatten()
-                    kept = scores if event.weights is None else scores[event.weights.flatten()]
-                    found.setdefault(event.site, []).append(kept.cpu())
-        costs = self.state.costs
-        pooled = []
-        for name, parts in found.items():
-            scores = torch.cat(parts).sort().values
-            share = (costs.sites[name].branch - costs.sites[name].skip) / costs.dense
-            count = max(2, int(2000 * max(share, 0.0)))
-            pooled.append(torch.quantile(scores[torch.linspace(0, len(scores) - 1, min(len(scores), 10000)).long()], torch.linspace(0, 1, count)))
-        return torch.cat(pooled).sort().values.tolist()
-
-    def _mean(self, usage: Usage) -> float:
-        costs = usage.costs(self.state.costs)
-        weights = usage.weights.double()
-        return float((costs * weights).sum() / weights.sum())
 
 
 def _monotone(points: list[BudgetPoint]) -> list[BudgetPoint]:

@@ -102,6 +102,23 @@ def overrides_of(state: GatedState) -> Overrides:
     return table.get(id(state), NONE) if table else NONE
 
 
+def default_execution(state: GatedState, over: Overrides) -> str:
+    """The execution of a call for which none was chosen: dense until a budget is set or decisions are forced."""
+    if over.execution is not None:
+        return over.execution
+    if over.forced is not None:
+        return "skip"
+    if state.budget is None or state.budget >= 1:
+        return "dense"
+    return "static" if state.policy == "static" else "skip"
+
+
+def runs_dense(state: GatedState) -> bool:
+    """Whether no gate has anything to do in this call."""
+    over = overrides_of(state)
+    return over.handler is None and over.tape is None and default_execution(state, over) == "dense"
+
+
 def scope() -> Scope | None:
     """The running call, or None outside of one."""
     return _scope.get()

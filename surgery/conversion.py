@@ -28,7 +28,7 @@ from surgery.progress import Progress, silent
 from surgery.regression import regress_routers
 from surgery.rewriting import check_convertible, insert_gates
 from surgery.sites import KINDS, Granularity, Sites, SkipKind
-from surgery.splitting import check_reiterable, split
+from surgery.splitting import Head, check_reiterable, split
 from surgery.training import CHECKPOINT, Options, train_routers, trainable
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ def convert(
         data = made_inputs(model, example, seed)
     check_reiterable(data)
     fit, held = split(data, validation)
+    held = Head(held, max(samples // 4, 64))
 
     report("finding sites", 0, None)
     found = sites if isinstance(sites, Sites) else find_sites(model, first(fit) if example is None else example)

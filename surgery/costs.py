@@ -5,7 +5,7 @@ Axis letters: `N` samples, `S` sites.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +56,17 @@ class Usage:
 
 
 def observe(
-    gated: nn.Module, data: Iterable[Any], *, progress: Progress = silent, stage: str = "running", outputs: bool = True
+    gated: nn.Module,
+    data: Iterable[Any],
+    *,
+    progress: Progress = silent,
+    stage: str = "running",
+    outputs: bool = True,
+    inspect: Callable[[list[Event]], None] | None = None,
 ) -> Usage:
     """Run `gated` over `data` as it is set now and collect decisions and outputs.
 
-    Sites that run no router (execution `dense`) count as open.
+    Sites that run no router (execution `dense`) count as open. `inspect` gets the events of every batch.
 
     Raises:
         DataError: If the data yields nothing.
@@ -73,6 +79,8 @@ def observe(
             batch = place(batch, gated)
             with tape(gated) as events:
                 output = read_output(call(gated, batch))
+            if inspect is not None:
+                inspect(events)
             rates.append(rates_of(events, names, batch.size))
             weights.append(weights_of(events, batch.size))
             if outputs:

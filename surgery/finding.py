@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,7 +73,7 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
             "(inserting gates from a saved plan works on the meta device)"
         )
     batch = _pair(as_batch(example))
-    with _eval_mode(model), torch.no_grad():
+    with _eval_mode(model), _plain_attention(), torch.no_grad():
         try:
             with flop_counter() as counter:
                 twin = share(model)  # frozen: the FLOP counter fails on leaf tensors that require gradients
@@ -207,11 +208,12 @@ def _probe(
         input_names = {site.name: tuple(n.name for n in region.inputs) for _, region, site in named}
         try:
             gated = insert_gates(model, plan)
+            parameters = {site.name: _parameters(gated, site) for _, _, site in named}
             larger = batch.rows(torch.tensor([*range(batch.size), 0], device=_device(batch)))
-            first = Probe(input_names, modules, larger.size)
+            first = Probe(input_names, modules, parameters, larger.size)
             with handled(gated, first):
                 call(gated, larger)
-            second = Probe(input_names, modules, batch.size, first.claims)
+            second = Probe(input_names, modules, parameters, batch.size, first.claims)
             with handled(gated, second):
                 output = tensors(call(gated, batch))
             equal = _equal(output, reference)
@@ -266,8 +268,6 @@ def _judge(
     for _, _, site in sorted(named, key=lambda entry: order.get(entry[2].name, len(order))):
         claim = probe.claims.get(site.name)
         reason = "it did not run with this example" if claim is None else claim.problem
-        if claim is not None and not reason and claim.cached:
-            reason = "it writes a key/value cache, which skipping would leave incomplete"
         if claim is not None and not reason and claim.per_sample and claim.per_token:
             reason = claim.per_sample
         if claim is None or reason:
@@ -290,14 +290,20 @@ def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module]) -> 
     heaviest = sorted(named, key=lambda pair: -sum(p.numel() for p in pair[1].parameters()))
     return replace(
         trial,
-        kind=probing.kind_of_site(claim.operations, heaviest, not claim.per_token),
+        kind=probing.kind_of_site(claim.operations, heaviest, not claim.per_token and claim.query is None),
         flops=claim.flops // claim.samples,
         granularities=tuple(granularities),
         layout=claim.layout,
         channels=channels,
         positions=positions,
         inputs=axes,
+        query=claim.query,
     )
+
+
+def _parameters(model: nn.Module, site: Site) -> dict[str, Tensor]:
+    """The parameters of a site's modules, by their names in the model."""
+    return {f"{m}.{name}": p for m in site.modules for name, p in model.get_submodule(m).named_parameters()}
 
 
 def _name(model: nn.Module, hosts: list[Host]) -> list[tuple[Host, Region, Site]]:
@@ -401,6 +407,17 @@ def _signature(batch: Batch) -> dict[str, Any]:
 def _shapes(batch: Batch) -> str:
     items = [*((str(i), v) for i, v in enumerate(batch.args)), *batch.kwargs.items()]
     return ", ".join(f"{k}: {list(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for k, v in items)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Switch off the fused inference path of torch's own TransformerEncoder, which rounds differently."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
 
 
 class _eval_mode:

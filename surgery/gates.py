@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from surgery import context
 from surgery.context import Event, Forced, Overrides
 from surgery.errors import ForceError
+from surgery.queries import ActiveQueries, worth_gathering
 from surgery.routers import Router, make_router
 from surgery.sites import RegionInput, SitePlan
 from surgery.skip_paths import SkipPath, make_skip_path
@@ -43,15 +44,24 @@ class Gate(nn.Module):
         planned: What the plan says of this site.
         state: The gated model's state, shared by all its gates.
         copies: Whether a skipped residual must be copied because in-place operations may follow.
+        query: Module and name of the parameters that make queries and project the output, for per-token attention.
     """
 
-    def __init__(self, planned: SitePlan, state: GatedState, *, copies: bool) -> None:
+    def __init__(
+        self,
+        planned: SitePlan,
+        state: GatedState,
+        *,
+        copies: bool,
+        query: tuple[tuple[nn.Module, str], ...] = (),
+    ) -> None:
         super().__init__()
         site = planned.site
         self.planned = planned
         self.site = site
         self.state = state
         self.copies = copies
+        self.query = query  # in a tuple, so that the modules do not become children
         self.router: Router = make_router(site.layout, site.channels, planned.granularity, planned.hidden)
         self.skip_path: SkipPath = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
         self.offset = 0.0  # log of the cost saved by skipping, subtracted from the predicted log harm
@@ -79,7 +89,7 @@ class Gate(nn.Module):
         over = context.overrides_of(self.state)
         if over.handler is not None:
             return over.handler(self, branch, left, residual, inputs)
-        mode = over.execution or self._default_execution(over)
+        mode = context.default_execution(self.state, over)
         if mode == "dense":
             return self.open(branch, left, inputs)
         if mode == "static" and over.forced is None:
@@ -119,14 +129,6 @@ class Gate(nn.Module):
         if scope is None or scope.mask is None or residual.dim() != 3 or scope.mask.shape != residual.shape[:2]:
             return None
         return scope.mask
-
-    def _default_execution(self, over: Overrides) -> str:
-        if over.forced is None:
-            if self.state.budget is None or self.state.budget >= 1:
-                return "dense"
-            if self.state.policy == "static":
-                return "static"
-        return "mask" if self.training else "skip"
 
     def _shape(self, residual: Tensor) -> torch.Size:
         return residual.shape[:-1] if self.per_token else residual.shape[:1]
@@ -187,13 +189,16 @@ class Gate(nn.Module):
 
     def skip(self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor) -> Any:
         """Only active samples or tokens run."""
-        if branch.stateful:
+        if branch.stateful and not self.query:
             return self.mask(branch, left, residual, inputs, decisions)
         count = int(decisions.sum()) if decisions.numel() > 1 else int(decisions.item())
         if count == decisions.numel():
             return self.open(branch, left, inputs)
-        if count == 0:
+        if count == 0 and not branch.stateful:
             return self.closed(branch, left, residual)
+        if self.query:
+            value = self._skip_queries(branch, left, residual, inputs, decisions)
+            return (value, *(None,) * branch.escapes) if branch.escapes else value
         if branch.axes is None:
             return self.mask(branch, left, residual, inputs, decisions)
         if self.per_token:
@@ -228,6 +233,19 @@ class Gate(nn.Module):
             None if left is None else left.flatten(0, rows), residual.flatten(0, rows), flat, active, value.flatten(0, rows)
         )
         return merged.view(residual.shape)
+
+    def _skip_queries(
+        self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
+    ) -> Tensor:
+        if not worth_gathering(decisions):
+            value, _ = _split(branch, branch(*inputs))
+        else:
+            query, *output = (getattr(module, name) for module, name in self.query)
+            assert self.site.query is not None
+            with ActiveQueries(self.site.query, query, output[0] if output else None, decisions):
+                value, _ = _split(branch, branch(*inputs))
+        value = torch.where(self.expand(decisions, value), value, self.skip_path(residual))
+        return value if left is None else left + value
 
     def _merge(self, left: Tensor | None, residual: Tensor, decisions: Tensor, active: Tensor, value: Tensor) -> Tensor:
         """`left` plus the branch at active rows and the skip path at the others."""

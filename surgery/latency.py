@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from surgery.calling import Batch, batches, call, device_of
 from surgery.context import execution, handled, override, state_of
 from surgery.costs import place
-from surgery.errors import BudgetError, DataError
+from surgery.errors import BudgetError
 from surgery.gates import Branch, Gate
 from surgery.progress import Progress, silent
 from surgery.state import BudgetPoint, CostModel, SiteCost
@@ -32,14 +32,8 @@ _POINTS = 5
 _GOAL = 0.02
 
 
-def measure_costs(gated: nn.Module, batch: Batch | None, *, progress: Progress | None = None) -> CostModel:
-    """Seconds per call at this batch size: whole model, and branch, skip path and router of every site.
-
-    Raises:
-        DataError: If there is no batch.
-    """
-    if batch is None:
-        raise DataError("measuring latency needs a batch of data")
+def measure_costs(gated: nn.Module, batch: Batch, *, progress: Progress | None = None) -> CostModel:
+    """Seconds per call at this batch size: whole model, and branch, skip path and router of every site."""
     report = progress or silent
     batch = place(batch, gated)
     clock = _Clock(device_of(gated))

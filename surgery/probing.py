@@ -9,6 +9,7 @@ Axis letters: `N` samples, `T` tokens, `C` channels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from surgery.counting import flop_counter
 from surgery.gates import Branch, Gate, take_samples, take_tokens
+from surgery.queries import QueryRoles, find_roles
 from surgery.sites import Kind, Layout, RegionInput
 from surgery.tracing import CACHE_NAMES
 
@@ -40,6 +42,7 @@ class Claim:
     """Why samples cannot be left out one by one; "" when they can."""
     per_token: str = ""
     cached: bool = False
+    query: QueryRoles | None = None
 
 
 @dataclass(slots=True)
@@ -48,6 +51,8 @@ class Probe:
 
     input_names: Mapping[str, tuple[str, ...]]
     modules: Mapping[str, Sequence[nn.Module]]
+    parameters: Mapping[str, Mapping[str, Tensor]]
+    """Per site, its modules' parameters by name (those of the trial conversion)."""
     size: int
     """Batch size of this run."""
     earlier: Mapping[str, Claim] | None = None
@@ -61,6 +66,8 @@ class Probe:
         names = self.input_names[name]
         claim = Claim([_shape(v) for v in inputs], residual.shape, names, samples=residual.shape[0])
         first_time = name not in self.claims
+        claim.cached = any(n in CACHE_NAMES and v is not None for n, v in zip(names, inputs, strict=True))
+        again = _Again(names, inputs)
         versions = [v._version for v in _tensors((residual, *inputs))]
         if self.earlier is None:
             output = branch(*inputs)
@@ -70,7 +77,6 @@ class Probe:
             claim.flops = counter.get_total_flops()
             claim.operations = frozenset(str(op) for op in counter.get_flop_counts().get("Global", {}))
         value, *escaped = output if branch.escapes else (output,)
-        claim.cached = any(n in CACHE_NAMES and v is not None for n, v in zip(names, inputs, strict=True))
         if versions != [v._version for v in _tensors((residual, *inputs))]:
             claim.problem = "it changes its input in place"
         elif any(item is not None for item in escaped):
@@ -90,12 +96,37 @@ class Probe:
             axes = self.axes[name] = batch_axes(claim, self.earlier[name])
             if isinstance(axes, str):
                 claim.per_sample = claim.per_token = axes
-            elif not claim.cached:
+            elif claim.cached:
+                claim.per_sample = claim.per_token = "it writes a key/value cache, which skipping would leave incomplete"
+            else:
                 claim.per_sample = _reason(lambda: _separable_by_sample(branch, value, inputs, axes))
                 claim.per_token = _reason(lambda: _separable_by_token(branch, value, residual, inputs, axes, claim.layout))
+            if claim.per_token and claim.layout == "NTC":
+                claim.per_token = _reason(lambda: self._queries(claim, gate, branch, value, again))
         self.claims[name] = claim
         result = value if left is None else left + value
         return (result, *escaped) if branch.escapes else result
+
+
+    def _queries(self, claim: Claim, gate: Gate, branch: Branch, value: Tensor, inputs: Callable[[], list[Any]]) -> str:
+        """Whether the branch can run for some query tokens only; sets `claim.query`."""
+        parameters = self.parameters[gate.site.name]
+        roles = find_roles(lambda: _first(branch, branch(*inputs())), value, parameters)
+        if isinstance(roles, str):
+            return f"{claim.per_token}, and {roles}"
+        claim.query = roles
+        return ""
+
+
+class _Again:
+    """The inputs of a branch for another run: caches as they were before the first one."""
+
+    def __init__(self, names: Sequence[str], inputs: Sequence[Any]) -> None:
+        self.inputs = [copy.deepcopy(v) if n in CACHE_NAMES else v for n, v in zip(names, inputs, strict=True)]
+        self.names = names
+
+    def __call__(self) -> list[Any]:
+        return [copy.deepcopy(v) if n in CACHE_NAMES else v for n, v in zip(self.names, self.inputs, strict=True)]
 
 
 def batch_axes(small: Claim, large: Claim) -> tuple[RegionInput, ...] | str:
@@ -179,6 +210,8 @@ def _reason(check: Callable[[], str]) -> str:
 
 
 def _close(part: Tensor, whole: Tensor, scale: Tensor) -> bool:
+    # padding may legitimately hold NaN (a softmax over nothing); it must then do so in both
+    part, whole, scale = part.nan_to_num(), whole.nan_to_num(), scale.nan_to_num()
     limit = _TOLERANCE.get(whole.dtype, 2e-4) * float(scale.abs().max().clamp_min(1e-12))
     return float((part - whole).abs().max()) <= limit
 

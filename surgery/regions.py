@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from surgery.tracing import has_side_effect
+from surgery.tracing import GATES, has_side_effect
 
 _ADD_FUNCTIONS = frozenset({operator.add, operator.iadd, torch.add})
 _SHAPE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
@@ -187,7 +187,8 @@ def _matrices(nodes: Iterable[fx.Node], without: Collection[fx.Node], module: nn
         if node in without:
             continue
         if node.op == "call_module":
-            total += sum(p.dim() > 1 for p in module.get_submodule(str(node.target)).parameters())
+            named = module.get_submodule(str(node.target)).named_parameters()
+            total += sum(p.dim() > 1 for name, p in named if GATES not in name)
         elif node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             total += getattr(module.get_submodule(owner), name).dim() > 1

@@ -30,10 +30,11 @@ import torch
 from torch import fx, nn
 
 from surgery import roots
-from surgery.context import state_of
+from surgery.context import runs_dense, state_of
 from surgery.copying import share
 from surgery.errors import AlreadyConverted, PlanMismatch, TraceError, UnsupportedModel
 from surgery.gates import Gate
+from surgery.queries import owner
 from surgery.regions import Region, find_regions
 from surgery.sites import Plan, RegionInput, SitePlan, Sites
 from surgery.state import CostModel, GatedState, SiteCost
@@ -55,7 +56,11 @@ logger = logging.getLogger(__name__)
 
 
 class Gates(nn.Module):
-    """The gates of one host."""
+    """The gates of one host, and the state that they share."""
+
+    def __init__(self, state: GatedState) -> None:
+        super().__init__()
+        self.state = state
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,9 @@ class Programs:
     sources: dict[Pattern, str] = field(default_factory=dict)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call the program of this call's pattern; generate it when the pattern is new."""
+        """Call the program of this call's pattern; generate it when the pattern is new. Dense calls run the original."""
+        if runs_dense(module._modules[GATES].state):  # type: ignore[union-attr, arg-type]
+            return self.base.forward(module, *args, **kwargs)
         values, extra, rest = self.signature.bind(args, kwargs)
         kind = kind_with_numbers if self.numbers else kind_of
         names = sorted(rest)
@@ -237,8 +244,9 @@ def flop_costs(plan: Plan) -> CostModel:
             per_token = planned.granularity == "token"
             router = make_router(site.layout, site.channels, planned.granularity, planned.hidden)
             skip = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
+            saved = site.query.flops if site.query is not None and per_token else site.flops
             sites[site.name] = SiteCost(
-                float(site.flops), float(skip.flops(site.positions)), float(router.flops(site.positions if per_token else 1))
+                float(saved), float(skip.flops(site.positions)), float(router.flops(site.positions if per_token else 1))
             )
     return CostModel("flops", float(max(plan.model_flops, 1)), sites)
 
@@ -249,11 +257,11 @@ def install(
     """Turn one module of `gated` into a host."""
     module = gated.get_submodule(host)
     prefix = f"{host}." if host else ""
-    gates = Gates()
+    gates = Gates(state)
     marked = []
     for one in planned:
         key = _key(one.site.name, host, gates)
-        gates.add_module(key, Gate(one, state, copies=copies))
+        gates.add_module(key, Gate(one, state, copies=copies, query=_query_owners(gated, one)))
         axes = {i.name: i for i in one.site.inputs} if not one.site.restriction else None
         marked.append(Marked(one.site.name, key, tuple(a[len(prefix) :] for a in one.site.anchor), axes))
     base = base_class(module)
@@ -265,6 +273,14 @@ def install(
     module.__class__ = _subclass(base, {"forward": _dispatcher(base), "_surgery_programs": programs})
     for pattern in patterns:
         programs.add(module, pattern, strict=pattern == patterns[0])
+
+
+def _query_owners(gated: nn.Module, planned: SitePlan) -> tuple[tuple[nn.Module, str], ...]:
+    """Modules and names of the parameters that make queries and project the output."""
+    roles = planned.site.query
+    if roles is None or planned.granularity != "token":
+        return ()
+    return tuple(owner(gated, name) for name in (roles.query, roles.output) if name)
 
 
 def _make_root(gated: nn.Module, state: GatedState) -> None:

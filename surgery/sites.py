@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 from surgery.errors import CheckpointError, NoSites, PlanMismatch, SitesMismatch
+from surgery.queries import QueryRoles
 
 Kind = Literal["block", "attention", "mlp", "heads"]
 Granularity = Literal["sample", "token", "prefill"]
@@ -57,6 +58,7 @@ class Site:
         restriction: Why `skip` runs all rows or none here, or "" when it is not restricted.
         modules: Names of the modules that the branch calls.
         anchor: Names of the modules and tensors that it uses, which identify it in another trace.
+        query: How attention runs for some query tokens only, or None.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Site:
     restriction: str = ""
     modules: tuple[str, ...] = ()
     anchor: tuple[str, ...] = ()
+    query: QueryRoles | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,4 +304,6 @@ def _site_plan(entry: Mapping[str, Any]) -> SitePlan:
     site["inputs"] = tuple(RegionInput(**one) for one in site["inputs"])
     for key in ("granularities", "modules", "anchor"):
         site[key] = tuple(site[key])
+    if site.get("query") is not None:
+        site["query"] = QueryRoles.from_dict(site["query"])
     return SitePlan(**{**entry, "site": Site(**site)})

@@ -32,6 +32,21 @@ class Part:
         return kept if self.held else self._count - kept
 
 
+class Head:
+    """The first batches of `data` that hold `samples` samples; re-iterable."""
+
+    def __init__(self, data: Iterable[Any], samples: int) -> None:
+        self.data, self.samples = data, samples
+
+    def __iter__(self) -> Iterator[Any]:
+        count = 0
+        for value in self.data:
+            yield value
+            count += as_batch(value).size
+            if count >= self.samples:
+                return
+
+
 def split(data: Iterable[Any], validation: Iterable[Any] | None) -> tuple[Iterable[Any], Iterable[Any]]:
     """Data to fit on, and data to calibrate on.
 

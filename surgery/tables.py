@@ -19,7 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from surgery.reports import Report
     from surgery.sites import Sites
+    from surgery.timing import Ratio
 
 PLAIN_WIDTH = 120
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -76,63 +78,66 @@ def rows_table(title: str, rows: Iterable[Any]) -> RenderableType:
         return Text(f"{title}: nothing to show")
     names = list(values[0])
     numeric = {name for name in names if all(_is_number(value[name]) for value in values)}
-    table = _table([f"{'>' if name in numeric else ''}{name.replace('_', ' ')}" for name in names])
+    table = _table([f"{'>' if name in numeric else ''}{_words(name)}" for name in names])
     for value in values:
         _row(table, *(_cell(name, value[name]) for name in names))
     return _titled(title, table)
 
 
-def report_table(report: Any) -> RenderableType:
-    """A `Report`: quality and cost against dense, peers at the same cost, speed, active rates, notes."""
+def report_table(report: Report) -> RenderableType:
+    """Quality and cost against dense, peers at the same cost, speed, active rates, notes."""
     parts = [_quality(report), _peers(report), _speed(report), _active(report)]
     notes = [Text(f"note: {note}") for note in report.notes]
     return Group(*(part for part in parts if part is not None), *notes)
 
 
-def _quality(report: Any) -> RenderableType:
+def _quality(report: Report) -> RenderableType:
     table = _table(("", ">gated", ">dense", ">difference"))
-    dense = report.dense_metric or {}
     for name, value in report.metric.items():
-        if name in dense:
-            other, difference = _metric(name, dense[name]), _metric(name, value - dense[name], signed=True)
-            _row(table, name, _metric(name, value), other, difference)
-        else:
-            _row(table, name, _metric(name, value))
-    if report.agreement is not None:
-        _row(table, "agreement with dense", percent(report.agreement))
-    _row(table, "cost (share of dense)", percent(report.cost), percent(1.0))
-    if report.submodules is not None:
-        _row(table, "submodules run (mean over sites)", percent(report.submodules), percent(1.0))
-    return _titled("Quality and cost", table)
+        dense = report.dense_metric[name]
+        _row(table, _words(name), _metric(name, value), _metric(name, dense), _metric(name, value - dense, signed=True))
+    agreement = percent(report.agreement) if report.agreement_of == "argmax" else f"{report.agreement:.4f}"
+    _row(table, f"agreement with dense ({report.agreement_of})", agreement)
+    _row(table, f"mean cost ({report.cost_unit}, share of dense)", percent(report.cost), percent(1.0))
+    _row(table, "submodules run (mean over sites)", percent(report.submodules), percent(1.0))
+    _row(table, f"distinct policies for {report.deciding}", f"{report.policies:,}", "1")
+    return _titled(f"Quality and cost on {report.data}", table)
 
 
-def _peers(report: Any) -> RenderableType | None:
+def _peers(report: Report) -> RenderableType | None:
     if not report.peers:
         return None
-    metric = next(iter(report.metric), "")
-    table = _table(("policy", ">cost", f">{metric or 'metric'}", ">gated minus policy", ">95 % interval"))
-    for peer in map(_fields, report.peers):
+    metric = next(iter(report.metric), "agreement")
+    table = _table(("policy", ">cost", f">{_words(metric)}", ">gated minus policy", ">95 % interval"))
+    for peer in report.peers:
         difference, low, high = (
-            None if peer.get(key) is None else _metric(metric, peer[key], signed=True)
-            for key in ("difference", "low", "high")
+            _metric(metric, value, signed=True) for value in (peer.difference, peer.low, peer.high)
         )
-        interval = f"{low} … {high}" if low and high else ""
-        cost = percent(peer["cost"])
-        _row(table, str(peer["name"]), cost, _metric(metric, peer["metric"]), difference or "", interval)
+        _row(table, peer.name, percent(peer.cost), _metric(metric, peer.metric), difference, f"{low} … {high}")
     return _titled("Other policies at the same cost, with the same skip paths", table)
 
 
-def _speed(report: Any) -> RenderableType | None:
+def _speed(report: Report) -> RenderableType | None:
     if not report.speed:
         return None
-    table = _table((">batch", ">median", ">middle half"))
-    for size, ratio in report.speed.items():
-        one = _fields(ratio)
-        _row(table, str(size), f"{one['median']:.2f}", f"{one['q1']:.2f} … {one['q3']:.2f}")
-    return _titled("Time (gated / dense in the same process; below 1 is faster)", table)
+    return Group(
+        speed_table(report.speed),
+        Text(", ".join(f"{name} {value}" for name, value in report.conditions.items())),
+        Text(""),
+    )
 
 
-def _active(report: Any) -> RenderableType | None:
+def speed_table(speed: Mapping[int, Ratio]) -> RenderableType:
+    """Times of gated and dense by batch size."""
+    table = _table((">batch", ">gated ms", ">dense ms", ">ratio", ">middle half", ">all calls", ">pairs"))
+    for size, ratio in speed.items():
+        half = f"{ratio.q1:.2f} … {ratio.q3:.2f}"
+        times = (f"{ratio.a_ms:.3g}", f"{ratio.b_ms:.3g}", f"{ratio.median:.2f}", half, f"{ratio.total:.2f}")
+        _row(table, str(size), *times, str(ratio.repeats))
+    return _titled("Time (ratio: gated / dense in the same process, median; below 1 is faster)", table)
+
+
+def _active(report: Report) -> RenderableType | None:
     if not report.active_rate:
         return None
     table = _table(("site", ">active", ""))
@@ -222,6 +227,10 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return ", ".join(map(str, value))
     return str(value)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _metric(name: str, value: float, *, signed: bool = False) -> str:

@@ -25,6 +25,7 @@ from surgery.errors import TraceError
 
 GATES = "surgery_gates"  # name of the child that holds a host's gates; invisible to tracing
 CACHE_NAMES = frozenset({"past_key_value", "past_key_values", "layer_past", "cache_params", "cache"})
+_RANKS = tuple(f"tensor:{rank}" for rank in range(65))
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -32,7 +33,8 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 class Pattern:
     """How a module was called: the kind of each named argument, of extra positional ones, and of extra keyword ones.
 
-    A kind is `none`, `true`, `false`, `str:<value>`, `tensor`, `object`, or `int:<value>` where numbers are held fixed.
+    A kind is `none`, `true`, `false`, `str:<value>`, `tensor:<rank>`, `object`, or `int:<value>` where numbers are held
+    fixed.
     """
 
     named: tuple[str, ...]
@@ -53,7 +55,7 @@ class Pattern:
 def kind_of(value: Any) -> str:
     """The kind of one argument, as used in `Pattern`."""
     if isinstance(value, Tensor):
-        return "tensor"
+        return "object" if value.is_nested else _RANKS[value.dim()]
     if value is None:
         return "none"
     if value is True:
@@ -222,7 +224,8 @@ class _Tracer(fx.proxy.TracerBase):
             return int(text)
         if tag == "ints":
             return tuple(map(int, text.split(",")))
-        return fx.Proxy(self.create_node("placeholder", name, (), {}), self)
+        node = self.create_node("placeholder", name, (), {})
+        return _Argument(node, self, int(text)) if tag == "tensor" else fx.Proxy(node, self)
 
     def attribute(self, name: str) -> fx.Proxy:
         if name not in self._attributes:
@@ -237,6 +240,21 @@ class _Tracer(fx.proxy.TracerBase):
         if isinstance(a, nn.Module):
             raise TraceError(f"{type(self.module).__name__}.forward passes a module as a value")
         return super().create_arg(a)
+
+
+class _Argument(fx.Proxy):
+    """A tensor argument, whose rank belongs to the call pattern and may therefore decide what `forward` does."""
+
+    is_nested = False
+
+    def __init__(self, node: fx.Node, tracer: _Tracer, rank: int) -> None:
+        super().__init__(node, tracer)
+        self.ndim = rank
+
+    def dim(self) -> int:
+        return self.ndim
+
+    ndimension = dim
 
 
 _CONSTANTS: dict[str, Any] = {"none": None, "true": True, "false": False}

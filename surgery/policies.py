@@ -1,0 +1,194 @@
+"""Policies to compare with: the same gates and skip paths, decided by something else than the routers.
+
+Axis letters: `N` samples, `T` tokens, `S` sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surgery import context
+from surgery.context import Event, handled
+from surgery.costs import weights_of
+from surgery.gates import Branch, Gate
+from surgery.state import CostModel
+
+Choose = Callable[[Gate, Tensor], Tensor]
+"""`choose(gate, residual)` gives bool decisions, `(N,)` or `(N, *positions)`."""
+
+
+@contextmanager
+def decided(gated: nn.Module, choose: Choose) -> Iterator[list[Event]]:
+    """Let `choose` decide every gate inside the block; yields what the gates do, in order."""
+    events: list[Event] = []
+
+    def handler(gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
+        decisions = choose(gate, residual)
+        padding = gate.padding(residual) if gate.per_token else None
+        events.append(Event(gate.site.name, gate, decisions, None, padding))
+        return gate.skip(branch, left, residual, inputs, decisions)
+
+    with handled(gated, handler):
+        yield events
+
+
+def constant(kept: Sequence[str]) -> Choose:
+    """The sites in `kept` are open for everything, the others closed."""
+    names = frozenset(kept)
+
+    def choose(gate: Gate, residual: Tensor) -> Tensor:
+        return torch.full(_shape(gate, residual), gate.site.name in names, dtype=torch.bool, device=residual.device)
+
+    return choose
+
+
+def random(rates: Mapping[str, float], seed: int, start: int) -> Choose:
+    """Every site is open at its rate, drawn per input or token; `start` is the running number of the first input."""
+
+    def choose(gate: Gate, residual: Tensor) -> Tensor:
+        shape = _shape(gate, residual)
+        samples = torch.arange(start, start + shape[0])
+        count = shape[1:].numel()
+        positions = torch.arange(count).expand(shape[0], count) if len(shape) > 1 else None
+        return context.draw(rates[gate.site.name], seed, gate.site.name, samples, positions).view(shape).to(residual.device)
+
+    return choose
+
+
+def shuffled(events: Sequence[Event], seed: int) -> Choose:
+    """Decisions that were made before, given to other inputs of the batch (or to other real tokens).
+
+    All sites are permuted alike, so that policies stay whole: only the link to the input is cut.
+    """
+    left: dict[str, list[Event]] = {}
+    for event in events:
+        left.setdefault(event.site, []).append(event)
+
+    def choose(gate: Gate, residual: Tensor) -> Tensor:
+        event = left[gate.site.name].pop(0)
+        flat = event.decisions.flatten().clone()
+        real = torch.arange(len(flat), device=flat.device)
+        if event.weights is not None:
+            real = real[event.weights.flatten().bool()]
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed)).to(flat.device)
+        flat[real] = flat[real[order]]
+        return flat.view(event.decisions.shape)
+
+    return choose
+
+
+@dataclass(slots=True)
+class Importance:
+    """Gate handler that leaves all gates open and notes how far each branch turns the residual stream.
+
+    The score is `1 - cosine(stream before, stream after)` (block influence, Men et al. 2024, ShortGPT), mean over inputs
+    and positions.
+    """
+
+    total: dict[str, float] = field(default_factory=dict)
+    count: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
+        result = gate.open(branch, left, inputs)
+        value = result[0] if branch.escapes else result
+        change = value if left is None else value - left
+        axis = 1 if gate.site.layout == "NCHW" else -1
+        scores = 1 - F.cosine_similarity(residual.float(), (residual + change).float(), dim=axis)
+        padding = gate.padding(residual)
+        scores = scores if padding is None or padding.shape != scores.shape else scores[padding]
+        name = gate.site.name
+        self.total[name] = self.total.get(name, 0.0) + float(scores.double().sum())
+        self.count[name] = self.count.get(name, 0) + scores.numel()
+        return result
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Mean score per site."""
+        return {name: total / max(self.count[name], 1) for name, total in self.total.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Two static policies whose costs lie around the wanted one, and how far it is from the first to the second."""
+
+    lower: tuple[str, ...]
+    upper: tuple[str, ...]
+    share: float
+
+
+def cut(costs: CostModel, ranks: Mapping[str, float], cost: float) -> Cut:
+    """Open sites from the highest rank down until `cost` (a fraction of dense) is reached; no router runs."""
+    order = sorted(costs.sites, key=lambda name: -ranks.get(name, 1.0))
+    kept = [tuple(order[:count]) for count in range(len(order) + 1)]
+    prices = [static_cost(costs, names) for names in kept]
+    above = next((index for index, price in enumerate(prices) if price >= cost), len(prices) - 1)
+    if above == 0 or prices[above] <= cost:
+        return Cut(kept[above], kept[above], 0.0)
+    low, high = prices[above - 1], prices[above]
+    return Cut(kept[above - 1], kept[above], (cost - low) / (high - low))
+
+
+def static_cost(costs: CostModel, kept: Sequence[str]) -> float:
+    """Cost of running the sites in `kept` and the skip paths of the others, without routers."""
+    sites = costs.sites.items()
+    return (costs.fixed + sum(site.branch if name in kept else site.skip for name, site in sites)) / costs.dense
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What the gates did on some inputs.
+
+    Args:
+        rates: Active share per input and site, `(N, S)`; 1 where a gate made no decision.
+        weights: How much each input counts (its real tokens where gates decide per token, else 1), `(N,)`.
+        routed: Whether the site's router ran, `(S,)`.
+    """
+
+    rates: Tensor
+    weights: Tensor
+    routed: Tensor
+
+    @classmethod
+    def of(cls, events: Sequence[Event], names: Sequence[str], size: int) -> Decided:
+        """What one batch of `size` inputs led to."""
+        rates, calls = torch.zeros(size, len(names)), torch.zeros(len(names))
+        routed = torch.zeros(len(names), dtype=torch.bool)
+        for event in events:
+            site = names.index(event.site)
+            rates[:, site] += event.rates().cpu()
+            calls[site] += 1  # a module that is used several times has one gate
+            routed[site] |= event.scores is not None
+        rates = torch.where(calls > 0, rates / calls.clamp_min(1), torch.ones(()))
+        return cls(rates, weights_of(events, size), routed)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Decided]) -> Decided:
+        """Those of several batches, one after the other."""
+        routed = torch.stack([part.routed for part in parts]).any(0)
+        return cls(torch.cat([p.rates for p in parts]), torch.cat([p.weights for p in parts]), routed)
+
+    def active(self, names: Sequence[str]) -> dict[str, float]:
+        """Active rate per site over all inputs."""
+        weights = self.weights.double()
+        means = (self.rates.double() * weights[:, None]).sum(0) / weights.sum().clamp_min(1e-12)
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def cost(self, names: Sequence[str], costs: CostModel) -> float:
+        """Mean cost as a fraction of dense; a router counts where it ran."""
+        active = self.active(names)
+        total = costs.fixed
+        for index, name in enumerate(names):
+            site = costs.sites[name]
+            total += active[name] * site.branch + (1 - active[name]) * site.skip + bool(self.routed[index]) * site.router
+        return total / costs.dense
+
+
+def _shape(gate: Gate, residual: Tensor) -> torch.Size:
+    return residual.shape[:-1] if gate.per_token else residual.shape[:1]

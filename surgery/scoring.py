@@ -1,0 +1,145 @@
+"""What an output is worth: accuracy, nats per token, agreement with the dense model, kept apart by input.
+
+Axis letters: `N` samples, `T` tokens, `K` classes, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surgery.calling import Batch, read_output
+from surgery.errors import DataError
+
+IGNORED = -100  # label of positions that do not count, as in torch's cross entropy
+LOWER_IS_BETTER = frozenset({"nats_per_token"})
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """A mean over inputs, kept apart by input.
+
+    Args:
+        values: Sum over what counts in each input (its correct answers, the nats of its tokens), float64 `(N,)`.
+        weights: How much counts in each input (1, or its tokens), float64 `(N,)`.
+    """
+
+    values: Tensor
+    weights: Tensor
+
+    @property
+    def mean(self) -> float:
+        """The mean over everything that counts."""
+        return float(self.values.sum() / self.weights.sum().clamp_min(1e-12))
+
+    @property
+    def count(self) -> int:
+        """How much counts in all."""
+        return int(self.weights.sum())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """Those of several batches, one after the other."""
+        return cls(torch.cat([part.values for part in parts]), torch.cat([part.weights for part in parts]))
+
+    def mixed(self, other: Scores, share: float) -> Scores:
+        """`1 - share` of these and `share` of `other`, on the same inputs."""
+        return Scores(torch.lerp(self.values, other.values, share), self.weights)
+
+
+def metric_of(model: nn.Module, batch: Batch, output: Any) -> tuple[str, Scores] | None:
+    """The metric that fits model and labels, by name, or None where nothing tells right from wrong.
+
+    Integer labels `(N,)` give `accuracy`, integer labels per token `token_accuracy`; language models that predict the
+    next token give `nats_per_token` from the tokens that they are called with.
+
+    Raises:
+        DataError: If labels do not fit the logits.
+    """
+    logits, labels = read_output(output), batch.labels
+    tokens = next_tokens(model, batch, logits)
+    if tokens is not None:
+        return "nats_per_token", _nats(logits, tokens)
+    if labels is None or labels.is_floating_point() or logits.dim() != labels.dim() + 1 or logits.shape[-1] < 2:
+        return None
+    if logits.shape[:-1] != labels.shape:
+        raise DataError(f"labels have shape {tuple(labels.shape)}, the logits {tuple(logits.shape)} expect {tuple(logits.shape[:-1])}")
+    if labels.numel() and int(labels.max()) >= logits.shape[-1]:
+        raise DataError(
+            f"a label is {int(labels.max())}, but the model tells {logits.shape[-1]} classes apart; "
+            "is this data for another model, or does it count classes in another order?"
+        )
+    counted = (labels != IGNORED).to(logits.device)
+    right = (logits.argmax(-1) == labels.to(logits.device)) & counted
+    return "accuracy" if labels.dim() == 1 else "token_accuracy", _per_input(right, counted)
+
+
+def agreement_of(model: nn.Module, batch: Batch, output: Any, dense: Any) -> tuple[str, Scores]:
+    """How far an output agrees with the dense model's: `argmax` (share of equal ones) or `cosine` (of embeddings)."""
+    mine, reference = read_output(output), read_output(dense)
+    if is_logits(model, batch, dense):
+        same = mine.argmax(-1) == reference.argmax(-1)  # N or N T
+        return "argmax", _per_input(same, _real(batch, same))
+    mask = _real(batch, mine[..., 0]) if mine.dim() == 3 else None
+    if mask is not None:
+        mine, reference = mine * mask.unsqueeze(-1), reference * mask.unsqueeze(-1)
+    cosine = F.cosine_similarity(mine.double().flatten(1), reference.double().flatten(1), dim=1)
+    return "cosine", Scores(cosine.cpu(), torch.ones(len(cosine), dtype=torch.float64))
+
+
+def is_logits(model: nn.Module, batch: Batch, output: Any) -> bool:
+    """Whether the largest entry of an output's last axis means something; else it is an embedding."""
+    if any(isinstance(getattr(output, name, None), Tensor) for name in ("logits", "logits_per_image")):
+        return read_output(output).shape[-1] > 1
+    if not isinstance(output, Tensor) or output.dim() not in (2, 3) or output.shape[-1] < 2:
+        return False
+    classes = getattr(model, "num_classes", None)  # timm's models without a head have none
+    return classes != 0 and (output.dim() == 2 or batch.labels is not None)
+
+
+def next_tokens(model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:
+    """What each position should predict, `(N, T - 1)`, `IGNORED` at padding; None unless the model predicts next tokens."""
+    ids = batch.kwargs.get("decoder_input_ids", batch.kwargs.get("input_ids"))
+    can_generate = getattr(model, "can_generate", None)
+    if not isinstance(ids, Tensor) or logits.dim() != 3 or ids.shape != logits.shape[:2]:
+        return None
+    if can_generate is not None and not can_generate():
+        return None
+    if can_generate is None and batch.labels is not None:  # a tagger of the user's own
+        return None
+    name = "decoder_attention_mask" if "decoder_input_ids" in batch.kwargs else "attention_mask"
+    mask = batch.kwargs.get(name)
+    following = ids[:, 1:]
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        return following
+    counted = mask[:, 1:].bool() & mask[:, :-1].bool()  # nothing is predicted from padding on the left
+    return following.masked_fill(~counted, IGNORED)
+
+
+def _nats(logits: Tensor, tokens: Tensor) -> Scores:
+    counted = tokens != IGNORED
+    loss = torch.zeros(tokens.shape, dtype=torch.float64)
+    for row, (one, target) in enumerate(zip(logits, tokens, strict=True)):  # one input at a time: V can be large
+        loss[row] = F.cross_entropy(one[:-1].float(), target, ignore_index=IGNORED, reduction="none").double().cpu()
+    return Scores(loss.sum(1), counted.double().sum(1).cpu())
+
+
+def _per_input(hits: Tensor, counted: Tensor | None) -> Scores:
+    """Of bool hits `(N,)` or `(N, T)`."""
+    counted = torch.ones_like(hits) if counted is None else counted
+    hits, counted = (hits & counted).cpu().reshape(len(hits), -1), counted.cpu().reshape(len(counted), -1)
+    return Scores(hits.double().sum(1), counted.double().sum(1))
+
+
+def _real(batch: Batch, like: Tensor) -> Tensor | None:
+    """The attention mask in the shape of `like` `(N, T)`, bool, or None."""
+    for name in ("decoder_attention_mask", "attention_mask"):
+        mask = batch.kwargs.get(name)
+        if isinstance(mask, Tensor) and mask.shape == like.shape:
+            return mask.bool().to(like.device)
+    return None
