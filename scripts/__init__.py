@@ -1,0 +1,1 @@
+"""The `surgery` command: one page per subcommand, assembled in `surgery.scripts.cli`."""

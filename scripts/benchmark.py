@@ -1,0 +1,115 @@
+"""`surgery benchmark DIR`: wall-clock time of a converted model against the dense one, side by side in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from surgery.errors import DataError
+from surgery.scripts import options
+from surgery.scripts.bars import progress_bars, waiting
+from surgery.scripts.loading import Machine
+from surgery.scripts.running import command, show, show_json
+
+if TYPE_CHECKING:
+    from surgery.timing import Ratio
+
+SAMPLES = 256
+"""How many different inputs are timed at most; decisions, and so times, differ between inputs."""
+
+
+@command
+def benchmark(
+    directory: options.DirectoryArgument,
+    data: Annotated[
+        str | None, typer.Option("--data", help=f"Inputs to time on; synthetic ones without it. {options.DATA_HELP}")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "test",
+    base: options.Base = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
+    ] = None,
+    batch_sizes: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Samples per call; repeatable. 1 and 8 by default.")
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed pairs of calls per batch size.")] = 30,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Time a converted model against the dense one: the median of paired calls after a warm-up."""
+    from surgery.calibration import set_budget
+    from surgery.calling import device_of, dtype_of
+    from surgery.status import status
+    from surgery.tables import speed_table
+    from surgery.timing import compare, conditions
+
+    with waiting("loading the model"):
+        gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
+    if budget is not None:
+        set_budget(gated, budget)
+    where = device_of(loaded.model)
+    speed: dict[int, Ratio] = {}
+    sizes = tuple(batch_sizes or (1, 8))
+    with progress_bars() as progress:
+        for done, size in enumerate(sizes):
+            progress("timing", done, len(sizes))
+            inputs = _inputs(loaded, data, split, size, seed)
+            speed[size] = compare(_steps(gated, inputs), _steps(loaded.model, inputs), repeats=repeats, device=where)
+        progress("timing", len(sizes), len(sizes))
+    here = conditions(where, dtype_of(loaded.model))
+    cost = status(gated).to_dict().get("cost")
+    if as_json:
+        show_json(
+            {
+                "directory": str(directory),
+                "speed": {str(size): ratio.to_dict() for size, ratio in speed.items()},
+                "conditions": here,
+                "cost": cost,
+                "real_inputs": bool(data),
+            }
+        )
+    else:
+        show(Group(speed_table(speed), Text(_words(here)), *([] if data else [Text(_SYNTHETIC)])))
+
+
+_SYNTHETIC = "note: synthetic inputs; decisions and so times on yours will differ, pass --data"
+
+
+def _inputs(loaded: Any, data: str | None, split: str, size: int, seed: int) -> list[Any]:
+    """Batches of `size` on the model's device, all of one length."""
+    from surgery.adapters import load_data
+    from surgery.calling import as_batch, device_of, dtype_of
+
+    if data is None:
+        source = loaded.adapter.inputs(loaded.model, 4 * size, size, seed)
+    else:
+        source = load_data(
+            data, loaded, split=split, batch_size=size, limit=max(SAMPLES, size), seed=seed, shuffle=True
+        )
+    where, dtype = device_of(loaded.model), dtype_of(loaded.model)
+    whole = [batch for batch in (as_batch(value).to(where, dtype) for value in source) if batch.size == size]
+    if not whole:
+        raise DataError(f"{data} (split {split!r}) has fewer than {size} samples; take a smaller --batch-size")
+    return whole
+
+
+def _steps(model: Any, inputs: list[Any]) -> Callable[[], object]:
+    """Call the model with the next batch each time, so that gated and dense see the same ones in the same order."""
+    from surgery.calling import call
+
+    stream: Iterator[Any] = cycle(inputs)
+    return lambda: call(model, next(stream))
+
+
+def _words(here: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in here.items())

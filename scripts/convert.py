@@ -1,0 +1,193 @@
+"""`surgery convert MODEL --data … --budget 0.6 --out DIR`: a network that runs a share of the dense compute."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import time
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgery.errors import CheckpointError, OutputExists
+from surgery.scripts import options
+from surgery.scripts.bars import progress_bars, waiting
+from surgery.scripts.loading import Machine
+from surgery.scripts.running import command, interrupted, note, program, show, show_json
+
+
+class Granularity(str, Enum):
+    """How finely is decided."""
+
+    auto = "auto"
+    sample = "sample"
+    token = "token"
+
+
+class Skip(str, Enum):
+    """What replaces a branch where it is skipped."""
+
+    auto = "auto"
+    identity = "identity"
+    affine = "affine"
+    low_rank = "low-rank"
+    linear = "linear"
+
+
+class Tune(str, Enum):
+    """How routers and skip paths get their values."""
+
+    auto = "auto"
+    oneshot = "oneshot"
+    train = "train"
+
+
+class Cost(str, Enum):
+    """What the budget is a share of."""
+
+    flops = "flops"
+    latency = "latency"
+
+
+@command
+def convert(
+    model: options.ModelArgument,
+    budget: Annotated[float, typer.Option("--budget", help="Mean cost as a share of the dense model's, in (0, 1].")],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help=f"Data to fit and calibrate on; synthetic inputs without it. {options.DATA_HELP}"),
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of --data.", rich_help_panel="Data")] = "train",
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            "--validation", help="Data to calibrate on; by default every fifth batch.", rich_help_panel="Data"
+        ),
+    ] = None,
+    validation_split: Annotated[
+        str, typer.Option("--validation-split", help="Split of --validation.", rich_help_panel="Data")
+    ] = "validation",
+    augment: Annotated[
+        bool, typer.Option("--augment", help="Flip and shift pictures at random.", rich_help_panel="Data")
+    ] = False,
+    sites: options.SitesOption = None,
+    granularity: Annotated[
+        Granularity, typer.Option("--granularity", help="How finely is decided.")
+    ] = Granularity.auto,
+    skip: Annotated[Skip, typer.Option("--skip", help="What replaces a skipped branch.")] = Skip.auto,
+    tune: Annotated[
+        Tune, typer.Option("--tune", help="oneshot fits in closed form, train goes on with gradients.")
+    ] = Tune.auto,
+    cost: Annotated[Cost, typer.Option("--cost", help="Budget in FLOPs, or in latency measured here.")] = Cost.flops,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older conversion in --out.")] = False,
+    batch_size: options.BatchSize = 32,
+    limit: options.Limit = None,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Convert MODEL into one that runs BUDGET of the dense compute, and write what was added to a directory."""
+    from surgery.calibration import check_budget
+    from surgery.checkpoints import save
+    from surgery.conversion import UnmeasuredQuality
+    from surgery.conversion import convert as convert_model
+    from surgery.status import status
+
+    check_budget(budget)
+    work = out.with_name(f"{out.name}.tuning")
+    _check_output(out, work, force=force, resume=resume)
+    with waiting("loading the model"):
+        loaded = Machine(device, dtype, threads, seed, revision).load(model)
+    batches, held = _read(loaded, data, split, validation, validation_split, batch_size, limit, seed, augment)
+    started = time.time()
+    try:
+        with progress_bars() as progress, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnmeasuredQuality)  # the status says so
+            gated = convert_model(
+                loaded.model,
+                budget,
+                data=batches,
+                validation=held,
+                sites=options.words(sites),
+                granularity=granularity.value,
+                tune=tune.value,
+                skip=skip.value,
+                cost=cost.value,
+                seed=seed,
+                progress=progress,
+                output_dir=work,
+                resume=resume,
+            )
+    except KeyboardInterrupt:
+        if _resumable(work, since=0 if resume else started):
+            interrupted(f"interrupted; what was tuned is kept. Go on with: {_resumed(sys.argv[1:])}")
+        interrupted("interrupted before tuning began; nothing was written")
+    save(gated, out, overwrite=force, base=model)
+    shutil.rmtree(work, ignore_errors=True)
+    settings = status(gated)
+    if as_json:
+        show_json({"out": str(out), "model": model, **settings.to_dict()})
+    else:
+        show(settings)
+        note(f"written to {out}; next: {program()} score {shlex.quote(str(out))} --data …")
+
+
+def _check_output(out: Path, work: Path, *, force: bool, resume: bool) -> None:
+    """Refuse before the work, not after it."""
+    from surgery.checkpoints import CONFIG
+
+    if out.exists() and not force:
+        raise OutputExists(f"{out} exists; pass --force to replace it, or another --out")
+    if out.exists() and not (out / CONFIG).is_file() and any(out.iterdir() if out.is_dir() else [out]):
+        raise OutputExists(f"{out} holds no {CONFIG}, so it is something else and is not replaced; give another --out")
+    if resume and not _resumable(work, since=0):
+        raise CheckpointError(f"--resume: {work} holds no interrupted run; start without --resume")
+
+
+def _resumable(work: Path, *, since: float) -> bool:
+    """Whether training left a checkpoint there after the time `since`."""
+    from surgery.training import CHECKPOINT
+
+    file = work / CHECKPOINT
+    return file.is_file() and file.stat().st_mtime >= since
+
+
+def _read(
+    loaded: Any,
+    data: str | None,
+    split: str,
+    validation: str | None,
+    validation_split: str,
+    batch_size: int,
+    limit: int | None,
+    seed: int,
+    augment: bool,
+) -> tuple[Any, Any]:
+    """What to fit on, and what to calibrate on (None for a part of the former)."""
+    from surgery.adapters import load_data
+
+    if data is None:
+        note(
+            "no --data: fitting on synthetic inputs, which say little about yours; calibrate on real ones where you can"
+        )
+        return loaded.adapter.inputs(loaded.model, limit or 256, batch_size, seed), None
+    common: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "seed": seed, "shuffle": True}
+    batches = load_data(data, loaded, split=split, augment=augment, **common)
+    held = None if validation is None else load_data(validation, loaded, split=validation_split, **common)
+    return batches, held
+
+
+def _resumed(arguments: list[str]) -> str:
+    return shlex.join([program(), *arguments, *(() if "--resume" in arguments else ("--resume",))])

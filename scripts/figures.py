@@ -1,0 +1,113 @@
+"""Pictures of results, in colours told apart by colour-blind readers (Okabe and Ito's); markers and dashes differ too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import MissingDependency
+
+BLUE, ORANGE, VERMILION, GREEN, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#666666"
+_STYLES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (VERMILION, "^", ":"), (GREEN, "D", "-."))
+_Z = 1.96
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One policy at several costs.
+
+    Args:
+        label: For the legend.
+        points: `(cost as a fraction of dense, accuracy)`, in any order.
+    """
+
+    label: str
+    points: Sequence[tuple[float, float]]
+
+
+def draw_tradeoff(
+    path: Path,
+    curves: Sequence[Curve],
+    *,
+    dense: float,
+    samples: int,
+    rates: Mapping[str, float],
+    kinds: Mapping[str, str],
+    title: str,
+    rates_title: str,
+) -> None:
+    """Accuracy against cost on the left, active rate per site on the right, in one PNG.
+
+    Args:
+        path: File to write.
+        curves: The first one is drawn with a 95 % band (binomial, `samples` test inputs).
+        dense: Accuracy of the dense model.
+        samples: Number of test inputs.
+        rates: Site -> active rate, in order of execution.
+        kinds: Site -> kind; each has a colour.
+        title: Above the left panel.
+        rates_title: Above the right panel.
+
+    Raises:
+        MissingDependency: If matplotlib is not installed.
+    """
+    figure, (left, right) = _figure(len(rates))
+    _curves(left, curves, dense, samples)
+    left.set_title(title, loc="left", fontsize=10)
+    _bars(right, rates, kinds)
+    right.set_title(rates_title, loc="left", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _figure(sites: int) -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependency('matplotlib is needed to draw: pip install "bypass-surgery[plot]"') from error
+    figure = Figure(figsize=(11, max(4.6, 1.4 + 0.24 * sites)), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, 2, width_ratios=(3, 2))
+
+
+def _curves(axes: Any, curves: Sequence[Curve], dense: float, samples: int) -> None:
+    axes.axhline(100 * dense, color=GREY, linewidth=1, zorder=1)
+    axes.plot([100], [100 * dense], marker="*", markersize=14, color="black", linestyle="none", label="dense", zorder=4)
+    for index, (curve, (color, marker, line)) in enumerate(zip(curves, _STYLES, strict=False)):
+        points = sorted(curve.points)
+        cost, accuracy = [100 * c for c, _ in points], [100 * a for _, a in points]
+        axes.plot(cost, accuracy, color=color, marker=marker, linestyle=line, label=curve.label, zorder=3)
+        if index == 0:
+            error = [100 * _Z * sqrt(a * (1 - a) / samples) for _, a in points]
+            low = [a - e for a, e in zip(accuracy, error, strict=True)]
+            high = [min(100.0, a + e) for a, e in zip(accuracy, error, strict=True)]
+            axes.fill_between(cost, low, high, color=color, alpha=0.15, linewidth=0, zorder=2, label="95 % interval")
+    axes.set_xlabel("mean cost (% of dense FLOPs)")
+    axes.set_ylabel(f"accuracy (% of {samples} test images)")
+    axes.set_xlim(right=103)
+    axes.grid(alpha=0.3)
+    _legend(axes, 2)
+
+
+def _bars(axes: Any, rates: Mapping[str, float], kinds: Mapping[str, str]) -> None:
+    names, values = list(rates), [100 * rate for rate in rates.values()]
+    for kind, color in zip(dict.fromkeys(kinds.values()), (ORANGE, BLUE, GREEN, GREY), strict=False):
+        chosen = [index for index, name in enumerate(names) if kinds[name] == kind]
+        bars = axes.barh(chosen, [values[index] for index in chosen], color=color, height=0.7, label=kind)
+        axes.bar_label(bars, [f"{values[index]:.0f} %" for index in chosen], padding=3, fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 115)
+    axes.set_xticks(range(0, 101, 25))
+    axes.set_xlabel("active rate (% of inputs or tokens)")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend(axes, len(set(kinds.values())))
+
+
+def _legend(axes: Any, columns: int) -> None:
+    """Below the axes, where it can hide nothing."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, frameon=False, fontsize=9)

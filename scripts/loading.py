@@ -1,0 +1,78 @@
+"""What most commands begin with: a model, its data, and the checkpoint made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import CheckpointError
+from surgery.scripts.options import Dtype, choose_device, choose_dtype, set_up
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgery.adapters import Loaded
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a model is loaded, from the options of that name."""
+
+    device: str = "auto"
+    dtype: Dtype = Dtype.auto
+    threads: int | None = None
+    seed: int = 0
+    revision: str | None = None
+
+    def load(self, spec: str) -> Loaded:
+        """The dense model that a `MODEL` string names."""
+        from surgery.adapters import load_model
+
+        set_up(self.threads, self.seed)
+        device = choose_device(self.device)
+        return load_model(spec, device=device, dtype=choose_dtype(self.dtype, device), revision=self.revision)
+
+    def load_converted(self, directory: Path, spec: str | None) -> tuple[nn.Module, Loaded]:
+        """The gated model in `directory`, and the dense model that it was made from.
+
+        Args:
+            directory: What `surgery convert` wrote.
+            spec: `MODEL` string of the base; None reads it from the checkpoint.
+
+        Raises:
+            CheckpointError: If the checkpoint does not say what it was made from.
+        """
+        from surgery.checkpoints import load, read_config
+
+        base = read_config(directory).get("base", {})
+        recorded = base.get("spec")
+        if not (spec or recorded):
+            raise CheckpointError(
+                f"{directory} was made from a {base.get('class')} that no MODEL string names; give one with --model"
+            )
+        machine = self if spec or self.revision else _with_revision(self, base.get("revision"))
+        loaded = machine.load(spec or recorded)
+        return load(directory, model=loaded.model), loaded
+
+
+def example_of(loaded: Loaded, data: str | None, *, split: str, batch_size: int, seed: int) -> Any:
+    """The first batch of the data, or random inputs of the right form where no data is given."""
+    if data is None:
+        return loaded.adapter.example(loaded.model, batch_size, seed)
+    from surgery.adapters import load_data
+
+    return next(iter(load_data(data, loaded, split=split, batch_size=batch_size, limit=batch_size)))
+
+
+def is_converted(model: str) -> bool:
+    """Whether a `MODEL` argument is a directory that `surgery convert` wrote."""
+    from surgery.checkpoints import CONFIG
+
+    return (Path(model).expanduser() / CONFIG).is_file()
+
+
+def _with_revision(machine: Machine, revision: str | None) -> Machine:
+    from dataclasses import replace
+
+    return replace(machine, revision=revision or None)

@@ -1,0 +1,111 @@
+"""Options that several commands share, each written once."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Dtype(str, Enum):
+    """Floating-point types that a model can be loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+MODEL_HELP = "timm:NAME, hf:ORG/NAME, a local directory, or python:FILE.py:FUNCTION."
+DATA_HELP = (
+    "A .parquet, .csv, .tsv, .jsonl or .json file, a folder of images by class, a dataset's name on the Hub, or digits."
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+DirectoryArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `surgery convert` wrote.")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Revision of a model on the Hub.", rich_help_panel="Model")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel="Machine")]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="auto: as stored, float32 on a CPU.", rich_help_panel="Machine")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads for torch.", rich_help_panel="Machine")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed for everything random.", rich_help_panel="Machine")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.", rich_help_panel="Data")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Read at most this many samples.", rich_help_panel="Data")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.", rich_help_panel="Output")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
+
+
+Base = Annotated[
+    str | None,
+    typer.Option("--model", help="MODEL that DIR was made from; by default the one it names.", rich_help_panel="Model"),
+]
+SitesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--sites",
+        metavar="WORD,WORD",
+        help="Kinds (block, attention, mlp, heads) and name patterns ('layer3.*'); all by default.",
+    ),
+]
+
+
+def words(text: str | None) -> list[str] | None:
+    """A comma-separated list; None where nothing was given."""
+    return [word.strip() for word in text.split(",") if word.strip()] or None if text is not None else None
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes an accelerator where there is one.
+
+    Raises:
+        typer.BadParameter: If the device is unknown or not there.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{name!r} is no device; use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise typer.BadParameter(f"{name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise typer.BadParameter("'mps' is not available in this build of torch or on this machine")
+    return device
+
+
+def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype | None:
+    """None leaves the weights as stored; half-precision weights run slowly on a CPU, so `auto` is float32 there."""
+    import torch
+
+    if dtype is Dtype.auto:
+        return torch.float32 if device.type == "cpu" else None
+    return {
+        Dtype.float32: torch.float32,
+        Dtype.bfloat16: torch.bfloat16,
+        Dtype.float16: torch.float16,
+        Dtype.float64: torch.float64,
+    }[dtype]
+
+
+def set_up(threads: int | None, seed: int) -> None:
+    """Apply `--threads` and `--seed` to this process."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)

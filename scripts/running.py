@@ -1,0 +1,115 @@
+"""How every command runs: results on standard output, everything else on standard error, errors by name."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console, RenderableType
+from rich.syntax import Syntax
+from rich.text import Text
+
+from surgery.errors import SurgeryError
+
+ERROR = 1
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+# What to type next, where the message itself speaks to Python users.
+HINTS: Mapping[str, str] = {
+    "AlreadyConverted": "give the model that DIR was made from, or score DIR as it is",
+    "BaseMismatch": "give the model that DIR was made from with --model",
+    "BudgetError": "0.6 means 60 % of the dense compute; what is out of reach needs a conversion with more sites",
+    "CheckpointError": "DIR is what `surgery convert` wrote; --model names what it was made from, if it does not say",
+    "DataError": "`surgery convert --help` shows the forms that --data can have",
+    "NoSites": "`surgery sites MODEL` shows what was found, and why the rest was left alone",
+    "OutputExists": "another --out leaves what is there as it is",
+    "UnknownModel": "`surgery sites --help` shows the forms that MODEL can have",
+    "UnsupportedModel": "`surgery sites MODEL` shows what was looked at",
+}
+
+
+def program() -> str:
+    """What to type to run this program again: `surgery` where that is found, else its path."""
+    called = Path(sys.argv[0])
+    found = shutil.which("surgery")
+    elsewhere = called.name == "surgery" and (found is None or not called.exists() or not called.samefile(found))
+    return str(called) if elsewhere else "surgery"
+
+
+def standard_error() -> Console:
+    """A console on standard error, made when needed so that redirection is respected."""
+    return Console(stderr=True, highlight=False)
+
+
+def command(page: Callable[..., None]) -> Callable[..., None]:
+    """Turn named errors and Ctrl-C into one line and an exit status.
+
+    The page must take `debug` and may take `as_json`.
+    """
+
+    @functools.wraps(page)
+    def run(**options: Any) -> None:
+        try:
+            page(**options)
+        except SurgeryError as error:
+            if options.get("debug"):
+                raise
+            fail(error, as_json=options.get("as_json", False))
+        except KeyboardInterrupt:
+            interrupted("interrupted")
+
+    return run
+
+
+def fail(error: SurgeryError, *, as_json: bool = False) -> NoReturn:
+    """Show a named error and leave with status 1."""
+    name = type(error).__name__
+    console = standard_error()
+    console.print(Text.assemble((name, "bold red"), (f": {error}", "red")), soft_wrap=True)
+    hint = next((HINTS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in HINTS), None)
+    if hint:
+        console.print(Text(f"next: {hint}"), soft_wrap=True)
+    if as_json:
+        show_json({"error": name, "message": str(error), "next": hint})
+    raise typer.Exit(ERROR)
+
+
+def interrupted(message: str) -> NoReturn:
+    """Say what Ctrl-C left behind and leave with status 130."""
+    standard_error().print(Text(message, style="yellow"), soft_wrap=True)
+    raise typer.Exit(INTERRUPTED)
+
+
+def show(renderable: RenderableType) -> None:
+    """Print a result for people: 120 columns wide where standard output is no terminal."""
+    from surgery.tables import PLAIN_WIDTH
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    console.print(renderable)
+
+
+def show_code(code: str) -> None:
+    """Print Python, in colours on a terminal and as it is elsewhere."""
+    console = Console()
+    if console.is_terminal:
+        console.print(Syntax(code, "python", background_color="default", word_wrap=True))
+    else:
+        typer.echo(code)
+
+
+def show_json(value: Mapping[str, Any]) -> None:
+    """Print a result for programs."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def note(message: str) -> None:
+    """Tell people something that is no result."""
+    standard_error().print(Text(message), soft_wrap=True)

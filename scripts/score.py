@@ -1,0 +1,57 @@
+"""`surgery score DIR --data …`: quality and cost against dense, static and random policies."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from surgery.scripts import options
+from surgery.scripts.bars import progress_bars, waiting
+from surgery.scripts.loading import Machine
+from surgery.scripts.running import command, show, show_json
+
+
+@command
+def score(
+    directory: options.DirectoryArgument,
+    data: Annotated[str, typer.Option("--data", help=options.DATA_HELP)],
+    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "test",
+    base: options.Base = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Also score static and random policies.")] = True,
+    speed: Annotated[
+        list[int] | None, typer.Option("--speed", min=1, help="Also time at this batch size; repeatable.")
+    ] = None,
+    batch_size: options.BatchSize = 32,
+    limit: options.Limit = None,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Score a converted model on labelled data against the dense one and against policies that ignore the input."""
+    from surgery.adapters import load_data
+    from surgery.calibration import set_budget
+    from surgery.measurement import measure
+
+    with waiting("loading the model"):
+        gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
+    if budget is not None:
+        set_budget(gated, budget)
+    batches = load_data(
+        data, loaded, split=split, batch_size=batch_size, limit=limit, seed=seed, shuffle=limit is not None
+    )
+    with progress_bars() as progress:
+        report = measure(
+            gated, batches, dense=loaded.model, speed=tuple(speed or ()), peers=peers, seed=seed, progress=progress
+        )
+    if as_json:
+        show_json({"directory": str(directory), **report.to_dict()})
+    else:
+        show(report)

@@ -1,0 +1,53 @@
+"""`surgery show MODEL_OR_DIR NAME`: the forward that is generated for one module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgery.scripts import options
+from surgery.scripts.bars import waiting
+from surgery.scripts.loading import Machine, example_of, is_converted
+from surgery.scripts.running import command, show_code, show_json
+
+
+@command
+def show(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_DIR", help=f"{options.MODEL_HELP} Or a converted directory.")
+    ],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A site or the module that contains it; '' for the model.")
+    ] = "",
+    data: Annotated[str | None, typer.Option("--data", help=options.DATA_HELP)] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of the data.")] = "train",
+    base: options.Base = None,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show the code that runs instead of the original forward, with its gates."""
+    import surgery
+    from surgery.context import state_of
+
+    machine = Machine(device, dtype, revision=revision)
+    with waiting("loading the model"):
+        if is_converted(model):
+            gated, _ = machine.load_converted(Path(model), base)
+        else:
+            loaded = machine.load(model)
+            example = example_of(loaded, data, split=split, batch_size=2, seed=0)
+            gated = surgery.insert_gates(loaded.model, surgery.find_sites(loaded.model, example))
+    try:
+        code = surgery.show(gated, name)
+    except KeyError as error:
+        known = ", ".join(state_of(gated).names)
+        raise typer.BadParameter(f"nothing named {name!r} was rewritten; sites: {known}", param_hint="NAME") from error
+    if as_json:
+        show_json({"name": name, "code": code})
+    else:
+        show_code(code)
