@@ -1,0 +1,366 @@
+"""The commands: what they print, write and refuse, on a tiny network and scikit-learn's digits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from surgery.errors import SurgeryError, UnknownModel
+from surgery.scripts.cli import app
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+NETWORK = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
+class Net(nn.Module):
+    def __init__(self, width=32):
+        super().__init__()
+        self.stem = nn.Linear(64, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(4)))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x.flatten(1))))
+
+
+def make():
+    torch.manual_seed(0)
+    return Net()
+
+
+def plain():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+"""
+COMMANDS = ("sites", "show", "convert", "score", "benchmark", "doctor", "demo")
+
+
+def run(*arguments: Any, expect: int = 0) -> Any:
+    """Run `surgery` in this process; the result's `stdout` and `stderr` are apart."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == expect, (result.exit_code, result.stdout, result.stderr, result.exception)
+    return result
+
+
+def read_json(*arguments: Any) -> dict[str, Any]:
+    """What `surgery … --json` prints: JSON alone."""
+    value = json.loads(run(*arguments, "--json").stdout)
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A `MODEL` string."""
+    file = tmp_path_factory.mktemp("network") / "net.py"
+    file.write_text(NETWORK, encoding="utf-8")
+    return f"python:{file}:make"
+
+
+def convert(network: str, out: Path, *more: Any, expect: int = 0) -> Any:
+    """A conversion that takes a second."""
+    common = ("--data", "digits", "--limit", 160, "--budget", 0.6, "--out", out)
+    return run("convert", network, *common, *more, expect=expect)
+
+
+@pytest.fixture(scope="module")
+def converted(network: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that `surgery convert` wrote."""
+    out = tmp_path_factory.mktemp("converted") / "out"
+    convert(network, out, "--tune", "oneshot")
+    return out
+
+
+# -- help and usage ---------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command() -> None:
+    text = run("--help").stdout
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_speaks_json_and_explains_itself(command: str) -> None:
+    text = run(command, "--help").stdout
+    assert "--json" in text and "--debug" in text
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    assert run("--version").stdout.strip() == version("bypass-surgery")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", "timm:x"),
+        ("nosuch",),
+        ("sites", "timm:x", "--device", "abacus"),
+        ("sites", "timm:x", "--device", "cuda:99"),
+        ("sites", "timm:x", "--threads", "0"),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_usage_errors_exit_with_2(arguments: tuple[str, ...]) -> None:
+    run(*arguments, expect=2)
+
+
+# -- named errors -----------------------------------------------------------------------------------------------------
+
+
+def test_a_named_error_is_one_line_and_a_next_step() -> None:
+    result = run("sites", "tim:resnet18", expect=1)
+    first, second = result.stderr.strip().splitlines()
+    assert first.startswith("UnknownModel: ") and "timm:resnet18" in first
+    assert second.startswith("next: ")
+    assert result.stdout == ""
+
+
+def test_a_named_error_is_json_for_programs() -> None:
+    value = json.loads(run("sites", "tim:resnet18", "--json", expect=1).stdout)
+    assert value["error"] == "UnknownModel" and "timm:resnet18" in value["message"] and value["next"]
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = CliRunner().invoke(app, ["sites", "tim:resnet18", "--debug"])
+    assert isinstance(result.exception, UnknownModel)
+
+
+def test_every_hint_belongs_to_an_error() -> None:
+    import surgery.errors
+    from surgery.scripts.running import HINTS
+
+    for name in HINTS:
+        assert issubclass(getattr(surgery.errors, name), SurgeryError)
+
+
+# -- sites, show ------------------------------------------------------------------------------------------------------
+
+
+def test_sites_prints_a_table(network: str) -> None:
+    text = run("sites", network, "--data", "digits").stdout
+    assert "Sites of Net" in text and "blocks.3.mlp" in text and "4 sites hold" in text
+
+
+def test_sites_json_has_the_same(network: str) -> None:
+    value = read_json("sites", network, "--data", "digits")
+    assert [site["name"] for site in value["sites"]] == [f"blocks.{index}.mlp" for index in range(4)]
+    # by hand: 2 * (64 * 32 + 4 * (32 * 128 + 128 * 32) + 32 * 10), one multiply-add = 2
+    assert value["model_flops"] == 2 * (64 * 32 + 4 * 2 * 32 * 128 + 32 * 10)
+
+
+def test_sites_can_be_chosen(network: str) -> None:
+    value = read_json("sites", network, "--data", "digits", "--sites", "blocks.[01].*")
+    assert len(value["sites"]) == 2
+    assert "NoSites" in run("sites", network, "--data", "digits", "--sites", "nothing.*", expect=1).stderr
+
+
+def test_own_networks_need_data(network: str) -> None:
+    assert "DataError" in run("sites", network, expect=1).stderr
+
+
+def test_show_prints_code(network: str, converted: Path) -> None:
+    fresh = run("show", network, "blocks.0", "--data", "digits").stdout
+    assert "def _branch_mlp" in fresh and "surgery_gates" in fresh
+    assert run("show", converted, "blocks.0.mlp").stdout == fresh
+    assert read_json("show", converted, "blocks.0")["code"].strip() == fresh.strip()
+
+
+def test_show_names_what_there_is(converted: Path) -> None:
+    assert "blocks.0.mlp" in run("show", converted, "nothing", expect=2).stderr
+
+
+# -- convert, score, benchmark ----------------------------------------------------------------------------------------
+
+
+def test_convert_writes_a_directory_that_loads(network: str, converted: Path) -> None:
+    import surgery.checkpoints
+
+    assert {"surgery_config.json", "surgery.safetensors"} <= {file.name for file in converted.iterdir()}
+    assert type(surgery.checkpoints.load(converted)).__name__ == "Net"
+    assert not converted.with_name("out.tuning").exists()
+
+
+def test_convert_says_what_it_set(network: str, tmp_path: Path) -> None:
+    value = json.loads(convert(network, tmp_path / "out", "--tune", "oneshot", "--json").stdout)
+    assert value["budget"] == 0.6 and abs(value["cost"] - 0.6) < 0.01
+    assert [row["site"] for row in value["sites"]] == [f"blocks.{index}.mlp" for index in range(4)]
+    assert value["out"] == str(tmp_path / "out")
+
+
+def test_convert_takes_its_choices(network: str, tmp_path: Path) -> None:
+    more = ("--tune", "oneshot", "--granularity", "sample", "--skip", "identity", "--sites", "blocks.[123].*")
+    value = json.loads(convert(network, tmp_path / "out", *more, "--json").stdout)
+    assert {row["skip_path"] for row in value["sites"]} == {"identity"}
+    assert {row["granularity"] for row in value["sites"]} == {"sample"}
+    assert len(value["sites"]) == 3
+
+
+def test_convert_replaces_nothing_unasked(network: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(network, out, "--tune", "oneshot")
+    before = (out / "surgery_config.json").read_bytes()
+    assert "OutputExists" in convert(network, out, expect=1).stderr
+    assert (out / "surgery_config.json").read_bytes() == before
+    convert(network, out, "--tune", "oneshot", "--force", "--sites", "blocks.[123].*")
+    assert (out / "surgery_config.json").read_bytes() != before
+
+
+def test_force_replaces_conversions_only(network: str, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    assert "OutputExists" in convert(network, tmp_path, "--force", expect=1).stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("budget", ["0", "1.5", "-1", "nan"])
+def test_convert_refuses_budgets_before_it_loads_anything(budget: str, tmp_path: Path) -> None:
+    result = run("convert", "timm:no_such_model", "--budget", budget, "--out", tmp_path / "out", expect=1)
+    assert "BudgetError" in result.stderr
+
+
+def test_a_model_without_sites_is_refused(network: str, tmp_path: Path) -> None:
+    plain = network.replace(":make", ":plain")
+    result = run("convert", plain, "--data", "digits", "--budget", 0.5, "--out", tmp_path / "out", expect=1)
+    assert result.stderr.splitlines()[-2].startswith("NoSites: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_during_tuning_can_be_resumed(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.tuning"
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.scripts.convert.progress_bars", interrupting("training"))
+        patch.setattr("sys.argv", ["surgery", "convert", network, "--out", str(out)])
+        result = convert(network, out, "--tune", "train", expect=130)
+    assert "Go on with: " in result.stderr and result.stderr.strip().endswith("--resume")
+    assert work.is_dir() and not out.exists()
+
+    convert(network, out, "--tune", "train", "--resume")
+    assert out.is_dir() and not work.exists()
+
+
+def test_ctrl_c_before_tuning_says_so(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery.scripts.convert.progress_bars", interrupting("fitting"))
+    assert "nothing was written" in convert(network, tmp_path / "out", expect=130).stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_needs_something_to_resume(network: str, tmp_path: Path) -> None:
+    assert "CheckpointError" in convert(network, tmp_path / "out", "--resume", expect=1).stderr
+
+
+def interrupting(stage: str) -> Callable[[], Any]:
+    """Progress bars that press Ctrl-C after two steps of the first stage whose name begins with `stage`."""
+
+    @contextmanager
+    def bars() -> Iterator[Callable[[str, int, int | None], None]]:
+        def report(name: str, done: int, total: int | None) -> None:
+            if name.startswith(stage) and done >= 2:
+                raise KeyboardInterrupt
+
+        yield report
+
+    return bars
+
+
+def test_score_reports_quality_cost_and_peers(converted: Path) -> None:
+    value = read_json("score", converted, "--data", "digits", "--limit", 100)
+    assert value["samples"] == 100
+    assert set(value["metric"]) == {"accuracy"} == set(value["dense_metric"])
+    assert 0 < value["cost"] < 1
+    assert {peer["name"] for peer in value["peers"]} >= {"static", "random"}
+    text = run("score", converted, "--data", "digits", "--limit", 100, "--no-peers").stdout
+    assert "accuracy" in text and "static" not in text.split("note:")[0]
+
+
+def test_score_at_another_budget_costs_less(converted: Path) -> None:
+    high, low = (
+        read_json("score", converted, "--data", "digits", "--limit", 100, "--no-peers", "--budget", budget)
+        for budget in (0.8, 0.4)
+    )
+    assert low["cost"] < 0.6 < high["cost"]
+    assert "range" in run("score", converted, "--data", "digits", "--budget", 0.001, expect=1).stderr
+
+
+def test_score_refuses_what_is_no_conversion(tmp_path: Path) -> None:
+    assert "CheckpointError" in run("score", tmp_path, "--data", "digits", expect=1).stderr
+
+
+def test_benchmark_times_every_batch_size(converted: Path) -> None:
+    more = ("--data", "digits", "--batch-size", 1, "--batch-size", 4, "--repeats", 3)
+    value = read_json("benchmark", converted, *more)
+    assert set(value["speed"]) == {"1", "4"}
+    assert all(one["median"] > 0 and one["repeats"] == 3 for one in value["speed"].values())
+    assert value["conditions"]["device"] == "cpu"
+    assert "gated ms" in run("benchmark", converted, *more).stdout
+
+
+def test_benchmark_needs_enough_samples(converted: Path) -> None:
+    result = run("benchmark", converted, "--data", "digits", "--batch-size", 501, expect=1)
+    assert "fewer than 501" in result.stderr
+
+
+# -- doctor, demo -----------------------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_its_own_version_and_passes_its_self_test() -> None:
+    value = read_json("doctor")
+    assert value["versions"]["torch"] and value["versions"]["bypass-surgery"]
+    assert value["devices"][0].startswith("cpu")
+    assert not [one for one in value["findings"] if "self-test" in one["what"]]
+    assert "What will not work here" in run("doctor").stdout
+
+
+def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery.scripts.doctor.installed", lambda name: None if name == "matplotlib" else "1.0")
+    findings = read_json("doctor")["findings"]
+    assert any("matplotlib" in one["what"] and "bypass-surgery[plot]" in one["remedy"] for one in findings)
+
+
+@pytest.mark.slow
+def test_demo_writes_a_picture_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from surgery.scripts import demo, digits_model
+
+    whole = digits_model.train
+    monkeypatch.setattr(digits_model, "train", lambda *data, **options: whole(*data, **options, epochs=2))
+    monkeypatch.setattr(demo, "BUDGETS", ())
+    monkeypatch.setattr(demo, "TIMED", (1,))
+    monkeypatch.setattr(demo, "_convert", oneshot)
+    out = tmp_path / "demo"
+    value = read_json("demo", "--out", out)
+    assert {file.name for file in out.iterdir()} == set(demo.OURS)
+    assert (out / "demo.png").stat().st_size > 10_000
+    assert [row["budget"] for row in value["sweep"]] == [0.5]
+    assert json.loads((out / "demo.json").read_text())["headline"]["samples"] == 500
+    read_json("score", out / "gated", "--data", "digits:16", "--limit", 50, "--no-peers")
+
+
+def oneshot(dense: Any, budget: float, seed: int, progress: Any) -> Any:
+    """The demo's conversion on a part of its data, without training."""
+    from surgery.conversion import convert as convert_model
+    from surgery.scripts import demo
+
+    return convert_model(dense, budget, data=demo._batches("train")[:6], tune="oneshot", seed=seed, progress=progress)
+
+
+def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    assert "OutputExists" in run("demo", "--out", tmp_path, expect=1).stderr

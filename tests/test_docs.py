@@ -1,0 +1,71 @@
+"""What the documentation shows works: Python blocks run, command lines parse, errors are listed, links lead somewhere."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+import surgery.errors
+from surgery.errors import SurgeryError
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced blocks whose info string is `language`."""
+    return [body for info, body in FENCE.findall(page.read_text(encoding="utf-8")) if info.strip() == language]
+
+
+RUNNABLE = [page for page in PAGES if blocks(page, "python runnable")]
+
+
+def command_lines() -> list[str]:
+    """Every `surgery …` line in a shell block, comments taken off."""
+    lines = [line for page in PAGES for body in blocks(page, "sh") for line in body.splitlines()]
+    return [line for line in lines if line.startswith("surgery ")]
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    for body in blocks(page, "python runnable"):
+        exec(compile(body, str(page), "exec"), names)
+
+
+def test_readme_and_quickstart_are_among_the_pages_that_run() -> None:
+    assert {"README.md", "quickstart.md"} <= {page.name for page in RUNNABLE}
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_command_lines_parse(line: str) -> None:
+    from surgery.scripts.cli import app
+
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    group = typer.main.get_command(app)
+    command = group.commands[name]  # type: ignore[attr-defined]
+    command.make_context(name, arguments)
+
+
+def test_every_error_is_listed_with_cause_and_next_step() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    listed = [name for name, _, _ in rows]
+    defined = [
+        name for name, cls in vars(surgery.errors).items() if inspect.isclass(cls) and issubclass(cls, SurgeryError)
+    ]
+    assert listed == defined, "in the order of the module"
+    assert all(cause.strip() and step.strip() for _, cause, step in rows)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), (page.name, target)
