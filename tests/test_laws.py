@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -224,7 +225,7 @@ def test_live_decisions_do_not_see_the_batch(name: str) -> None:
     for index in range(3):
         alone = decisions_of(one, rows(example, [index]))
         for site, (decisions, scores) in alone.items():
-            assert_decisions(site, decisions[0], together[site][0][index], scores[0])
+            assert_same_decisions(site, (decisions[0], scores[0]), [value[index] for value in together[site]])
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -238,13 +239,13 @@ def test_decisions_do_not_see_padding(name: str) -> None:
     for key in ("input_ids", "attention_mask"):
         longer[key] = torch.cat((example[key], torch.zeros_like(example[key][:, :4])), 1)
     short, long = decisions_of(one, example), decisions_of(one, longer)
-    for site, (decisions, scores) in short.items():
-        other = long[site][0]
-        if decisions.shape[1:] == mask.shape[1:]:
+    for site, found in short.items():
+        if found[0].shape[1:] == mask.shape[1:]:
             real = mask.bool()
-            assert_decisions(site, decisions[real], other[:, : mask.shape[1]][real], scores[real])
+            kept = [value[:, : mask.shape[1]][real] for value in long[site]]
+            assert_same_decisions(site, [value[real] for value in found], kept)
         else:
-            assert_decisions(site, decisions, other, scores)
+            assert_same_decisions(site, found, long[site])
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -270,10 +271,11 @@ def test_forced_draws_do_not_see_padding(name: str) -> None:
             assert torch.equal(right.decisions, moved.decisions), right.site
 
 
-def assert_decisions(site: str, actual: Tensor, expected: Tensor, scores: Tensor) -> None:
-    """Equal, unless the score is within 1e-4 of the threshold (0)."""
-    flipped = actual != expected
-    assert not (flipped & (scores.abs() > 1e-4)).any(), site
+def assert_same_decisions(site: str, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Decisions and scores: scores agree within 1e-4, decisions unless the score is that close to the threshold (0)."""
+    assert torch.allclose(actual[1], expected[1], rtol=1e-4, atol=1e-4), site
+    flipped = actual[0] != expected[0]
+    assert not (flipped & (actual[1].abs() > 1e-4)).any(), site
 
 
 # -- 6. what commutes ------------------------------------------------------------------------------------------------
