@@ -25,11 +25,11 @@ test: $(VENV)/.installed-dev
 	exit $$status
 
 lint: $(VENV)/.installed-dev
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check --output-format concise .
 	@$(BIN)/ruff format --check .
 
 format: $(VENV)/.installed-dev
-	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff check --output-format concise --fix .
 	@$(BIN)/ruff format .
 
 # adapters/ and scripts/ are packages inside `surgery` only once installed; mypy follows links, not import hooks.

@@ -165,12 +165,19 @@ def _child(name: str, sender: Any) -> None:
 
 def page_of(rows: list[Row], command_line: str) -> str:
     """The Markdown page of all rows."""
-    complete = sum(row.complete for row in rows)
+    without = [row for row in rows if row.expected == 0]
+    others = [row for row in rows if row.expected != 0]
+    failed = [row.name for row in rows if row.error or not (row.bit_equal and row.agrees)]
+    found = sum(min(row.found or 0, row.expected or 0) for row in rows)
     lines = [
         "# Coverage",
         "",
-        f"{complete} of {len(rows)} architectures are covered in full: every residual branch is found, open gates give "
-        "the original's bits, and skipping gives what masking gives.",
+        f"{sum(row.complete for row in others)} of {len(others)} architectures with residual branches are covered in "
+        "full: every branch is found, open gates give the original's bits, and skipping gives what masking gives. "
+        f"{sum(not row.found for row in others)} give no site at all. {len(without)} more have no residual branch. "
+        f"Over all of them, {found} of {sum(row.expected or 0 for row in rows)} branches are found.",
+        "",
+        f"Converted, but not equal, or ended in an error: {', '.join(failed) or 'none'}.",
         "",
         "Random networks of each architecture, most of them shortened, on one CPU thread. Made by",
         "",

@@ -1,4 +1,7 @@
-"""Pictures of results, in colours told apart by colour-blind readers (Okabe and Ito's); markers and dashes differ too."""
+"""Pictures of results.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers and dashes differ too.
+"""
 
 from __future__ import annotations
 

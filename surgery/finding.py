@@ -184,9 +184,17 @@ def _without_nested(model: nn.Module, hosts: list[Host]) -> tuple[list[Host], li
     return [host for host in hosts if host.regions and host.name not in dropped], rejections
 
 
-def _weight(model: nn.Module, calls: list[str]) -> int:
-    """Number of different parameters in the modules named."""
-    return sum({id(p): p.numel() for c in calls for p in model.get_submodule(c).parameters()}.values())
+def _weight(model: nn.Module, names: list[str]) -> int:
+    """Number of different parameters in the modules, and among the tensors, that are named."""
+    found: dict[int, int] = {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(owner)
+        if leaf in holder._modules or not name:
+            found |= {id(p): p.numel() for p in model.get_submodule(name).parameters()}
+        elif (parameter := holder._parameters.get(leaf)) is not None:
+            found[id(parameter)] = parameter.numel()
+    return sum(found.values())
 
 
 def _probe(
@@ -322,9 +330,10 @@ def _name(model: nn.Module, hosts: list[Host]) -> list[tuple[Host, Region, Site]
         if not name or used[name] > 1:
             name = f"{name or host.name or 'model'}#{used[name or host.name]}"
         calls = tuple(dict.fromkeys(host.prefix + c for c in region.calls))
+        anchor = tuple(host.prefix + a for a in region.anchor)
         site = Site(
-            name, "block", host.name, 0, 0.0, _weight(model, list(calls)), ("sample",), "other", 1, 1,
-            modules=calls, anchor=tuple(host.prefix + a for a in region.anchor),
+            name, "block", host.name, 0, 0.0, _weight(model, list(anchor)), ("sample",), "other", 1, 1,
+            modules=calls, anchor=anchor,
         )  # fmt: skip
         named.append((host, region, site))
     return named

@@ -43,7 +43,6 @@ class Gate(nn.Module):
     Args:
         planned: What the plan says of this site.
         state: The gated model's state, shared by all its gates.
-        copies: Whether a skipped residual must be copied because in-place operations may follow.
         query: Module and name of the parameters that make queries and project the output, for per-token attention.
     """
 
@@ -52,7 +51,6 @@ class Gate(nn.Module):
         planned: SitePlan,
         state: GatedState,
         *,
-        copies: bool,
         query: tuple[tuple[nn.Module, str], ...] = (),
     ) -> None:
         super().__init__()
@@ -60,7 +58,6 @@ class Gate(nn.Module):
         self.planned = planned
         self.site = site
         self.state = state
-        self.copies = copies
         self.query = query  # in a tuple, so that the modules do not become children
         self.router: Router = make_router(site.layout, site.channels, planned.granularity, planned.hidden)
         self.skip_path: SkipPath = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
@@ -175,7 +172,7 @@ class Gate(nn.Module):
         if left is None:
             value = self.skip_path(residual)
         elif self.skip_path.is_identity:
-            value = left.clone() if self.copies else left
+            value = left.clone()  # in-place operations may follow; the sum that is skipped made a new tensor as well
         else:
             value = left + self.skip_path(residual)
         return (value, *(None,) * branch.escapes) if branch.escapes else value

@@ -79,7 +79,7 @@ def find_regions(graph: fx.Graph, module: nn.Module) -> Findings:
         if not is_add(root) or _feeds_add_alone(root):
             continue
         terms = _terms(root)
-        terms = [t for t in terms if any(a.op == "placeholder" for a in ancestors[t] | {t})]
+        terms = [t for t in terms if _reads_values(t)]
         if len(terms) < 2:
             continue  # a position embedding or a bias, not a residual
         if len({id(t) for t in terms}) != len(terms):
@@ -266,6 +266,20 @@ def _with_copies(cone: set[fx.Node], order: dict[fx.Node, int]) -> tuple[list[fx
     for node in ordered:
         inputs += [source for source in node.all_input_nodes if source not in nodes and source not in inputs]
     return ordered, inputs
+
+
+def _reads_values(node: fx.Node) -> bool:
+    """Whether the node depends on an argument by more than its shape (a position table made for a shape does not)."""
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current in seen or _is_shape_expression(current):
+            continue
+        if current.op == "placeholder":
+            return True
+        seen.add(current)
+        stack += current.all_input_nodes
+    return False
 
 
 def _is_copyable(node: fx.Node) -> bool:

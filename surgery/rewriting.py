@@ -166,10 +166,9 @@ def insert_gates(model: nn.Module, plan: Plan | Sites) -> nn.Module:
         raise PlanMismatch(f"the plan for {plan.model_name} names modules that {type(model).__name__} lacks: {unknown}")
     state = GatedState(plan=plan, costs=flop_costs(plan), threshold=float("-inf"))
     gated = share(model).eval()
-    copies = _has_inplace(model)
     for host in dict.fromkeys(p.site.host for p in plan.sites):
         planned = [p for p in plan.sites if p.site.host == host]
-        install(gated, host, planned, plan, state, copies=copies)
+        install(gated, host, planned, plan, state)
     _make_root(gated, state)
     for _, gate in _gates(gated):
         gate.eval()
@@ -252,7 +251,7 @@ def flop_costs(plan: Plan) -> CostModel:
 
 
 def install(
-    gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan, state: GatedState, *, copies: bool
+    gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan, state: GatedState
 ) -> None:
     """Turn one module of `gated` into a host."""
     module = gated.get_submodule(host)
@@ -261,7 +260,7 @@ def install(
     marked = []
     for one in planned:
         key = _key(one.site.name, host, gates)
-        gates.add_module(key, Gate(one, state, copies=copies, query=_query_owners(gated, one)))
+        gates.add_module(key, Gate(one, state, query=_query_owners(gated, one)))
         axes = {i.name: i for i in one.site.inputs} if not one.site.restriction else None
         marked.append(Marked(one.site.name, key, tuple(a[len(prefix) :] for a in one.site.anchor), axes))
     base = base_class(module)
@@ -428,10 +427,6 @@ def _compile(source: str, namespace: dict[str, Any], filename: str) -> dict[str,
     scope = dict(namespace)
     exec(compile(source, filename, "exec"), scope)
     return {name: value for name, value in scope.items() if inspect.isfunction(value) and value.__code__.co_filename == filename}
-
-
-def _has_inplace(model: nn.Module) -> bool:
-    return any(getattr(module, "inplace", False) is True for module in model.modules())
 
 
 def _gates(gated: nn.Module) -> Collection[tuple[str, Gate]]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError as FxTraceError
+from torch.nn import functional as F
 
 from surgery.errors import TraceError
 
@@ -153,6 +154,7 @@ def trace(module: nn.Module, pattern: Pattern, inlined: Collection[str] = ()) ->
         raise
     except (FxTraceError, TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         raise TraceError(f"{cls.__name__}.forward cannot be traced ({_where(error)}): {_first_line(error)}") from error
+    _remove_dropout(tracer.graph)
     remove_dead_code(tracer.graph)
     return tracer.graph
 
@@ -160,6 +162,15 @@ def trace(module: nn.Module, pattern: Pattern, inlined: Collection[str] = ()) ->
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The module's own class, looking through the subclass that a conversion gives it."""
     return getattr(type(module), "_surgery_base", type(module))
+
+
+def _remove_dropout(graph: fx.Graph) -> None:
+    """Take out `F.dropout(x, p, training=False)`, which returns `x` itself, so that sums around it are one sum (Falcon)."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is F.dropout:
+            training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+            if training is False:
+                node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
 
 
 def remove_dead_code(graph: fx.Graph) -> None:
@@ -239,6 +250,9 @@ class _Tracer(fx.proxy.TracerBase):
             raise TraceError(f"{type(self.module).__name__}.forward uses a tensor that is neither a parameter nor a buffer")
         if isinstance(a, nn.Module):
             raise TraceError(f"{type(self.module).__name__}.forward passes a module as a value")
+        if isinstance(a, dict) and type(a) is not dict and all(isinstance(key, str) for key in a):
+            # a dict subclass that is also read by attribute, such as transformers' ModelOutput, must stay one
+            return self.create_node("call_function", type(a), (), {key: self.create_arg(v) for key, v in a.items()})
         return super().create_arg(a)
 
 

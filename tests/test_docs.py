@@ -1,4 +1,4 @@
-"""What the documentation shows works: Python blocks run, command lines parse, errors are listed, links lead somewhere."""
+"""What the documentation shows works: Python blocks run, command lines parse, errors are listed, links lead on."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.context import tape
+from surgery.counting import flop_counter
 from surgery.gates import iter_gates
 from surgery.scripts.zoo import LAWS, call
 
@@ -136,8 +137,11 @@ def test_closed_gates_run_no_module(name: str) -> None:
 
         return hook
 
-    targets = {module for site in one.sites for module in site.modules}
+    # where a layer keeps keys and values for later tokens, they are made whatever is decided (see the next law)
+    skipped = [site for site in one.sites if not keeps_keys(site)]
+    targets = {module for site in skipped for module in site.modules}
     targets = {t for t in targets if list(gated.get_submodule(t).parameters())}  # a dropout may be used elsewhere too
+    targets -= {module for site in one.sites if keeps_keys(site) for module in site.modules}
     assert targets
     for target in targets:
         gated.get_submodule(target).register_forward_hook(count(target))
@@ -148,6 +152,27 @@ def test_closed_gates_run_no_module(name: str) -> None:
         with surgery.force(gated, 1.0):
             outputs(gated, one.example)
     assert set(counts) == targets  # the hooks do see what runs
+
+
+def keeps_keys(site: surgery.Site) -> bool:
+    return "sample" not in site.granularities and site.query is not None
+
+
+@LAW
+def test_closed_gates_save_what_the_sites_say(name: str) -> None:
+    """In FLOPs as torch counts them: all of a branch, or its query side where keys and values are kept."""
+    one = subject(name)
+    gated = surgery.insert_gates(one.model, one.sites.plan(skip="identity"))
+    counted = {}
+    for rate in (0.0, 1.0):
+        with surgery.execution(gated, "skip"), surgery.force(gated, rate), flop_counter() as counter:
+            outputs(gated, one.example)
+        counted[rate] = counter.get_total_flops()
+    with flop_counter() as counter:
+        outputs(one.model, one.example)
+    assert counted[1.0] == counter.get_total_flops() == 2 * one.sites.model_flops
+    saved = sum(site.query.flops if keeps_keys(site) and site.query else site.flops for site in one.sites)
+    assert counted[1.0] - counted[0.0] == 2 * saved  # two samples
 
 
 # -- 3. executions agree; a sample does not see its batch ------------------------------------------------------------

@@ -1,0 +1,218 @@
+"""Skip paths fitted on networks whose best skip path is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import Masked, Noise, Residual, Set, Stack, Times, Where, assert_same, frozen, gate_all, gates, mlp
+
+import surgery
+from surgery.calling import Batch
+from surgery.errors import DataError
+from surgery.fitting import fit_one, fit_skip_paths, gather
+from surgery.gates import iter_gates
+from surgery.skip_paths import LinearSkip
+from surgery.training import trainable
+
+C = 6
+
+
+def weak(rank: int = C) -> nn.Module:
+    """A linear branch."""
+    return nn.Sequential(nn.Linear(C, rank), nn.Linear(rank, C))
+
+
+@torch.no_grad()
+def gap(gated: nn.Module, model: nn.Module, *args: Any) -> float:
+    """Largest difference from the dense model, all gates closed, per largest value."""
+    with surgery.force(gated, 0.0):
+        closed = gated(*args)
+    return float((closed - model(*args)).abs().max() / model(*args).abs().max())
+
+
+@pytest.mark.parametrize("shape", [(C,), (5, C)], ids=["NC", "NTC"])
+@pytest.mark.parametrize("plan", [{"skip": "linear"}, {"skip": "low-rank", "rank": 2}], ids=["linear", "low-rank"])
+def test_linear_branches_are_reproduced(shape: tuple[int, ...], plan: dict[str, Any]) -> None:
+    model = Stack(weak(2), weak(2), weak(2), head=nn.Linear(C, 3))
+    data = [torch.randn(64, *shape) for _ in range(4)]
+    gated = gate_all(model, data[0][:2], **plan)
+    assert gap(gated, model, data[0]) > 0.05
+    left = fit_skip_paths(gated, data)
+    assert list(left) == [name for name, _ in iter_gates(gated)] and max(left.values()) < 1e-3
+    assert gap(gated, model, torch.randn(16, *shape)) < 1e-3
+
+
+def test_linear_branches_on_feature_maps() -> None:
+    model = Stack(nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 1), head=nn.Conv2d(C, 2, 3))
+    gated = gate_all(model, torch.randn(2, C, 5, 5), skip="linear")
+    assert [gate.site.layout for gate in gates(gated)] == ["NCHW", "NCHW"]
+    fit_skip_paths(gated, [torch.randn(32, C, 5, 5)])
+    assert gap(gated, model, torch.randn(4, C, 5, 5)) < 1e-3
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NTC"])
+def test_per_channel_branches_are_affine(layout: str) -> None:
+    if layout == "NCHW":
+        model = Stack(*(nn.Conv2d(C, C, 1, groups=C) for _ in range(3)))
+        shape: tuple[int, ...] = (C, 4, 4)
+    else:
+        model, shape = Stack(*(Times(torch.diag(torch.randn(C))) for _ in range(3))), (7, C)
+    gated = gate_all(model, torch.randn(2, *shape), skip="affine")
+    assert gap(gated, model, torch.randn(4, *shape)) > 0.05
+    left = fit_skip_paths(gated, [torch.randn(64, *shape)])
+    assert len(left) == 3 and gap(gated, model, torch.randn(4, *shape)) < 1e-3
+
+
+def test_later_maps_repair_what_earlier_ones_miss() -> None:
+    """Two random nonlinear branches, then a constant one: the last skip path absorbs upstream error."""
+    model = Stack(mlp(C), mlp(C), Times(torch.zeros(C, C)))
+    data = [torch.randn(256, C)]
+    gated = gate_all(model, data[0][:2], skip="linear")
+    fit_skip_paths(gated, data)
+    last = gates(gated)[-1].skip_path
+    assert isinstance(last, LinearSkip) and last.weight.abs().max() > 1e-3  # alone it would be fitted to zeros
+
+
+def test_padding_is_not_fitted_on() -> None:
+    # at real tokens (positive) the branch is linear; at padding (negative) it is zero
+    inner = nn.Sequential(nn.ReLU(), nn.Linear(C, C, bias=False))
+    model = Masked(inner)
+    x = torch.rand(64, 8, C) + 0.1
+    mask = torch.arange(8) < torch.randint(2, 9, (64, 1))
+    x = torch.where(mask[..., None], x, -10 * x)
+    batch = {"inputs_embeds": x, "attention_mask": mask.long()}
+    gated = gate_all(model, batch, skip="linear")
+    fit_skip_paths(gated, [batch])
+    with torch.no_grad(), surgery.force(gated, 0.0):
+        difference = gated(**batch) - model(**batch)
+    assert difference[mask].abs().max() < 1e-3
+    assert difference[~mask].abs().max() > 0.1
+
+
+def test_what_is_worse_than_nothing_is_reset() -> None:
+    path = LinearSkip(16, "NTC")
+    nn.init.ones_(path.weight)
+    nn.init.ones_(path.bias)
+    x, noise = torch.randn(4, 10, 16), torch.randn(4, 10, 16)  # 32 rows to fit 17 numbers each: pure overfitting
+    with torch.no_grad():
+        left = fit_one(path, x, noise, x, torch.ones(4, 10, dtype=torch.bool), 1e-4)
+    assert left == 1.0
+    assert not path.weight.any() and not path.bias.any()
+
+
+def test_unpredictable_branch_is_reported_as_it_is() -> None:
+    model = Stack(Noise(C, 0.1), weak())
+    gated = gate_all(model, torch.randn(2, C), skip="linear")
+    noise, linear = fit_skip_paths(gated, [torch.randn(400, C)]).values()
+    assert noise > 0.8 and linear < 0.8
+
+
+def test_what_is_left_is_the_share_of_the_error() -> None:
+    path = LinearSkip(2, "NCHW")  # judged without LayerNorm
+    x = torch.randn(400, 2, 1, 1)
+    wanted = torch.cat((2 * x[:, :1], 3 * torch.randn(400, 1, 1, 1)), 1)  # variances 4 (predictable) and 9 (not)
+    with torch.no_grad():
+        left = fit_one(path, x, wanted, torch.zeros_like(x), torch.ones(400, 1, 1, dtype=torch.bool), 1e-4)
+    assert left == pytest.approx(9 / 13, abs=0.1)
+
+
+def test_nothing_else_changes() -> None:
+    model = Stack(mlp(C), mlp(C), head=nn.Linear(C, 3))
+    gated = gate_all(model, torch.randn(2, C), skip="affine")
+    ours = trainable(gated)
+    before, original = frozen(gated), frozen(model)
+    fit_skip_paths(gated, [torch.randn(64, C)])
+    assert_same(frozen(gated), {n: v for n, v in before.items() if n not in ours or "router" in n})
+    assert_same(frozen(model), original)
+    assert not gated.training
+
+
+def test_routed_fits_what_the_routers_skip() -> None:
+    positive, negative = torch.randn(C, C), torch.randn(C, C)
+    model = Stack(Where(positive, negative))
+    data = [torch.randn(512, C)]
+    gated = gate_all(model, data[0][:2], skip="linear")
+    (gate,) = gates(gated)
+    gate.router = Set()  # type: ignore[assignment]  # closed where the first channel is not positive
+    fit_skip_paths(gated, data)
+    assert isinstance(gate.skip_path, LinearSkip) and (gate.skip_path.weight - negative).abs().max() > 0.1
+    fit_skip_paths(gated, data, decisions="routed")
+    torch.testing.assert_close(gate.skip_path.weight.data, negative, atol=1e-2, rtol=0)
+
+
+def test_same_seed_same_maps() -> None:
+    model = Stack(mlp(C), mlp(C))
+    data = [torch.randn(64, 5, C)]
+
+    def fit(seed: int) -> dict[str, Tensor]:
+        gated = gate_all(model, data[0][:2], skip="affine")
+        fit_skip_paths(gated, data, seed=seed)
+        return {n: v for n, v in frozen(gated).items() if "skip_path" in n}
+
+    one = fit(0)
+    assert_same(fit(0), one)
+    with pytest.raises(AssertionError):
+        assert_same(fit(1), one)
+
+
+def test_a_stream_of_another_dtype() -> None:
+    model = Stack(weak(), weak()).bfloat16()
+    gated = gate_all(model, torch.randn(2, C).bfloat16(), skip="linear")
+    fit_skip_paths(gated, [torch.randn(256, C)])
+    assert gap(gated, model, torch.randn(16, C).bfloat16()) < 0.05
+
+
+def test_identity_paths_have_nothing_to_fit() -> None:
+    gated = gate_all(Stack(mlp(C)), torch.randn(2, C), skip="identity")
+    assert fit_skip_paths(gated, [torch.randn(64, C)]) == {}
+
+
+def test_progress_counts_sites() -> None:
+    gated = gate_all(Stack(mlp(C), mlp(C)), torch.randn(2, C))
+    seen: list[tuple[int, int | None]] = []
+    fit_skip_paths(gated, [torch.randn(64, C)], progress=lambda _, done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+
+
+def test_no_data() -> None:
+    gated = gate_all(Stack(mlp(C)), torch.randn(2, C))
+    with pytest.raises(DataError, match="no batch"):
+        fit_skip_paths(gated, [])
+
+
+def test_gather_pads_tokens_at_the_end_and_drops_labels() -> None:
+    def text(rows: int, length: int) -> dict[str, Tensor]:
+        ids = torch.full((rows, length), length)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(rows)}
+
+    batch = gather([text(2, 3), text(2, 5), text(2, 4)], 5)
+    assert batch.size == 5 and batch.labels is None
+    assert batch.kwargs["input_ids"].tolist() == [[3, 3, 3, 0, 0]] * 2 + [[5] * 5] * 2 + [[4, 4, 4, 4, 0]]
+    assert torch.equal(batch.kwargs["attention_mask"] > 0, batch.kwargs["input_ids"] > 0)
+
+
+def test_gather_reads_no_further_than_it_must() -> None:
+    read: list[int] = []
+
+    def data() -> Any:
+        for index in range(10):
+            read.append(index)
+            yield torch.full((4, 2), float(index)), torch.zeros(4, dtype=torch.long)
+
+    batch = gather(data(), 6)
+    assert batch.args[0][:, 0].tolist() == [0, 0, 0, 0, 1, 1] and read == [0, 1]
+
+
+def test_gather_stops_where_batches_cannot_be_joined() -> None:
+    assert gather([torch.zeros(2, 3), torch.zeros(2, 4)], 9).size == 2
+    assert gather([{"input_ids": torch.ones(2, 3).long()}, {"input_ids": torch.ones(2, 4).long()}], 9).size == 2
+    assert gather([Batch((torch.zeros(2, 3),)), torch.zeros(2, 3)], 9).size == 4
+    with pytest.raises(DataError, match="no batch"):
+        gather([], 4)
+
+
+def test_residual_toy_is_what_it_says() -> None:
+    assert torch.equal(Residual(nn.Identity())(torch.ones(2)), torch.full((2,), 2.0))
