@@ -49,7 +49,7 @@ def benchmark(
     """Time a converted model against the dense one: the median of paired calls after a warm-up."""
     from surgery.calibration import set_budget
     from surgery.calling import device_of, dtype_of
-    from surgery.status import status
+    from surgery.overview import status
     from surgery.tables import speed_table
     from surgery.timing import compare, conditions
 

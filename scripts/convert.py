@@ -103,7 +103,7 @@ def convert(
     from surgery.checkpoints import save
     from surgery.conversion import UnmeasuredQuality
     from surgery.conversion import convert as convert_model
-    from surgery.status import status
+    from surgery.overview import status
 
     check_budget(budget)
     work = out.with_name(f"{out.name}.tuning")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 BATCH = 64
-TIMED = (1, 8, 128)
+TIMED = (1, 8, 256)
 OURS = ("dense.safetensors", "demo.json", "demo.png", "gated")
 """Everything that is written into --out."""
 
@@ -143,7 +143,7 @@ def _batches(split: str) -> Batches:
 
 
 def _kinds(gated: nn.Module) -> dict[str, str]:
-    from surgery.status import status
+    from surgery.overview import status
 
     return {row.site: f"{row.kind}, decided per {row.granularity}" for row in status(gated).sites}
 
@@ -204,6 +204,7 @@ def _sweep_table(outcome: Outcome) -> Any:
 def _next(out: Path, picture: Path | None, seconds: Mapping[str, float]) -> str:
     lines = [
         f"took {seconds['all']:.0f} s: training {seconds['training']:.0f} s, conversion {seconds['conversion']:.0f} s",
+        "times: overhead dominates in a network this small unless batches are large; see docs/limits.md",
         *([f"picture: {picture}"] if picture else []),
         "next:",
         f"  {program()} show {out / 'gated'} blocks.0",

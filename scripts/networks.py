@@ -1,7 +1,7 @@
 """Networks of a user's own, as `MODEL` strings take them: `python:scripts/networks.py:resnet56`.
 
-They are written as their authors wrote them, without a thought of this package. Weights are read from the directory that
-the environment variable `SURGERY_WEIGHTS` names (`../shared/weights` by default); see `docs/results.md`.
+They are written as their authors wrote them, without a thought of this package. Weights are read from the directory
+that the environment variable `SURGERY_WEIGHTS` names (`../shared/weights` by default); see `docs/results.md`.
 
 Axis letters: `N` samples, `T` tokens, `C` channels, `H`, `W` height and width.
 """
@@ -108,7 +108,7 @@ def normalise(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[obje
     """A function from a PIL image to a normalised tensor `(3, H, W)`."""
     from torchvision.transforms import v2
 
-    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])  # type: ignore[no-any-return]
+    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
 def _loaded(model: nn.Module, name: str) -> nn.Module:
@@ -119,5 +119,7 @@ def _loaded(model: nn.Module, name: str) -> nn.Module:
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     if missing or unexpected:
-        raise ValueError(f"{folder / name} does not fit {type(model).__name__}: missing {missing}, unexpected {unexpected}")
+        raise ValueError(
+            f"{folder / name} does not fit {type(model).__name__}: missing {missing}, unexpected {unexpected}"
+        )
     return model.eval()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from surgery.calibration import budget_range, calibrate, set_budget
+from surgery.checkpoints import load, save
 from surgery.context import execution, force, tape
 from surgery.conversion import UnmeasuredQuality, convert
 from surgery.finding import find_sites
 from surgery.fitting import fit_skip_paths
+from surgery.measurement import measure
 from surgery.regression import regress_routers
+from surgery.reports import Peer, Report
 from surgery.rewriting import insert_gates, remove, show
 from surgery.sites import Plan, Rejection, Site, SitePlan, Sites
+from surgery.overview import Status, status
 from surgery.training import History, Options, train_routers
 
 __version__ = "0.1.0"
@@ -17,11 +21,14 @@ __version__ = "0.1.0"
 __all__ = [
     "History",
     "Options",
+    "Peer",
     "Plan",
     "Rejection",
+    "Report",
     "Site",
     "SitePlan",
     "Sites",
+    "Status",
     "UnmeasuredQuality",
     "budget_range",
     "calibrate",
@@ -31,10 +38,14 @@ __all__ = [
     "fit_skip_paths",
     "force",
     "insert_gates",
+    "load",
+    "measure",
     "regress_routers",
     "remove",
+    "save",
     "set_budget",
     "show",
+    "status",
     "tape",
     "train_routers",
 ]

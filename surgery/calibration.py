@@ -5,6 +5,7 @@ Axis letters: `N` samples, `S` sites.
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from surgery.calling import Batch, batches
 from surgery.context import Event, execution, override, state_of
-from surgery.costs import Usage, observe
+from surgery.costs import observe
 from surgery.errors import BudgetError, DataError
 from surgery.progress import Progress, silent
 from surgery.state import BudgetPoint, CostModel, GatedState
@@ -26,6 +27,8 @@ TOLERANCE = 0.01
 _GOAL = 0.002
 _GRID_GOAL = 0.02
 _GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_NEAR_CLOSED = 0.04  # above the cost of all gates closed, where thresholds run off to infinity
+_STEP = 0.02  # largest gap in the table of budgets
 _TRIES = 10
 
 
@@ -38,7 +41,8 @@ def calibrate(
     grid: Sequence[float] = _GRID,
     progress: Progress | None = None,
 ) -> BudgetPoint:
-    """Find the threshold at which the realised mean cost on `data` equals `budget`, and a table of others; set the budget.
+    """Find the threshold at which the realised mean cost on `data` equals `budget`, and a table of others; set the
+    budget.
 
     Args:
         gated: A gated model whose routers have been fitted.
@@ -70,10 +74,10 @@ def calibrate(
     low, high = search.range
     if budget < 1 and not low - 1e-9 <= budget:
         raise BudgetError(_unreachable(budget, low))
-    for goal in sorted({*grid, budget} - {1.0}, reverse=True):
+    for goal in sorted({*grid, low + _NEAR_CLOSED, budget} - {1.0}, reverse=True):
         if low + 0.005 <= goal <= high or goal == budget:
             search.solve(goal, _GOAL if goal == budget else _GRID_GOAL, _TRIES if goal == budget else 2)
-    state.table = _monotone(search.points(budget))
+    state.table = search.filled(_monotone(search.points(budget)))
     if cost == "latency":
         from surgery.latency import correct_table
 
@@ -95,10 +99,14 @@ def set_budget(gated: nn.Module, budget: float) -> None:
         state.budget, state.threshold, state.static = 1.0, -math.inf, {}
         return
     if not state.table:
-        raise BudgetError("this model was never calibrated, so no budget but 1.0 can be set; run surgery.calibrate first")
+        raise BudgetError(
+            "this model was never calibrated, so no budget but 1.0 can be set; run surgery.calibrate first"
+        )
     low, high = state.table[0].cost, state.table[-1].cost
     if not low - TOLERANCE <= budget <= high + TOLERANCE:
-        raise BudgetError(f"budget {budget:g} is outside the calibrated range [{low:.3f}, {high:.3f}] (or 1.0 for dense)")
+        raise BudgetError(
+            f"budget {budget:g} is outside the calibrated range [{low:.3f}, {high:.3f}] (or 1.0 for dense)"
+        )
     point = _interpolate(state.table, budget)
     state.budget, state.threshold = budget, point.threshold
     state.static = {name: name in point.static for name in state.names}
@@ -257,7 +265,9 @@ class _Search:
             BudgetError: If nothing came near the budget.
         """
         costs = self.state.costs
-        points = [replace(p, static=static_policy(costs, p.active_rate, p.cost)) for p in self.seen if p.threshold > -math.inf]
+        points = [
+            replace(p, static=static_policy(costs, p.active_rate, p.cost)) for p in self.seen if p.threshold > -math.inf
+        ]
         if budget < 1:
             nearest = min(points, key=lambda p: abs(p.cost - budget))
             if abs(nearest.cost - budget) > TOLERANCE:
@@ -266,6 +276,27 @@ class _Search:
                     f"(nearest: {nearest.cost:.3f}); the routers give the same score to many inputs: use more or other data"
                 )
         return points
+
+
+    def filled(self, table: list[BudgetPoint]) -> list[BudgetPoint]:
+        """The table with points in between, since costs fall along the scores' distribution and not along a line.
+
+        Thresholds are read from the curves of both neighbours, each of which is exact at its own end.
+        """
+        result = table[:1]
+        for low, high in itertools.pairwise(table):
+            count = math.ceil((high.cost - low.cost) / _STEP)
+            upper, lower = self.curves.get(high.cost), self.curves.get(low.cost)
+            for index in range(1, count if upper is not None else 1):
+                share = index / count
+                goal = low.cost + share * (high.cost - low.cost)
+                guess = upper.solve(goal)
+                threshold = guess if lower is None else share * guess + (1 - share) * lower.solve(goal)
+                if high.threshold < threshold < result[-1].threshold:
+                    rates = _mixed(low, high, share)
+                    result.append(BudgetPoint(threshold, goal, rates, static_policy(self.state.costs, rates, goal)))
+            result.append(high)
+        return result
 
 
 def _monotone(points: list[BudgetPoint]) -> list[BudgetPoint]:
@@ -303,9 +334,13 @@ def _interpolate(table: list[BudgetPoint], budget: float) -> BudgetPoint:
     share = (budget - low.cost) / (high.cost - low.cost) if high.cost > low.cost else 0.0
     if not math.isfinite(low.threshold):
         return low if share < 0.5 else high
-    rates = {n: low.active_rate[n] + share * (high.active_rate[n] - low.active_rate[n]) for n in low.active_rate}
+    rates = _mixed(low, high, share)
     nearer = high if share >= 1 - 1e-9 else low  # the static policy must stay within the budget
     return BudgetPoint(low.threshold + share * (high.threshold - low.threshold), budget, rates, nearer.static)
+
+
+def _mixed(low: BudgetPoint, high: BudgetPoint, share: float) -> dict[str, float]:
+    return {n: low.active_rate[n] + share * (high.active_rate[n] - low.active_rate[n]) for n in low.active_rate}
 
 
 def _unreachable(budget: float, low: float) -> str:

@@ -85,7 +85,9 @@ def as_batch(value: Any) -> Batch:
     for name, item in (*enumerate(batch.args), *batch.kwargs.items()):
         if isinstance(item, Tensor) and item.is_floating_point() and item.device.type != "meta":
             if not torch.isfinite(item).all():
-                raise DataError(f"input {name!r} of shape {tuple(item.shape)} holds NaN or infinity; clean the data first")
+                raise DataError(
+                    f"input {name!r} of shape {tuple(item.shape)} holds NaN or infinity; clean the data first"
+                )
     return batch
 
 
@@ -101,6 +103,14 @@ def batches(data: Iterable[Any]) -> Iterator[Batch]:
         yield as_batch(value)
     if empty:
         raise DataError("the data yields no batch: it is empty, or it is an iterator that was already read to its end")
+
+
+def length_of(data: Iterable[Any]) -> int | None:
+    """Number of batches, or None where it is unknown: a `DataLoader` over a stream has a `__len__` that raises."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def call(model: nn.Module, batch: Batch) -> Any:

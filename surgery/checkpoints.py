@@ -55,7 +55,9 @@ def save(gated: nn.Module, directory: str | Path, *, overwrite: bool = False, ba
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in gate_tensors(gated).items()}
     empty = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
     if empty:
-        raise CheckpointError(f"{empty[0]} and {len(empty) - 1} others are on the meta device and have no values to save")
+        raise CheckpointError(
+            f"{empty[0]} and {len(empty) - 1} others are on the meta device and have no values to save"
+        )
     config = _encode(gated, state, _reference(gated, state, base))
     text = json.dumps(config, indent=1, allow_nan=False) + "\n"
     with written_directory(directory, marker=CONFIG, overwrite=overwrite) as temporary:

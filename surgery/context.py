@@ -65,6 +65,11 @@ class Forced:
     samples: Tensor | None
     count: int = 0
 
+    def constant(self, site: str) -> bool | None:
+        """The decision at a site where it is the same for everything, else None."""
+        value = self.values.get(site) if self.rate is None else self.rate == 1 if self.rate in (0, 1) else None
+        return value if isinstance(value, bool) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
@@ -92,7 +97,7 @@ class Scope:
 
 
 NONE = Overrides()
-_overrides: ContextVar[Mapping[int, Overrides]] = ContextVar("surgery_overrides", default={})
+_overrides: ContextVar[Mapping[int, Overrides] | None] = ContextVar("surgery_overrides", default=None)
 _scope: ContextVar[Scope | None] = ContextVar("surgery_scope", default=None)
 
 
@@ -127,7 +132,7 @@ def scope() -> Scope | None:
 @contextmanager
 def override(state: GatedState, **changes: Any) -> Iterator[Overrides]:
     """Change the overrides of one gated model inside the block."""
-    table = dict(_overrides.get())
+    table = dict(_overrides.get() or {})
     table[id(state)] = new = replace(table.get(id(state), NONE), **changes)
     token = _overrides.set(table)
     try:
@@ -174,7 +179,8 @@ def force(
 ) -> Iterator[None]:
     """Set decisions by hand inside the block; routers do not run where they are set.
 
-    A rate is drawn per (seed, site, sample id, position), so it is the same whatever the batch, the padding and the cache.
+    A rate is drawn per (seed, site, sample id, position), so it is the same whatever the batch, the padding and the
+    cache.
 
     Args:
         gated: A gated model.
@@ -200,7 +206,9 @@ def force(
             if isinstance(value, Tensor) and value.dtype is not torch.bool:
                 raise ForceError(f"{name}: forced decisions must be bool, got {value.dtype}; use `values > 0`")
             if not isinstance(value, (bool, Tensor)):
-                raise ForceError(f"{name}: forced decisions must be a bool or a bool tensor, got {type(value).__name__}")
+                raise ForceError(
+                    f"{name}: forced decisions must be a bool or a bool tensor, got {type(value).__name__}"
+                )
         forced = Forced(None, dict(decisions), seed, ids)
     else:
         rate = float(decisions)
@@ -237,7 +245,7 @@ def state_of(gated: nn.Module) -> GatedState:
         raise NotConverted(
             f"{type(gated).__name__} has no gates; convert it first: gated = surgery.convert(model, budget=0.6)"
         )
-    return state  # type: ignore[no-any-return]
+    return state
 
 
 def draw(rate: float, seed: int, site: str, samples: Tensor, positions: Tensor | None) -> Tensor:
@@ -253,8 +261,11 @@ def draw(rate: float, seed: int, site: str, samples: Tensor, positions: Tensor |
     Returns:
         bool `(N,)` or `(N, T)`.
     """
-    key = _mix(torch.tensor((seed & 0x7FFFFFFF) * 0x9E3779B1 + zlib.crc32(site.encode()), dtype=torch.int64, device=samples.device))
-    mixed = _mix(key + samples)
+    start = (seed & 0x7FFFFFFF) * 0x9E3779B1 + zlib.crc32(site.encode())
+    if positions is None and len(samples) <= _FEW and samples.device.type == "cpu":
+        key = _mix_int(start)  # a few Python integers are faster than a dozen operations on tensors
+        return torch.tensor([(_mix_int(key + sample) & 0xFFFFFF) / 0x1000000 < rate for sample in samples.tolist()])
+    mixed = _mix(_mix(torch.tensor(start, dtype=torch.int64, device=samples.device)) + samples)
     if positions is not None:
         mixed = _mix(mixed[:, None] + positions * 0x85EBCA77)
     uniform = (mixed & 0xFFFFFF).double() / 0x1000000
@@ -271,3 +282,15 @@ def _mix(value: Tensor) -> Tensor:
 
 def _shift(value: Tensor, bits: int) -> Tensor:
     return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix_int(value: int) -> int:
+    """`_mix` of one number."""
+    value = (value - 7046029254386353131) & _WORD
+    value = ((value ^ (value >> 30)) * -4658895280553007687) & _WORD
+    value = ((value ^ (value >> 27)) * -7723592293110705685) & _WORD
+    return value ^ (value >> 31)
+
+
+_FEW = 32
+_WORD = 0xFFFFFFFFFFFFFFFF

@@ -1,6 +1,6 @@
 """`convert`: the whole pipeline, readable from top to bottom.
 
-    find_sites -> plan -> insert_gates -> fit_skip_paths -> regress_routers -> calibrate -> train_routers -> calibrate
+find_sites -> plan -> insert_gates -> fit_skip_paths -> regress_routers -> calibrate -> train_routers -> calibrate
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from surgery.regression import regress_routers
 from surgery.rewriting import check_convertible, insert_gates
 from surgery.sites import KINDS, Granularity, Sites, SkipKind
 from surgery.splitting import Head, check_reiterable, split
-from surgery.training import CHECKPOINT, Options, train_routers, trainable
+from surgery.training import Options, train_routers, trainable
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +66,14 @@ def convert(
         model: Any pretrained module; it is not changed, stays dense, and shares its weights with the result.
         budget: Target mean cost as a fraction of the dense model's, in (0, 1].
         data: Re-iterable batches (a tensor, `(inputs, labels)`, or a dict of keyword arguments). Labels are not needed.
-            Without data, inputs are made up for timm and transformers models, and a warning says that quality is unmeasured.
+            Without data, inputs are made up for timm and transformers models, and a warning says that quality is
+            unmeasured.
         validation: Batches to calibrate on; every fifth batch of `data` by default.
         example: What the model is called with; the first batch of `data` by default.
         sites: What may be skipped: `Sites`, or kinds and name patterns such as `["mlp", "layer3.*"]`; all by default.
         granularity: `token`, `sample`, or `auto` for the finest that each site allows.
-        tune: `oneshot` fits in closed form and from harm labels, in seconds to minutes; `train` adds distillation; `auto`
-            trains when there is data.
+        tune: `oneshot` fits in closed form and from harm labels, in seconds to minutes; `train` adds distillation;
+            `auto` trains when there is data.
         skip: Kind of skip path, or `auto`.
         cost: What the budget counts: `flops`, or `latency` on this device.
         options: How to train.
@@ -83,7 +84,8 @@ def convert(
         progress: Called as `progress(stage, done, total)`.
 
     Returns:
-        A module of the same class, called in the same way, whose mean cost on held-out data is within 0.01 of the budget.
+        A module of the same class, called in the same way, whose mean cost on held-out data is within 0.01 of the
+        budget.
 
     Raises:
         BudgetError: If the budget is outside (0, 1] or cannot be reached.
@@ -119,7 +121,10 @@ def convert(
         calibrate(gated, held, budget, cost=cost, progress=report)
         if Checkpoint.of(gated, held).divergence > before.divergence:
             before.restore(gated, budget)
-            note(gated, "training did not improve on the one-shot conversion on held-out data; the one-shot result is kept")
+            note(
+                gated,
+                "training did not improve on the one-shot conversion on held-out data; the one-shot result is kept",
+            )
     if budget < 1:
         prefer_static_where_it_wins(gated, held)
     if made:
@@ -143,7 +148,7 @@ def made_inputs(model: nn.Module, example: Any, seed: int) -> Iterable[Batch]:
 
     if example is not None:
         return vary(as_batch(example), seed)
-    return adapter_for(model).inputs(model, _MADE_INPUTS, _MADE_BATCH, seed)  # type: ignore[no-any-return]
+    return adapter_for(model).inputs(model, _MADE_INPUTS, _MADE_BATCH, seed)
 
 
 def vary(batch: Batch, seed: int) -> list[Batch]:
@@ -164,7 +169,9 @@ def vary(batch: Batch, seed: int) -> list[Batch]:
     made = []
     for _ in range(max(5, _MADE_INPUTS // _MADE_BATCH)):
         index = torch.randint(batch.size, (_MADE_BATCH,), generator=generator)
-        made.append(Batch(tuple(one(v, index) for v in batch.args), {k: one(v, index) for k, v in batch.kwargs.items()}))
+        made.append(
+            Batch(tuple(one(v, index) for v in batch.args), {k: one(v, index) for k, v in batch.kwargs.items()})
+        )
     return made
 
 
@@ -179,8 +186,8 @@ def select(sites: Sites, wanted: Sequence[str]) -> Sites:
     kinds = [w for w in wanted if w in KINDS]
     patterns = [w for w in wanted if w not in KINDS]
     if kinds and patterns:
-        return sites.filter(*patterns, kind=kinds)  # type: ignore[arg-type]
-    return sites.filter(*patterns, kind=kinds or None)  # type: ignore[arg-type]
+        return sites.filter(*patterns, kind=kinds)
+    return sites.filter(*patterns, kind=kinds or None)
 
 
 def first(data: Iterable[Any]) -> Batch:
@@ -246,5 +253,3 @@ def prefer_static_where_it_wins(gated: nn.Module, held: Iterable[Any]) -> None:
             "input-dependent routing was farther from the dense model than the static policy of the same cost on held-out "
             f"data (mean divergence {float(routed.mean()):.4g} against {float(static.mean()):.4g}), so the static policy runs",
         )
-
-

@@ -44,6 +44,11 @@ def _own_memory_before_loading(module: nn.Module, state_dict: dict[str, Any], pr
 
 
 def _same(mine: Tensor, given: Tensor) -> bool:
-    if mine.shape != given.shape or mine.dtype != given.dtype or mine.device != given.device or mine.device.type == "meta":
+    if (
+        mine.shape != given.shape
+        or mine.dtype != given.dtype
+        or mine.device != given.device
+        or mine.device.type == "meta"
+    ):
         return False
     return mine.data_ptr() == given.data_ptr() or torch.equal(mine, given)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.calling import Batch, batches, call, device_of, dtype_of, read_output
+from surgery.calling import Batch, batches, call, device_of, dtype_of, length_of, read_output
 from surgery.context import Event, state_of, tape
 from surgery.progress import Progress, silent
 from surgery.state import CostModel
@@ -73,7 +73,7 @@ def observe(
     """
     names = state_of(gated).names
     rates, weights, kept, labels = [], [], [], []
-    total = _length(data)
+    total = length_of(data)
     with torch.no_grad():
         for index, batch in enumerate(batches(data)):
             batch = place(batch, gated)
@@ -109,7 +109,3 @@ def weights_of(events: Sequence[Event], size: int) -> Tensor:
 def place(batch: Batch, model: nn.Module) -> Batch:
     """The batch on the model's device and in its dtype."""
     return batch.to(device_of(model), dtype_of(model))
-
-
-def _length(data: Any) -> int | None:
-    return len(data) if hasattr(data, "__len__") else None

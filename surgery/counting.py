@@ -1,7 +1,7 @@
 """Counting FLOPs of a run: torch's counter, with formulas for the fused kernels that it does not know.
 
-Under `no_grad` torch runs `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` as one kernel each, which its counter
-takes for free.
+Under `no_grad` torch runs `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` as one kernel each, which its
+counter takes for free.
 
 Axis letters: `N` samples, `T` tokens, `C` channels.
 """

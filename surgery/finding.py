@@ -1,8 +1,8 @@
 """`find_sites`: what can be skipped in a model, proved by running it.
 
-Every module's own `forward` is traced bottom-up. An add whose residual is open (BERT's `dense(hidden) + input`) makes its
-module be traced through from the parent. Then a trial conversion runs with all gates open: it must be bit-equal, and every
-branch is probed.
+Every module's own `forward` is traced bottom-up. An add whose residual is open (BERT's `dense(hidden) + input`) makes
+its module be traced through from the parent. Then a trial conversion runs with all gates open: it must be bit-equal,
+and every branch is probed.
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ def _trace_one(
     module: nn.Module, patterns: list[Pattern], inlined: tuple[str, ...]
 ) -> tuple[list[Pattern], fx.Graph, Findings] | str:
     """Trace with numbers as values, else with numbers held fixed; the reason if neither works."""
-    plain = [p for p in patterns if not any(k.startswith("int") for k in (*p.named, *p.extra, *(k for _, k in p.keywords)))]
+    plain = [
+        p for p in patterns if not any(k.startswith("int") for k in (*p.named, *p.extra, *(k for _, k in p.keywords)))
+    ]
     fixed = [p for p in patterns if p not in plain] or plain
     reason = "it is never called"
     for group in (plain, fixed):
@@ -165,7 +167,9 @@ def _trace_one(
 
 def _without_nested(model: nn.Module, hosts: list[Host]) -> tuple[list[Host], list[Rejection]]:
     """Of a branch and the sites inside it, keep the finer ones if they hold half of its parameters, else the branch."""
-    weights = {host.name: _weight(model, [host.prefix + c for region in host.regions for c in region.calls]) for host in hosts}
+    weights = {
+        host.name: _weight(model, [host.prefix + c for region in host.regions for c in region.calls]) for host in hosts
+    }
     dropped: set[str] = set()
     rejections = []
     for host in sorted(hosts, key=lambda h: h.name.count(".") + (h.name != "")):  # outermost first
@@ -176,7 +180,9 @@ def _without_nested(model: nn.Module, hosts: list[Host]) -> tuple[list[Host], li
             calls = [host.prefix + c for c in region.calls]
             inner = [n for n in weights if n not in dropped and any(n == c or n.startswith(f"{c}.") for c in calls)]
             if inner and 2 * sum(weights[n] for n in inner) >= _weight(model, calls):
-                rejections.append(Rejection(calls[0], f"it contains other sites (in {len(inner)} modules), which are kept"))
+                rejections.append(
+                    Rejection(calls[0], f"it contains other sites (in {len(inner)} modules), which are kept")
+                )
             else:
                 regions.append(region)
                 dropped |= set(inner)
@@ -257,13 +263,18 @@ def _narrow(
             if not _equal(tensors(call(insert_gates(model, plan), batch)), reference):
                 why = "its traced forward does not give the same result"
         except Exception as error:  # the reason goes into the table
-            why = f"its traced forward fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            why = (
+                f"its traced forward fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
         if why:
             rejections.append(Rejection(host.name or "model", why))
         else:
             kept.append(host)
     if len(kept) == len(hosts):
-        rejections = [Rejection(h.name or "model", f"gates do not work together here ({reason or 'results differ'})") for h in hosts]
+        rejections = [
+            Rejection(h.name or "model", f"gates do not work together here ({reason or 'results differ'})")
+            for h in hosts
+        ]
         kept = []
     return kept, rejections
 
@@ -315,7 +326,9 @@ def _parameters(model: nn.Module, site: Site) -> dict[str, Tensor]:
 
 
 def _name(model: nn.Module, hosts: list[Host]) -> list[tuple[Host, Region, Site]]:
-    """Name every region: the common prefix of its calls if no other site is named so or lies below, else its costliest call."""
+    """Name every region: the common prefix of its calls if no other site is named so or lies below, else its costliest
+    call.
+    """
     entries = [(host, region) for host in hosts for region in host.regions]
     prefixes = [_common(host, region) for host, region in entries]
     heaviest = [_heaviest(model, host, region) for host, region in entries]
@@ -359,7 +372,9 @@ def _heaviest(model: nn.Module, host: Host, region: Region) -> str:
 
 
 def _relevant(rejections: list[Rejection], covered: set[str]) -> list[Rejection]:
-    """Leave out what lies inside a site or inside another rejected place, and modules around them that cannot be traced."""
+    """Leave out what lies inside a site or inside another rejected place, and modules around them that cannot be
+    traced.
+    """
     named = {r.where for r in rejections if "cannot be traced" not in r.reason}
     kept = []
     for rejection in dict.fromkeys(rejections):
@@ -396,7 +411,8 @@ def _pair(batch: Batch) -> Batch:
 
 def _equal(output: list[Tensor], reference: list[Tensor]) -> bool:
     return len(output) == len(reference) and all(
-        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(output, reference, strict=True)
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(output, reference, strict=True)
     )
 
 

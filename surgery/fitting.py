@@ -1,8 +1,8 @@
 """`fit_skip_paths`: skip paths in closed form, before (and again after) routing.
 
-One *twin pass* fits all sites in order: the first half of the batch runs dense, the second half runs gated. At each site
-the map is solved from the gated half's residual stream to what the dense half has after the add, and then used at once, so
-that every later map also repairs the error that reaches it.
+One *twin pass* fits all sites in order: the first half of the batch runs dense, the second half runs gated. At each
+site the map is solved from the gated half's residual stream to what the dense half has after the add, and then used at
+once, so that every later map also repairs the error that reaches it.
 
 Axis letters: `N` samples, `T` tokens, `C` channels, `M` rows.
 """
@@ -23,7 +23,7 @@ from surgery.calling import Batch, batches, call
 from surgery.context import handled, scope, state_of
 from surgery.costs import place
 from surgery.errors import DataError
-from surgery.gates import Branch, Gate
+from surgery.gates import Branch, Gate, iter_gates
 from surgery.progress import Progress, silent
 from surgery.sites import Layout
 from surgery.skip_paths import AffineSkip, LinearSkip, LowRankSkip, SkipPath
@@ -47,8 +47,8 @@ def fit_skip_paths(
     Args:
         gated: A gated model.
         data: Batches; the first `samples` samples are used (fewer where memory asks for it).
-        decisions: What the gated half of the twin pass skips: `random` draws a rate in [0.2, 1] per sample, `routed` asks
-            the routers at the current threshold and fits on what they skip.
+        decisions: What the gated half of the twin pass skips: `random` draws a rate in [0.2, 1] per sample, `routed`
+            asks the routers at the current threshold and fits on what they skip.
         samples: Number of samples.
         ridge: Ridge relative to the mean variance of the residual stream.
         seed: Seed of the random decisions.
@@ -56,18 +56,23 @@ def fit_skip_paths(
 
     Returns:
         Per site, the error that is left in the stream as a share of the error of skipping without a skip path, measured
-        on held-out rows (1 where the fitted map was worse and has been reset to contribute nothing).
+        on held-out rows (1 where the fitted map was worse and has been reset to contribute nothing, and where too few
+        rows were skipped for a fit, which leaves the map as it was).
 
     Raises:
         DataError: If the data yields nothing.
     """
     state = state_of(gated)
+    if all(gate.skip_path.is_identity for _, gate in iter_gates(gated)):
+        return {}
     widest = max(p.site.channels * p.site.positions for p in state.plan.sites)
     batch = gather(data, max(8, min(samples, _ELEMENTS // (2 * widest))))
     batch = place(batch, gated)
     count = batch.size
     twin = batch.rows(torch.arange(2 * count, device=_device(batch)) % count)
-    handler = _TwinPass(count, decisions, ridge, seed, len(state.names), progress or silent)
+    handler = _TwinPass(
+        count, decisions, ridge, torch.Generator().manual_seed(seed), len(state.names), progress or silent
+    )
     with torch.no_grad(), handled(gated, handler):
         call(gated, twin)
     return handler.left
@@ -80,7 +85,7 @@ class _TwinPass:
     count: int
     decisions: str
     ridge: float
-    seed: int
+    generator: torch.Generator
     total: int
     progress: Progress
     left: dict[str, float] = field(default_factory=dict)
@@ -108,12 +113,11 @@ class _TwinPass:
         n = self.count
         if self.decisions == "routed":
             return gate.decide(residual)[0][n:]
-        generator = torch.Generator().manual_seed(self.seed + len(self.left) * 7919)
         if self.levels is None:
-            self.levels = 0.2 + 0.8 * torch.rand(n, generator=torch.Generator().manual_seed(self.seed))
+            self.levels = 0.2 + 0.8 * torch.rand(n, generator=self.generator)
         shape = residual[n:].shape[:-1] if gate.per_token else torch.Size([n])
         levels = self.levels.view(n, *(1,) * (len(shape) - 1))
-        return (torch.rand(shape, generator=generator) < levels).to(residual.device)
+        return (torch.rand(shape, generator=self.generator) < levels).to(residual.device)
 
     def _rows(self, gate: Gate, residual: Tensor, chosen: Tensor) -> Tensor:
         """Bool mask of the positions `(N, *positions)` to fit on: chosen ones that are not padding."""
@@ -132,7 +136,7 @@ def fit_one(path: SkipPath, residual: Tensor, wanted: Tensor, base: Tensor, rows
     (plain squared error in a post-norm network prefers maps that are worse after the norm).
 
     Returns:
-        Error left, as a share of the error without a skip path; 1 if the path was reset.
+        Error left, as a share of the error without a skip path; 1 if the path was reset, or kept for want of rows.
     """
     layout = path.layout
     x, y, b = (_to_rows(t, layout)[rows.flatten()] for t in (residual, wanted, base))
@@ -225,10 +229,14 @@ def _positions_shape(residual: Tensor, layout: Layout) -> torch.Size:
 
 
 def _compatible(first: Batch, other: Batch) -> bool:
-    pairs = [*zip(first.args, other.args, strict=False), *((first.kwargs[k], other.kwargs.get(k)) for k in first.kwargs)]
-    same = all(not isinstance(a, Tensor) or isinstance(b, Tensor) and a.shape[1:] == b.shape[1:] for a, b in pairs)
-    return same or "attention_mask" in first.kwargs and all(
-        not isinstance(a, Tensor) or isinstance(b, Tensor) and a.dim() == b.dim() == 2 for a, b in pairs
+    pairs = [
+        *zip(first.args, other.args, strict=False),
+        *((first.kwargs[k], other.kwargs.get(k)) for k in first.kwargs),
+    ]
+    same = all(not isinstance(a, Tensor) or (isinstance(b, Tensor) and a.shape[1:] == b.shape[1:]) for a, b in pairs)
+    return same or (
+        "attention_mask" in first.kwargs
+        and all(not isinstance(a, Tensor) or (isinstance(b, Tensor) and a.dim() == b.dim() == 2) for a, b in pairs)
     )
 
 

@@ -1,7 +1,7 @@
 """Gates: one decision, several ways to execute it.
 
-A generated `forward` calls `gate(branch, left, residual, *inputs)` where the original computed `left + branch(*inputs)`.
-`left` is None for the first of two parallel branches, whose sum with the residual comes later.
+A generated `forward` calls `gate(branch, left, residual, *inputs)` where the original computed `left +
+branch(*inputs)`. `left` is None for the first of two parallel branches, whose sum with the residual comes later.
 
 Axis letters: `N` samples, `T` tokens, `C` channels, `K` active rows.
 """
@@ -21,6 +21,7 @@ from surgery.queries import ActiveQueries, worth_gathering
 from surgery.routers import Router, make_router
 from surgery.sites import RegionInput, SitePlan
 from surgery.skip_paths import SkipPath, make_skip_path
+from surgery.slices import cheaper_than_gathering, may_slice, slices_of
 from surgery.state import GatedState
 
 
@@ -33,8 +34,12 @@ class Branch(Protocol):
     """Number of further outputs; the branch then returns a tuple."""
     stateful: bool
     """Whether it writes a key/value cache in this call pattern, so that it must run whatever is decided."""
+    inplace: bool
+    """Whether the original sum was written into the branch's output (`x += shortcut`)."""
 
-    def __call__(self, *inputs: Any) -> Any: ...
+    def __call__(self, *inputs: Any) -> Any:
+        """Run it."""
+        ...
 
 
 class Gate(nn.Module):
@@ -89,6 +94,10 @@ class Gate(nn.Module):
         mode = context.default_execution(self.state, over)
         if mode == "dense":
             return self.open(branch, left, inputs)
+        if over.forced is not None and over.tape is None and mode != "mask":
+            constant = over.forced.constant(self.site.name)
+            if constant or (constant is False and not branch.stateful):
+                return self.open(branch, left, inputs) if constant else self.closed(branch, left, residual)
         if mode == "static" and over.forced is None:
             is_open = self.state.static.get(self.site.name, True)
             if over.tape is None and (is_open or not branch.stateful):
@@ -97,7 +106,9 @@ class Gate(nn.Module):
         else:
             decisions, scores = self.decide(residual, over)
         if over.tape is not None:
-            over.tape.append(Event(self.site.name, self, decisions, scores, self.padding(residual) if self.per_token else None))
+            over.tape.append(
+                Event(self.site.name, self, decisions, scores, self.padding(residual) if self.per_token else None)
+            )
         if mode == "mask":
             return self.mask(branch, left, residual, inputs, decisions)
         return self.skip(branch, left, residual, inputs, decisions)
@@ -136,8 +147,9 @@ class Gate(nn.Module):
     def _forced(self, residual: Tensor, forced: Forced) -> Tensor | None:
         name, shape = self.site.name, self._shape(residual)
         if forced.rate is not None:
-            if forced.rate in (0.0, 1.0):
-                return self._constant(residual, forced.rate == 1.0)
+            constant = forced.constant(name)
+            if constant is not None:
+                return self._constant(residual, constant)
             samples = _sample_ids(forced, shape[0]).to(residual.device)
             positions = _positions(shape, residual.device) if self.per_token else None
             flat = context.draw(forced.rate, forced.seed, name, samples, positions)
@@ -161,11 +173,10 @@ class Gate(nn.Module):
 
     def open(self, branch: Branch, left: Tensor | None, inputs: Sequence[Any]) -> Any:
         """The original computation."""
-        if branch.escapes:
-            value, *escaped = branch(*inputs)
-            return (value if left is None else left + value, *escaped)
-        value = branch(*inputs)
-        return value if left is None else left + value
+        value, escaped = _split(branch, branch(*inputs))
+        if left is not None:
+            value = value.add_(left) if branch.inplace else left + value
+        return (value, *escaped) if branch.escapes else value
 
     def closed(self, branch: Branch, left: Tensor | None, residual: Tensor) -> Any:
         """The skip path alone; the branch is not called."""
@@ -177,18 +188,26 @@ class Gate(nn.Module):
             value = left + self.skip_path(residual)
         return (value, *(None,) * branch.escapes) if branch.escapes else value
 
-    def mask(self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor) -> Any:
+    def mask(
+        self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
+    ) -> Any:
         """Everything runs, decisions select: the reference for every other execution."""
         value, escaped = _split(branch, branch(*inputs))
         value = torch.where(self.expand(decisions, value), value, self.skip_path(residual))
         value = value if left is None else left + value
         return (value, *escaped) if branch.escapes else value
 
-    def skip(self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor) -> Any:
+    def skip(
+        self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
+    ) -> Any:
         """Only active samples or tokens run."""
         if branch.stateful and not self.query:
             return self.mask(branch, left, residual, inputs, decisions)
-        count = int(decisions.sum()) if decisions.numel() > 1 else int(decisions.item())
+        if decisions.numel() == 1:
+            active, count = decisions, int(decisions)
+        else:
+            active = decisions.flatten().nonzero().squeeze(1)  # K
+            count = len(active)
         if count == decisions.numel():
             return self.open(branch, left, inputs)
         if count == 0 and not branch.stateful:
@@ -199,9 +218,9 @@ class Gate(nn.Module):
         if branch.axes is None:
             return self.mask(branch, left, residual, inputs, decisions)
         if self.per_token:
-            value = self._skip_tokens(branch, left, residual, inputs, decisions)
+            value = self._skip_tokens(branch, left, residual, inputs, decisions, active)
         else:
-            value = self._skip_samples(branch, left, residual, inputs, decisions)
+            value = self._skip_samples(branch, left, residual, inputs, decisions, active)
         return (value, *(None,) * branch.escapes) if branch.escapes else value
 
     def expand(self, decisions: Tensor, like: Tensor) -> Tensor:
@@ -209,25 +228,49 @@ class Gate(nn.Module):
         return decisions.view(*decisions.shape, *(1,) * (like.dim() - decisions.dim()))
 
     def _skip_samples(
-        self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
+        self,
+        branch: Branch,
+        left: Tensor | None,
+        residual: Tensor,
+        inputs: Sequence[Any],
+        decisions: Tensor,
+        active: Tensor,
     ) -> Tensor:
-        active = decisions.nonzero().squeeze(1)  # K
         assert branch.axes is not None
-        cut = [take_samples(value, axes, active, len(decisions)) for value, axes in zip(inputs, branch.axes, strict=True)]
-        value, _ = _split(branch, branch(*cut))
+        size = len(decisions)
+        whole = list(zip(inputs, branch.axes, strict=True))
+        runs = slices_of(decisions) if may_slice(residual, left) else None
+        if runs is not None and cheaper_than_gathering(runs, residual, self.site.parameters):
+            values = [branch(*(take_samples(v, axes, run, size) for v, axes in whole)) for run in runs.active]
+            return runs.merge(left, residual, [_split(branch, value)[0] for value in values], self.skip_path)
+        value, _ = _split(branch, branch(*(take_samples(v, axes, active, size) for v, axes in whole)))
+        if runs is not None:
+            return runs.merge(
+                left, residual, value.split([run.stop - run.start for run in runs.active]), self.skip_path
+            )
         return self._merge(left, residual, decisions, active, value)
 
     def _skip_tokens(
-        self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
+        self,
+        branch: Branch,
+        left: Tensor | None,
+        residual: Tensor,
+        inputs: Sequence[Any],
+        decisions: Tensor,
+        active: Tensor,
     ) -> Tensor:
-        flat = decisions.flatten()
-        active = flat.nonzero().squeeze(1)  # K
         assert branch.axes is not None
-        cut = [take_tokens(value, axes, active, decisions.dim()) for value, axes in zip(inputs, branch.axes, strict=True)]
+        cut = [
+            take_tokens(value, axes, active, decisions.dim()) for value, axes in zip(inputs, branch.axes, strict=True)
+        ]
         value, _ = _split(branch, branch(*cut))
         rows = decisions.dim() - 1
         merged = self._merge(
-            None if left is None else left.flatten(0, rows), residual.flatten(0, rows), flat, active, value.flatten(0, rows)
+            None if left is None else left.flatten(0, rows),
+            residual.flatten(0, rows),
+            decisions.flatten(),
+            active,
+            value.flatten(0, rows),
         )
         return merged.view(residual.shape)
 
@@ -254,12 +297,14 @@ class Gate(nn.Module):
         return merged.index_add_(0, passive, self.skip_path(residual[passive]).to(base.dtype))
 
 
-def take_samples(value: Any, axes: RegionInput, index: Tensor, size: int) -> Any:
+def take_samples(value: Any, axes: RegionInput, index: Tensor | slice, size: int) -> Any:
     """The samples that `index` names, along the input's batch axis; what is shared (or has length 1 there) stays."""
     if isinstance(value, (tuple, list)):
         return type(value)(take_samples(item, axes, index, size) for item in value)
     if axes.batch_axis is None or not isinstance(value, Tensor) or value.shape[axes.batch_axis] != size:
         return value
+    if isinstance(index, slice):
+        return value.narrow(axes.batch_axis, index.start, index.stop - index.start)
     return value.index_select(axes.batch_axis, index)
 
 

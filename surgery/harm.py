@@ -1,8 +1,8 @@
 """First-order harm labels: how much the output would change if one branch were skipped for one sample or token.
 
-`|<gradient of the output margin with respect to the branch's output, branch output minus skip path>|`, for all sites and all
-samples or tokens from one backward pass (the first-order term of the Taylor expansion that Molchanov et al. 2017 use for
-pruning whole filters, here per input).
+`|<gradient of the output margin with respect to the branch's output, branch output minus skip path>|`, for all sites
+and all samples or tokens from one backward pass (the first-order term of the Taylor expansion that Molchanov et al.
+2017 use for pruning whole filters, here per input).
 
 Axis letters: `N` samples, `T` tokens, `C` channels.
 """
@@ -48,7 +48,9 @@ def label_harm(gated: nn.Module, batch: Batch, generator: torch.Generator | None
         output = read_output(call(gated, batch))
         objective = margin(output, batch, generator or torch.Generator().manual_seed(0))
     sites = collector.sites
-    gradients = torch.autograd.grad(objective, [s.probe for s in sites], allow_unused=True)
+    gradients: Sequence[Tensor | None] = [None] * len(sites)
+    if objective.requires_grad:  # else no branch reaches the output
+        gradients = torch.autograd.grad(objective, [s.probe for s in sites], allow_unused=True)
     labels = {}
     for site, gradient in zip(sites, gradients, strict=True):
         labels[site.gate.site.name] = HarmLabels(site.features, _harm(site, gradient), site.weights)
@@ -93,5 +95,6 @@ def _harm(site: _Seen, gradient: Tensor | None) -> Tensor:
     product = gradient.float() * site.difference.float()
     channels = 1 if site.gate.site.layout == "NCHW" else -1
     harm = product.sum(channels).abs()  # N *positions
-    # effects of different positions cancel to first order but not when a whole branch goes, so they are added up unsigned
+    # effects of different positions cancel to first order but not when a whole branch goes, so they are added up
+    # unsigned
     return harm if site.gate.per_token or harm.dim() == 1 else harm.flatten(1).sum(1)

@@ -1,7 +1,7 @@
 """Budgets in time: what every site costs on this device, and what the gated model really takes.
 
-Sites are timed inside the running model, so caches are as warm as they will be. The sum of the parts misses what gathering
-and scattering cost, so the table of budgets is then corrected with measured ratios.
+Sites are timed inside the running model, so caches are as warm as they will be. The sum of the parts misses what
+gathering and scattering cost, so the table of budgets is then corrected with measured ratios.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def correct_table(gated: nn.Module, data: Iterable[Any], budget: float, *, progr
             nearest = min(measured, key=lambda p: abs(p.cost - budget))
             if abs(nearest.cost - budget) <= _GOAL:
                 break
-            pairs = [(a, b) for a, b in itertools.pairwise(measured) if min(a.cost, b.cost) <= budget <= max(a.cost, b.cost)]
+            pairs = [
+                (a, b) for a, b in itertools.pairwise(measured) if min(a.cost, b.cost) <= budget <= max(a.cost, b.cost)
+            ]
             if not pairs:
                 low, high = min(p.cost for p in measured), max(p.cost for p in measured)
                 raise BudgetError(
@@ -109,7 +111,9 @@ def correct_table(gated: nn.Module, data: Iterable[Any], budget: float, *, progr
             below, above = min(pairs, key=lambda pair: abs(pair[0].cost - pair[1].cost))
             share = (budget - below.cost) / (above.cost - below.cost) if above.cost != below.cost else 0.5
             threshold = below.threshold + share * (above.threshold - below.threshold)
-            rates = {n: below.active_rate[n] + share * (above.active_rate[n] - below.active_rate[n]) for n in state.names}
+            rates = {
+                n: below.active_rate[n] + share * (above.active_rate[n] - below.active_rate[n]) for n in state.names
+            }
             measured.append(BudgetPoint(threshold, measure_ratio(gated, data, threshold), rates, below.static))
             report("timing budgets", len(measured), None)
     measured.sort(key=lambda p: -p.threshold)

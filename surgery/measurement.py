@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import policies
-from surgery.calling import Batch, batches, call, device_of, dtype_of
+from surgery.calling import Batch, batches, call, device_of, dtype_of, length_of
 from surgery.context import Event, execution, handled, state_of, tape
 from surgery.costs import place
 from surgery.errors import DataError
@@ -242,7 +242,9 @@ class _Run:
         if not self.decides:
             found.append("every gate was open for every input, so this is the dense model; set a budget below 1")
         elif budget is not None and budget < 1 and abs(self.cost - budget) > 0.01:
-            found.append(f"the cost on this data is {self.cost:.3f}, the budget is {budget:g}: it was calibrated on other data")
+            found.append(
+                f"the cost on this data is {self.cost:.3f}, the budget is {budget:g}: it was calibrated on other data"
+            )
         if self.state.policy == "static":
             found.append("this model runs its static policy: no router runs, and all inputs are treated alike")
         alone = peers and self.decides and not self.per_token and all(size == 1 for size, _ in self.seen)
@@ -258,7 +260,9 @@ class _Run:
     def _add(self, parts: _Parts, batch: Batch, output: Any, dense: Any, events: Sequence[Event]) -> None:
         found = metric_of(self.reference, batch, output)
         if (None if found is None else found[0]) != self.name:
-            raise DataError(f"some batches can be scored by {self.name or 'agreement only'}, others by {found and found[0]}")
+            raise DataError(
+                f"some batches can be scored by {self.name or 'agreement only'}, others by {found and found[0]}"
+            )
         if found is not None:
             parts.scores.append(found[1])
         if dense is not None:
@@ -292,7 +296,7 @@ class _Run:
         self.distinct.update(row.numpy().tobytes() for row in rows.unique(dim=0))
 
     def _batches(self, stage: str) -> Iterator[Batch]:
-        total = len(self.data) if hasattr(self.data, "__len__") else None
+        total = length_of(self.data)
         for index, batch in enumerate(batches(self.data)):
             yield place(batch, self.gated)
             self.progress(stage, index + 1, total)

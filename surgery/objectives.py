@@ -1,4 +1,5 @@
-"""What counts as being different from the dense model: distances between outputs, and the margin whose gradient labels harm.
+"""What counts as being different from the dense model: distances between outputs, and the margin whose gradient labels
+harm.
 
 Axis letters: `N` samples, `T` tokens, `K` classes or vocabulary.
 """
@@ -41,9 +42,9 @@ def margin(output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
     """A scalar whose gradient tells what changes the result: see `surgery.harm`.
 
     Args:
-        output: `(N, K)` logits: sum of the margins between the two largest. `(N, T, K)` token logits: sum of the negative
-            log-likelihood of the next token, or of the most likely token where the inputs hold no ids. Else: a random
-            projection of the embedding.
+        output: `(N, K)` logits: sum of the margins between the two largest. `(N, T, K)` token logits: sum of the
+            negative log-likelihood of the next token, or of the most likely token where the inputs hold no ids. Else:
+            a random projection of the embedding.
         batch: The inputs.
         generator: For the random projection.
     """

@@ -29,7 +29,13 @@ def choose(
     widths = {grain: _width(sites, grains, grain) if hidden == "auto" else hidden for grain in set(grains.values())}
     return Plan(
         sites=tuple(
-            SitePlan(site, grains[site.name], _skip(site, skip), rank if skip == "low-rank" else 0, widths[grains[site.name]])
+            SitePlan(
+                site,
+                grains[site.name],
+                _skip(site, skip, grains[site.name]),
+                rank if skip == "low-rank" else 0,
+                widths[grains[site.name]],
+            )
             for site in sites
         ),
         model_name=sites.model_name,
@@ -50,11 +56,13 @@ def _granularity(site: Site, wanted: Granularity | Literal["auto"]) -> Granulari
     return site.granularities[0]
 
 
-def _skip(site: Site, wanted: SkipKind | Literal["auto"]) -> SkipKind:
+def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity) -> SkipKind:
     if site.layout == "other":
         return "identity"
     if wanted != "auto":
         return wanted
+    if grain == "token":
+        return "identity"  # fitted paths did not pay per token (docs/results.md), and cost time at every skipped token
     return "linear" if 2 * site.positions * site.channels**2 <= LINEAR_LIMIT * site.flops else "affine"
 
 
@@ -66,6 +74,9 @@ def _width(sites: Sites, grains: dict[str, Granularity], grain: Granularity) -> 
 
 def _cost(sites: Iterable[Site], grain: Granularity, width: int) -> int:
     return sum(
-        2 * (site.positions if grain == "token" else 1) * width * (router_features(site.layout, site.channels, grain) + 1)
+        2
+        * (site.positions if grain == "token" else 1)
+        * width
+        * (router_features(site.layout, site.channels, grain) + 1)
         for site in sites
     )

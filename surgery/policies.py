@@ -57,7 +57,11 @@ def random(rates: Mapping[str, float], seed: int, start: int) -> Choose:
         samples = torch.arange(start, start + shape[0])
         count = shape[1:].numel()
         positions = torch.arange(count).expand(shape[0], count) if len(shape) > 1 else None
-        return context.draw(rates[gate.site.name], seed, gate.site.name, samples, positions).view(shape).to(residual.device)
+        return (
+            context.draw(rates[gate.site.name], seed, gate.site.name, samples, positions)
+            .view(shape)
+            .to(residual.device)
+        )
 
     return choose
 
@@ -88,8 +92,8 @@ def shuffled(events: Sequence[Event], seed: int) -> Choose:
 class Importance:
     """Gate handler that leaves all gates open and notes how far each branch turns the residual stream.
 
-    The score is `1 - cosine(stream before, stream after)` (block influence, Men et al. 2024, ShortGPT), mean over inputs
-    and positions.
+    The score is `1 - cosine(stream before, stream after)` (block influence, Men et al. 2024, ShortGPT), mean over
+    inputs and positions.
     """
 
     total: dict[str, float] = field(default_factory=dict)
@@ -186,7 +190,9 @@ class Decided:
         total = costs.fixed
         for index, name in enumerate(names):
             site = costs.sites[name]
-            total += active[name] * site.branch + (1 - active[name]) * site.skip + bool(self.routed[index]) * site.router
+            total += (
+                active[name] * site.branch + (1 - active[name]) * site.skip + bool(self.routed[index]) * site.router
+            )
         return total / costs.dense
 
 

@@ -1,8 +1,8 @@
 """Checking every claim about a branch by running it.
 
 A trial conversion of the model runs twice, with two batch sizes. At each gate the branch is run again on a part of its
-inputs: on single samples, and on a few tokens as if they were a sequence of their own. What the results show becomes the
-site; what fails is restricted or rejected with the reason.
+inputs: on single samples, and on a few tokens as if they were a sequence of their own. What the results show becomes
+the site; what fails is restricted or rejected with the reason.
 
 Axis letters: `N` samples, `T` tokens, `C` channels.
 """
@@ -81,7 +81,11 @@ class Probe:
             claim.problem = "it changes its input in place"
         elif any(item is not None for item in escaped):
             claim.problem = "a second output of its module is used outside the branch"
-        elif not isinstance(value, Tensor) or value.shape != residual.shape or (left is not None and left.shape != value.shape):
+        elif (
+            not isinstance(value, Tensor)
+            or value.shape != residual.shape
+            or (left is not None and left.shape != value.shape)
+        ):
             claim.problem = "its output is broadcast when it is added"
         elif not value.is_floating_point():
             claim.problem = "it is no floating-point computation"
@@ -97,16 +101,19 @@ class Probe:
             if isinstance(axes, str):
                 claim.per_sample = claim.per_token = axes
             elif claim.cached:
-                claim.per_sample = claim.per_token = "it writes a key/value cache, which skipping would leave incomplete"
+                claim.per_sample = claim.per_token = (
+                    "it writes a key/value cache, which skipping would leave incomplete"
+                )
             else:
                 claim.per_sample = _reason(lambda: _separable_by_sample(branch, value, inputs, axes))
-                claim.per_token = _reason(lambda: _separable_by_token(branch, value, residual, inputs, axes, claim.layout))
+                claim.per_token = _reason(
+                    lambda: _separable_by_token(branch, value, residual, inputs, axes, claim.layout)
+                )
             if claim.per_token and claim.layout == "NTC":
                 claim.per_token = _reason(lambda: self._queries(claim, gate, branch, value, again))
         self.claims[name] = claim
         result = value if left is None else left + value
         return (result, *escaped) if branch.escapes else result
-
 
     def _queries(self, claim: Claim, gate: Gate, branch: Branch, value: Tensor, inputs: Callable[[], list[Any]]) -> str:
         """Whether the branch can run for some query tokens only; sets `claim.query`."""
@@ -184,7 +191,12 @@ def _separable_by_sample(branch: Branch, value: Tensor, inputs: Sequence[Any], a
 
 
 def _separable_by_token(
-    branch: Branch, value: Tensor, residual: Tensor, inputs: Sequence[Any], axes: tuple[RegionInput, ...], layout: Layout
+    branch: Branch,
+    value: Tensor,
+    residual: Tensor,
+    inputs: Sequence[Any],
+    axes: tuple[RegionInput, ...],
+    layout: Layout,
 ) -> str:
     if layout not in ("NTC", "NHWC"):
         return "no token axis"
@@ -238,7 +250,9 @@ def _batch_axis(small: Any, large: Any, n: int, m: int) -> int | str | None:
         return "its rank depends on the batch size"
     changed = [axis for axis, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
     if not changed:
-        return 0 if small and small[0] == 1 else None  # length 1 is broadcast now and may carry the batch in another call
+        return (
+            0 if small and small[0] == 1 else None
+        )  # length 1 is broadcast now and may carry the batch in another call
     if len(changed) > 1 or (small[changed[0]], large[changed[0]]) != (n, m):
         return "the batch is folded into another axis"
     return changed[0]

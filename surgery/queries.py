@@ -1,9 +1,9 @@
 """Attention for some query tokens only: keys and values for every token, the query side for active tokens.
 
 While a branch runs, a `TorchFunctionMode` watches for three calls: the linear map that makes queries, the attention product,
-and the output projection (or, instead of these, torch's own `multi_head_attention_forward`). Each is computed for active rows alone and scattered back, so shapes, caches, masks and control
-flow of the module stay as they are. Which linear map plays which role is found by autograd in one recorded call, and every
-claim is checked by running it.
+and the output projection (or, instead of these, torch's own `multi_head_attention_forward`). Each is computed for
+active rows alone and scattered back, so shapes, caches, masks and control flow of the module stay as they are. Which
+linear map plays which role is found by autograd in one recorded call, and every claim is checked by running it.
 
 Axis letters: `N` samples, `T` tokens, `S` keys, `C` channels, `H` heads, `D` head dim, `K` active rows.
 """
@@ -144,7 +144,9 @@ class ActiveQueries(TorchFunctionMode):
             keys = torch.arange(key.shape[-2], device=key.device)
             attn_mask, is_causal = keys <= index, False  # N 1 K S
         elif attn_mask is not None and attn_mask.dim() >= 2 and attn_mask.shape[-2] == tokens:
-            mask = attn_mask.expand(len(index), *(attn_mask.shape[1:] if attn_mask.dim() == 4 else (1, *attn_mask.shape[-2:])))
+            mask = attn_mask.expand(
+                len(index), *(attn_mask.shape[1:] if attn_mask.dim() == 4 else (1, *attn_mask.shape[-2:]))
+            )
             attn_mask = mask.gather(-2, index.expand(-1, mask.shape[1], -1, mask.shape[-1]))  # N H K S
         made = _ATTENTION(some, key, value, attn_mask, dropout_p, is_causal, **rest)
         full = made.new_zeros((*query.shape[:-1], made.shape[-1]))
@@ -156,9 +158,7 @@ def worth_gathering(decisions: Tensor) -> bool:
     return float(decisions.float().mean()) <= _DENSE_ABOVE
 
 
-def find_roles(
-    run: Callable[[], Tensor], value: Tensor, parameters: Mapping[str, Tensor]
-) -> QueryRoles | str:
+def find_roles(run: Callable[[], Tensor], value: Tensor, parameters: Mapping[str, Tensor]) -> QueryRoles | str:
     """Find who makes queries and who projects the output, from one recorded call of a branch.
 
     Args:
@@ -190,7 +190,9 @@ def find_roles(
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes linear maps and attention products; cuts the graph after each so that gradients show direct feeding only."""
+    """Notes linear maps and attention products; cuts the graph after each so that gradients show direct feeding
+    only.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +210,9 @@ class _Recorder(TorchFunctionMode):
             self.linears.append((x, weight, leaf, bool(self.products)))
             return leaf
         if func is _ATTENTION:
-            query, key, value = (args[i] if len(args) > i else kwargs[n] for i, n in enumerate(("query", "key", "value")))
+            query, key, value = (
+                args[i] if len(args) > i else kwargs[n] for i, n in enumerate(("query", "key", "value"))
+            )
             leaf = output.detach().requires_grad_()
             self.products.append((query, key, value, leaf))
             return leaf

@@ -1,8 +1,8 @@
 """Residual branches in one traced `forward`: add trees and exclusive cones.
 
-An add tree `a + b + c` is flattened into terms. The term that all others depend on is the *residual*; every other term is
-a *branch*. The branch's region is its exclusive cone: what feeds the branch, is not an ancestor of the residual, and is
-read by nothing outside. Parallel residuals (`x + attn(n) + mlp(n)`) and projection shortcuts (`conv(x) + downsample(x)`,
+An add tree `a + b + c` is flattened into terms. The term that all others depend on is the *residual*; every other term
+is a *branch*. The branch's region is its exclusive cone: what feeds the branch, is not an ancestor of the residual,
+and is read by nothing outside. Parallel residuals (`x + attn(n) + mlp(n)`) and projection shortcuts (`conv(x) + downsample(x)`,
 where the cheaper term takes the residual's place) are covered. If the terms share no ancestor (`dense(hidden) + input`),
 the add is *open*: its meaning shows only when this module is traced together with its parent.
 """
@@ -22,7 +22,19 @@ _ADD_FUNCTIONS = frozenset({operator.add, operator.iadd, torch.add})
 _SHAPE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 _SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "__len__"})
 _PRODUCTS = frozenset(
-    {"linear", "matmul", "bmm", "mm", "einsum", "baddbmm", "addmm", "scaled_dot_product_attention", "conv1d", "conv2d", "conv3d"}
+    {
+        "linear",
+        "matmul",
+        "bmm",
+        "mm",
+        "einsum",
+        "baddbmm",
+        "addmm",
+        "scaled_dot_product_attention",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+    }
 )
 _SHORTCUT_DEPTH = 0.5  # a shortcut with more than this share of the branch's weight matrices is a second branch
 
@@ -38,7 +50,8 @@ class Region:
         own: The exclusive cone.
         nodes: The cone with the shape reads and parameters that it needs (copied, not moved), in topological order.
         inputs: Nodes outside that it reads, in order of first use.
-        escapes: Further outputs of a tuple-returning call in the cone that are read outside; None in every observed call.
+        escapes: Further outputs of a tuple-returning call in the cone that are read outside; None in every observed
+            call.
     """
 
     add: fx.Node
@@ -121,10 +134,15 @@ def _works(region: Region, module: nn.Module) -> bool:
 
 def is_add(node: fx.Node) -> bool:
     """Whether the node is a plain sum of two values."""
-    if node.op == "call_function" and node.target in _ADD_FUNCTIONS or node.op == "call_method" and node.target in ("add", "add_"):
+    if (node.op == "call_function" and node.target in _ADD_FUNCTIONS) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    ):
         operands = node.args
-        return len(operands) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in operands) and not any(
-            _is_shape_expression(a) for a in operands if isinstance(a, fx.Node)
+        return (
+            len(operands) == 2
+            and not node.kwargs
+            and all(isinstance(a, fx.Node) for a in operands)
+            and not any(_is_shape_expression(a) for a in operands if isinstance(a, fx.Node))
         )
     return False
 
@@ -247,7 +265,10 @@ def _tuple_escapes(node: fx.Node, cone: set[fx.Node], add: fx.Node) -> set[fx.No
     if node.op != "call_module":
         return set()
     outside = {u for u in node.users if u not in cone and u is not add}
-    element = all(u.op == "call_function" and u.target is operator.getitem and type(u.args[1]) is int and u.args[1] >= 1 for u in outside)
+    element = all(
+        u.op == "call_function" and u.target is operator.getitem and type(u.args[1]) is int and u.args[1] >= 1
+        for u in outside
+    )
     return outside if outside and element else set()
 
 

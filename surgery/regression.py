@@ -1,4 +1,5 @@
-"""`regress_routers`: routers learn to predict log harm, in seconds, without a gradient through the backbone's parameters.
+"""`regress_routers`: routers learn to predict log harm, in seconds, without a gradient through the backbone's
+parameters.
 
 Axis letters: `N` samples, `T` tokens, `F` router features, `M` rows.
 """
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery.calling import batches
-from surgery.context import state_of
 from surgery.costs import place
 from surgery.gates import Gate, iter_gates
 from surgery.harm import label_harm
@@ -25,6 +25,7 @@ from surgery.routers import SampleRouter
 _ROWS_PER_BATCH = 2048
 _ROWS = 60_000
 _STEPS = 500
+_FEWEST = 10  # with fewer rows nothing can be held out, and every input gets the same score
 _TINY = 1e-12
 
 
@@ -107,8 +108,14 @@ def _fit(gate: Gate, rows: Tensor, harm: Tensor, seed: int) -> Predictability:
     router = gate.router
     target = torch.log(harm + _floor(harm))
     generator = torch.Generator().manual_seed(seed)
+    if len(rows) < _FEWEST:
+        _initialise(router, generator)
+        with torch.no_grad():
+            router.up.weight.zero_()
+            router.up.bias.fill_(float(target.mean()))
+        return Predictability(0.0, 0.0, len(rows))
     order = torch.randperm(len(rows), generator=generator).to(rows.device)
-    held, used = order[: max(1, len(order) // 5)], order[max(1, len(order) // 5) :]
+    held, used = order[: len(order) // 5], order[len(order) // 5 :]
     centre, spread = target[used].mean(), target[used].std().clamp_min(1e-6)
     x, y = rows[used], (target[used] - centre) / spread
     _initialise(router, generator)
@@ -119,7 +126,7 @@ def _fit(gate: Gate, rows: Tensor, harm: Tensor, seed: int) -> Predictability:
             chosen = torch.randint(len(x), (min(1024, len(x)),), generator=generator).to(x.device)
             loss = F.mse_loss(router.score(x[chosen]), y[chosen])
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             schedule.step()
     with torch.no_grad():

@@ -10,8 +10,8 @@ For every host two kinds of functions are generated from its trace, one per bran
         return self.surgery_gates.mlp(self._branch_mlp, x, x, x)
 
 The host instance gets a dynamic subclass of its own class with these functions, so names in the state dict, `isinstance`,
-hooks, gradient checkpointing, `save_pretrained` and `generate` go on working. Graphs are never stored; a host that meets a
-new call pattern (another argument is None) traces again, once.
+hooks, gradient checkpointing, `save_pretrained` and `generate` go on working. Graphs are never stored; a host that
+meets a new call pattern (another argument is None) traces again, once.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from surgery.state import CostModel, GatedState, SiteCost
 from surgery.tracing import (
     CACHE_NAMES,
     GATES,
+    INPLACE,
     Pattern,
     Signature,
     base_class,
@@ -87,7 +88,9 @@ class Programs:
     sources: dict[Pattern, str] = field(default_factory=dict)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call the program of this call's pattern; generate it when the pattern is new. Dense calls run the original."""
+        """Call the program of this call's pattern; generate it when the pattern is new. Dense calls run the
+        original.
+        """
         if runs_dense(module._modules[GATES].state):  # type: ignore[union-attr, arg-type]
             return self.base.forward(module, *args, **kwargs)
         values, extra, rest = self.signature.bind(args, kwargs)
@@ -137,6 +140,7 @@ class Programs:
             function.escapes = len(region.escapes)
             function.axes = _axes(mark, region)
             function.stateful = any(node.name in CACHE_NAMES for node in region.inputs)
+            function.inplace = region.add.meta.get(INPLACE, False) and region.add.args[0] is region.term
             setattr(cls, function.__name__, function)
         self.sources[pattern] = source
         self.compiled[pattern] = program
@@ -250,9 +254,7 @@ def flop_costs(plan: Plan) -> CostModel:
     return CostModel("flops", float(max(plan.model_flops, 1)), sites)
 
 
-def install(
-    gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan, state: GatedState
-) -> None:
+def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan, state: GatedState) -> None:
     """Turn one module of `gated` into a host."""
     module = gated.get_submodule(host)
     prefix = f"{host}." if host else ""
@@ -266,7 +268,9 @@ def install(
     base = base_class(module)
     inlined = frozenset(n[len(prefix) :] for n in plan.inlined if n.startswith(prefix))
     patterns = [Pattern.from_list(p) for p in plan.patterns[host]]
-    numbers = any(k.startswith("int") for p in patterns for k in (*p.named, *p.extra, *(kind for _, kind in p.keywords)))
+    numbers = any(
+        k.startswith("int") for p in patterns for k in (*p.named, *p.extra, *(kind for _, kind in p.keywords))
+    )
     programs = Programs(host, base, signature_of(base), tuple(marked), inlined, numbers)
     module.add_module(GATES, gates)
     module.__class__ = _subclass(base, {"forward": _dispatcher(base), "_surgery_programs": programs})
@@ -284,14 +288,20 @@ def _query_owners(gated: nn.Module, planned: SitePlan) -> tuple[tuple[nn.Module,
 
 def _make_root(gated: nn.Module, state: GatedState) -> None:
     cls = base_class(gated)
-    existing = {k: v for k, v in vars(type(gated)).items() if k in ("forward", "_surgery_programs") or k.startswith("_branch_")}
+    existing = {
+        k: v for k, v in vars(type(gated)).items() if k in ("forward", "_surgery_programs") or k.startswith("_branch_")
+    }
     extra = existing if type(gated) is not cls else {}
     gated.__class__ = _subclass(cls, {**extra, **roots.namespace(cls)})
     gated.__dict__["_surgery_state"] = state
 
 
 def _subclass(base: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
-    cls = type(base.__name__, (base,), {**namespace, "_surgery_base": base, "__module__": base.__module__, "__doc__": base.__doc__})
+    cls = type(
+        base.__name__,
+        (base,),
+        {**namespace, "_surgery_base": base, "__module__": base.__module__, "__doc__": base.__doc__},
+    )
     cls.__qualname__ = base.__qualname__
     return cls
 
@@ -426,7 +436,11 @@ def _compile(source: str, namespace: dict[str, Any], filename: str) -> dict[str,
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     scope = dict(namespace)
     exec(compile(source, filename, "exec"), scope)
-    return {name: value for name, value in scope.items() if inspect.isfunction(value) and value.__code__.co_filename == filename}
+    return {
+        name: value
+        for name, value in scope.items()
+        if inspect.isfunction(value) and value.__code__.co_filename == filename
+    }
 
 
 def _gates(gated: nn.Module) -> Collection[tuple[str, Gate]]:

@@ -102,7 +102,9 @@ def _rows(arguments: Mapping[str, Any]) -> int:
     return next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.dim() > 0), 1)
 
 
-def _token_positions(arguments: Mapping[str, Any], mask: Tensor | None, main: Tensor | None, length: int) -> Tensor | None:
+def _token_positions(
+    arguments: Mapping[str, Any], mask: Tensor | None, main: Tensor | None, length: int
+) -> Tensor | None:
     if main is None or length == 0:
         return None
     given = arguments.get("position_ids")
@@ -111,5 +113,5 @@ def _token_positions(arguments: Mapping[str, Any], mask: Tensor | None, main: Te
     if mask is not None:
         return (mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
     past = arguments.get("past_key_values")
-    start = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
+    start = 0 if past is None or not hasattr(past, "get_seq_length") else int(past.get_seq_length())
     return torch.arange(start, start + length, device=main.device).expand(len(main), length)

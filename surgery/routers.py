@@ -30,7 +30,12 @@ class Router(nn.Module):
 
     def score(self, features: Tensor) -> Tensor:
         """`(..., F)` -> `(...)`."""
-        return self.up(F.gelu(self.down(features))).squeeze(-1)
+        hidden = F.gelu(F.linear(features, self.down.weight, self.down.bias), approximate="tanh")
+        return hidden @ self.up.weight[0] + self.up.bias  # a product with a vector: a router's time is calls, not work
+
+    def extract(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Residual stream -> features in fp32."""
+        return residual.float()
 
     def flops(self, positions: int) -> int:
         """FLOPs per sample with `positions` decisions; one multiply-add = 2."""

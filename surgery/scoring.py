@@ -68,7 +68,9 @@ def metric_of(model: nn.Module, batch: Batch, output: Any) -> tuple[str, Scores]
     if labels is None or labels.is_floating_point() or logits.dim() != labels.dim() + 1 or logits.shape[-1] < 2:
         return None
     if logits.shape[:-1] != labels.shape:
-        raise DataError(f"labels have shape {tuple(labels.shape)}, the logits {tuple(logits.shape)} expect {tuple(logits.shape[:-1])}")
+        raise DataError(
+            f"labels have shape {tuple(labels.shape)}, the logits {tuple(logits.shape)} expect {tuple(logits.shape[:-1])}"
+        )
     if labels.numel() and int(labels.max()) >= logits.shape[-1]:
         raise DataError(
             f"a label is {int(labels.max())}, but the model tells {logits.shape[-1]} classes apart; "
@@ -103,7 +105,9 @@ def is_logits(model: nn.Module, batch: Batch, output: Any) -> bool:
 
 
 def next_tokens(model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:
-    """What each position should predict, `(N, T - 1)`, `IGNORED` at padding; None unless the model predicts next tokens."""
+    """What each position should predict, `(N, T - 1)`, `IGNORED` at padding; None unless the model predicts next
+    tokens.
+    """
     ids = batch.kwargs.get("decoder_input_ids", batch.kwargs.get("input_ids"))
     can_generate = getattr(model, "can_generate", None)
     if not isinstance(ids, Tensor) or logits.dim() != 3 or ids.shape != logits.shape[:2]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from surgery.calling import as_batch, batches
+from surgery.calling import as_batch, batches, length_of
 from surgery.errors import DataError
 
 EVERY = 5
@@ -59,10 +59,8 @@ def split(data: Iterable[Any], validation: Iterable[Any] | None) -> tuple[Iterab
     if validation is not None:
         check_reiterable(validation)
         return data, validation
-    if hasattr(data, "__len__"):
-        count: int | None = len(data)
-    else:
-        count = None
+    count = length_of(data)
+    if count is None:
         for seen, _ in enumerate(data, start=1):
             if seen >= EVERY:
                 break

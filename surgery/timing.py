@@ -1,4 +1,6 @@
-"""Wall-clock ratios: two things timed side by side in one process, since absolute times drift with the machine's load."""
+"""Wall-clock ratios: two things timed side by side in one process, since absolute times drift with the machine's
+load.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """One module's own `forward` as an `fx.Graph`, its children as leaves.
 
-Whole-model tracing fails on most transformers and some timm models; tracing each module alone, children as leaves, works
-on nearly all. `torch.fx.Tracer.trace` patches `nn.Module` globally while it runs, which would disturb other threads (a
-gated model may trace a new call pattern while it serves), so `forward` runs here on a *stand-in* instead: an object of the
-same class whose parameters read as proxies and whose children record a call. Nothing global is touched, nor the module.
+Whole-model tracing fails on most transformers and some timm models; tracing each module alone, children as leaves,
+works on nearly all. `torch.fx.Tracer.trace` patches `nn.Module` globally while it runs, which would disturb other
+threads (a gated model may trace a new call pattern while it serves), so `forward` runs here on a *stand-in* instead:
+an object of the same class whose parameters read as proxies and whose children record a call. Nothing global is
+touched, nor the module.
 
-FX silently takes one side of `if argument is None`. Therefore a graph always belongs to a *call pattern*: which arguments
-are None, True, False, a string, a tensor, or another object. A host keeps one graph per pattern it meets.
+FX silently takes one side of `if argument is None`. Therefore a graph always belongs to a *call pattern*: which
+arguments are None, True, False, a string, a tensor, or another object. A host keeps one graph per pattern it meets.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from surgery.errors import TraceError
 
+INPLACE = "inplace"  # key in the metadata of sums that were written `a += b`
 GATES = "surgery_gates"  # name of the child that holds a host's gates; invisible to tracing
 CACHE_NAMES = frozenset({"past_key_value", "past_key_values", "layer_past", "cache_params", "cache"})
 _RANKS = tuple(f"tensor:{rank}" for rank in range(65))
@@ -85,7 +87,9 @@ class Signature:
     extra: str | None
     keywords: str | None
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
+    def bind(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
         """Values of the named parameters, extra positional ones, extra keyword ones."""
         rest = dict(kwargs)
         values = []
@@ -135,7 +139,9 @@ def trace(module: nn.Module, pattern: Pattern, inlined: Collection[str] = ()) ->
         raise TraceError(f"{cls.__name__}.forward uses a `with` block, which a graph would lose")
     signature = signature_of(cls)
     if len(pattern.named) != len(signature.named):
-        raise TraceError(f"{cls.__name__}.forward takes {len(signature.named)} arguments, the pattern has {len(pattern.named)}")
+        raise TraceError(
+            f"{cls.__name__}.forward takes {len(signature.named)} arguments, the pattern has {len(pattern.named)}"
+        )
     tracer = _Tracer(module)
     positional, keyword = [], {}
     for parameter, kind in zip(signature.named, pattern.named, strict=True):
@@ -148,11 +154,20 @@ def trace(module: nn.Module, pattern: Pattern, inlined: Collection[str] = ()) ->
     keyword.update({name: tracer.argument(name, kind) for name, kind in pattern.keywords})
     stand_in = _stand_in(module, "", tracer, frozenset(inlined), root=True)
     try:
-        result = cls.forward(stand_in, *positional, **keyword)  # type: ignore[attr-defined]
+        result = cls.forward(stand_in, *positional, **keyword)
         tracer.graph.output(tracer.create_arg(result))
     except TraceError:
         raise
-    except (FxTraceError, TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+    except (
+        FxTraceError,
+        TypeError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        AttributeError,
+        KeyError,
+        IndexError,
+    ) as error:
         raise TraceError(f"{cls.__name__}.forward cannot be traced ({_where(error)}): {_first_line(error)}") from error
     _remove_dropout(tracer.graph)
     remove_dead_code(tracer.graph)
@@ -165,7 +180,9 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _remove_dropout(graph: fx.Graph) -> None:
-    """Take out `F.dropout(x, p, training=False)`, which returns `x` itself, so that sums around it are one sum (Falcon)."""
+    """Take out `F.dropout(x, p, training=False)`, which returns `x` itself, so that sums around it are one sum
+    (Falcon).
+    """
     for node in graph.nodes:
         if node.op == "call_function" and node.target is F.dropout:
             training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
@@ -192,10 +209,15 @@ def has_side_effect(node: fx.Node) -> bool:
     return False
 
 
-_MUTATING_METHODS = frozenset({"update", "append", "pop", "setdefault", "extend", "insert", "clear", "remove", "__setitem__"})
+_MUTATING_METHODS = frozenset(
+    {"update", "append", "pop", "setdefault", "extend", "insert", "clear", "remove", "__setitem__"}
+)
 _MUTATING_FUNCTIONS = frozenset(
     {operator.setitem, operator.delitem, torch._assert, setattr}
-    | {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "imatmul", "ipow")}
+    | {
+        getattr(operator, name)
+        for name in ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "imatmul", "ipow")
+    }
 )
 
 
@@ -211,6 +233,16 @@ def new_graph() -> fx.Graph:
     return graph
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that remembers which sums were written `a += b`."""
+
+    def __iadd__(self, other: Any) -> Any:
+        result = self + other
+        if isinstance(result, fx.Proxy):
+            result.node.meta[INPLACE] = True
+        return result
+
+
 class _Tracer(fx.proxy.TracerBase):
     """Records into one graph; knows which proxies stand for tensors."""
 
@@ -222,8 +254,13 @@ class _Tracer(fx.proxy.TracerBase):
         self.proxy_buffer_attributes = True
         self._attributes: dict[str, fx.Proxy] = {}
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
+    ) -> fx.Node:
         return self.graph.create_node(kind, target, args, kwargs, name, type_expr)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def argument(self, name: str, kind: str) -> Any:
         if kind in _CONSTANTS:
@@ -247,7 +284,9 @@ class _Tracer(fx.proxy.TracerBase):
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Tensor):
-            raise TraceError(f"{type(self.module).__name__}.forward uses a tensor that is neither a parameter nor a buffer")
+            raise TraceError(
+                f"{type(self.module).__name__}.forward uses a tensor that is neither a parameter nor a buffer"
+            )
         if isinstance(a, nn.Module):
             raise TraceError(f"{type(self.module).__name__}.forward passes a module as a value")
         if isinstance(a, dict) and type(a) is not dict and all(isinstance(key, str) for key in a):
@@ -308,7 +347,9 @@ class _Children(dict[str, Any]):
         return [(name, self[name]) for name in self]
 
 
-def _stand_in(module: nn.Module, path: str, tracer: _Tracer, inlined: frozenset[str], *, root: bool = False) -> nn.Module:
+def _stand_in(
+    module: nn.Module, path: str, tracer: _Tracer, inlined: frozenset[str], *, root: bool = False
+) -> nn.Module:
     """An object of the module's class whose tensors are proxies and whose call is recorded (or, inlined, run)."""
     cls = base_class(module)
     prefix = f"{path}." if path else ""
@@ -318,7 +359,7 @@ def _stand_in(module: nn.Module, path: str, tracer: _Tracer, inlined: frozenset[
 
     def record(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if path in inlined:
-            return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return cls.forward(self, *args, **kwargs)
         return tracer.create_proxy("call_module", path, args, kwargs)
 
     def refuse(self: nn.Module, name: str, value: Any) -> None:
@@ -327,7 +368,7 @@ def _stand_in(module: nn.Module, path: str, tracer: _Tracer, inlined: frozenset[
     namespace: dict[str, Any] = {"__setattr__": refuse, "__module__": cls.__module__}
     if not root:
         namespace["__call__"] = record
-    stand_in = object.__new__(type(cls.__name__, (cls,), namespace))
+    stand_in: nn.Module = object.__new__(type(cls.__name__, (cls,), namespace))
     state = dict(module.__dict__)
     state["_parameters"] = _Tensors(module._parameters, prefix, tracer)
     state["_buffers"] = _Tensors(module._buffers, prefix, tracer)

@@ -1,11 +1,11 @@
 """`train_routers`: routers and skip paths learn together, by distillation from the dense model, under one budget.
 
-Decisions are hard in the forward pass; gradients pass straight through (Bengio et al. 2013, with logistic noise as in the
-Gumbel-sigmoid of Jang et al. 2017). The budget is one global constraint on the batch's mean realised cost, held by a
-Lagrange multiplier towards a target that is annealed from where training starts.
+Decisions are hard in the forward pass; gradients pass straight through (Bengio et al. 2013, with logistic noise as in
+the Gumbel-sigmoid of Jang et al. 2017). The budget is one global constraint on the batch's mean realised cost, held by
+a Lagrange multiplier towards a target that is annealed from where training starts.
 
-Every process of `accelerate launch` reads the same batches and takes its share of the rows of each, and noise is drawn for
-the whole batch, so that any number of processes computes the same steps.
+Every process of `accelerate launch` reads the same batches and takes its share of the rows of each, and noise is drawn
+for the whole batch, so that any number of processes computes the same steps.
 
 Axis letters: `N` samples.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery.calibration import check_budget
-from surgery.calling import Batch, batches, call, read_output
+from surgery.calling import Batch, batches, call, device_of, length_of, read_output
 from surgery.context import execution, handled, state_of
 from surgery.costs import place
-from surgery.errors import CheckpointError, DataError
+from surgery.errors import CheckpointError, DataError, SurgeryError
 from surgery.gates import Branch, Gate, iter_gates
 from surgery.objectives import divergence
 from surgery.progress import Progress, silent
@@ -36,6 +37,7 @@ CHECKPOINT = "training.pt"
 _PENALTY = 20.0
 _MULTIPLIER_STEP = 0.5
 _CLIP = 1.0
+_PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(slots=True)
@@ -53,7 +55,10 @@ class Options:
         label_weight: Weight of cross-entropy with the labels, if the data has some.
         accumulate: Batches per optimiser step.
         save_every: Steps between checkpoints.
-        mixed_precision: `no`, `fp16` or `bf16`, as in accelerate.
+        mixed_precision: `no`, `fp16` or `bf16`.
+
+    Raises:
+        SurgeryError: If a number is out of range or the precision is unknown.
     """
 
     epochs: int = 3
@@ -67,6 +72,22 @@ class Options:
     accumulate: int = 1
     save_every: int = 100
     mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps", "accumulate", "save_every"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1 or (name == "steps" and value is None)):
+                raise SurgeryError(f"Options.{name} must be a whole number of at least 1, got {value!r}")
+        for name in ("router_rate", "skip_rate", "noise", "anneal", "label_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise SurgeryError(f"Options.{name} must be a number that is not negative, got {value!r}")
+        if not 0 < self.temperature < math.inf:
+            raise SurgeryError(f"Options.temperature must be a positive number, got {self.temperature!r}")
+        if self.mixed_precision not in _PRECISIONS:
+            raise SurgeryError(
+                f"Options.mixed_precision must be one of {', '.join(_PRECISIONS)}, got {self.mixed_precision!r}"
+            )
 
 
 @dataclass(slots=True)
@@ -127,6 +148,7 @@ def train_routers(
         run.save()
         raise
     finally:
+        run.clear()
         gated.eval()
     run.save()
     return run.history
@@ -142,29 +164,49 @@ class _Run:
     """One training run: what must be saved to continue it."""
 
     def __init__(
-        self, gated: nn.Module, data: Iterable[Any], budget: float, options: Options, seed: int, output: Any, tracker: Any
+        self,
+        gated: nn.Module,
+        data: Iterable[Any],
+        budget: float,
+        options: Options,
+        seed: int,
+        output: Any,
+        tracker: Any,
     ) -> None:
         from accelerate import Accelerator
+        from accelerate.state import is_initialized
 
         self.gated, self.data, self.budget, self.options, self.seed = gated, data, budget, options, seed
-        on_cpu = next(gated.parameters()).device.type == "cpu"
-        self.accelerator = tracker or Accelerator(cpu=on_cpu, mixed_precision=options.mixed_precision)
+        self.device = device_of(gated)
+        # accelerate's device and precision are fixed once per process, so they are left alone and set here
+        on_cpu = self.device.type == "cpu" and not is_initialized()
+        self.accelerator = tracker or Accelerator(cpu=on_cpu)
+        self.precision = _PRECISIONS[options.mixed_precision]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
         self.tracker = tracker
         self.path = None if output is None else Path(output) / CHECKPOINT
         self.state = state_of(gated)
         if not math.isfinite(self.state.threshold):
             self.state.threshold = 0.0
         self.parameters = trainable(gated)
-        groups = [
-            {"params": [p for _, g in iter_gates(gated) for p in g.router.parameters()], "lr": options.router_rate},
+        self.routers = [p for _, g in iter_gates(gated) for p in g.router.parameters()]
+        groups: list[dict[str, Any]] = [
+            {"params": self.routers, "lr": options.router_rate},
             {"params": [p for _, g in iter_gates(gated) for p in g.skip_path.parameters()], "lr": options.skip_rate},
         ]
         groups = [g for g in groups if g["params"] and g["lr"] > 0]
+        if not groups:
+            raise SurgeryError(
+                "nothing to train: router_rate is 0, and skip_rate is 0 or every skip path is the identity; give one of "
+                "them a learning rate, as in Options(router_rate=1e-3)"
+            )
+        self.trained = [p for g in groups for p in g["params"]]
         self.total = _steps(data, options)
         self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         peaks = [g["lr"] for g in groups]
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, peaks, total_steps=self.total + 1, pct_start=0.1)
-        self.prepared = self.accelerator.prepare(self.optimiser)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser, peaks, total_steps=self.total + 1, pct_start=max(0.1, 2 / (self.total + 1))
+        )
         self.step, self.multiplier, self.start = 0, 0.0, math.nan
         self.history = History()
 
@@ -193,6 +235,7 @@ class _Run:
             {
                 "parameters": {name: p.detach().cpu() for name, p in self.parameters.items()},
                 "optimiser": self.optimiser.state_dict(),
+                "scaler": self.scaler.state_dict(),
                 "schedule": {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))},
                 "step": self.step,
                 "total": self.total,
@@ -215,10 +258,20 @@ class _Run:
         """
         if self.path is None or not self.path.exists():
             raise CheckpointError(f"nothing to resume: {self.path or 'no output directory was given'} does not exist")
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        missing = sorted(set(self.parameters) ^ set(saved["parameters"]))
-        if missing:
-            raise CheckpointError(f"{self.path} is of another model or plan; tensors that differ: {missing[:6]}")
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            shapes = {name: tuple(tensor.shape) for name, tensor in saved["parameters"].items()}
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{self.path} is damaged: {error}; delete it to train from the start") from error
+        ours = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        differ = sorted(name for name in {*ours, *shapes} if ours.get(name) != shapes.get(name))
+        if differ:
+            raise CheckpointError(f"{self.path} is of another model or plan; tensors that differ: {differ[:6]}")
+        if saved["total"] != self.total:
+            raise CheckpointError(
+                f"{self.path} is of a training over {saved['total']} steps, this one has {self.total}; resume with the same "
+                "data and options"
+            )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved["parameters"][name])
@@ -226,20 +279,36 @@ class _Run:
             gate.offset = saved["offsets"][name]
         self.optimiser.load_state_dict(saved["optimiser"])
         self.schedule.load_state_dict(saved["schedule"])
+        if saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
         self.step, self.multiplier, self.start = saved["step"], saved["multiplier"], saved["start"]
         self.state.threshold = saved["threshold"]
         self.history.rows = saved["history"]
 
+    def clear(self) -> None:
+        """Drop all gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
     def _step(self, group: list[Batch]) -> dict[str, float]:
-        self.prepared.zero_grad()
+        self.clear()
         share = 1 / len(group)
         totals = torch.zeros(3)
+        prices = [torch.zeros_like(p) for p in self.routers]
         for index, batch in enumerate(group):
-            totals += share * self._backward(batch, index, share)
+            totals += share * self._backward(batch, index, share, prices)
         loss, distance, cost = totals.tolist()
+        if math.isnan(self.start):
+            self.start = max(cost, self.budget)
+        slope = self.multiplier + 2 * _PENALTY * max(cost - self._target(), 0.0)
+        for parameter, price in zip(self.routers, prices, strict=True):
+            price *= slope * self.scaler.get_scale()
+            parameter.grad = price if parameter.grad is None else parameter.grad + price
         self._reduce_gradients()
-        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), _CLIP)
-        self.prepared.step()
+        self.scaler.unscale_(self.optimiser)
+        torch.nn.utils.clip_grad_norm_(self.trained, _CLIP)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
         self.schedule.step()
         target = self._target()
         self.multiplier = max(0.0, self.multiplier + _MULTIPLIER_STEP * (cost - target))
@@ -252,13 +321,17 @@ class _Run:
             "multiplier": self.multiplier,
         }
 
-    def _backward(self, whole: Batch, index: int, share: float) -> Tensor:
-        """Gradients of one batch; `(loss, divergence, cost)` over all processes."""
+    def _backward(self, whole: Batch, index: int, share: float, prices: list[Tensor]) -> Tensor:
+        """Gradients of one batch; those of its cost are added to `prices`, since their factor depends on all batches.
+
+        Returns:
+            `(loss, divergence, cost)` over all processes.
+        """
         options, processes = self.options, self.accelerator.num_processes
         rows = torch.arange(self.accelerator.process_index, whole.size, processes)
         batch = place(whole.rows(rows), self.gated)
         soft = _Soft(whole.size, rows, options.noise, (self.seed * 1_000_003 + self.step) * 64 + index)
-        with self.accelerator.autocast():
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
             with torch.no_grad(), execution(self.gated, "dense"):
                 dense = read_output(call(self.gated, batch))
             with handled(self.gated, soft):
@@ -266,16 +339,22 @@ class _Run:
         distance = divergence(output, dense, batch, options.temperature).sum() / whole.size
         loss = distance
         if options.label_weight and batch.labels is not None and output.dim() == 2:
-            loss = loss + options.label_weight * F.cross_entropy(output.float(), batch.labels, reduction="sum") / whole.size
+            loss = (
+                loss
+                + options.label_weight * F.cross_entropy(output.float(), batch.labels, reduction="sum") / whole.size
+            )
         spent, weight = soft.spent(self.gated)
-        sums = self.accelerator.reduce(torch.stack((loss.detach(), distance.detach(), spent.detach(), weight.detach())), "sum")
-        cost = float(sums[2] / sums[3])
-        if math.isnan(self.start):
-            self.start = max(cost, self.budget)
-        violation = cost - self._target()
-        slope = self.multiplier + 2 * _PENALTY * max(violation, 0.0)
+        sums = self.accelerator.reduce(
+            torch.stack((loss.detach(), distance.detach(), spent.detach(), weight.detach())), "sum"
+        )
         # gradients are averaged over processes afterwards, and every term is already a share of the whole batch
-        self.accelerator.backward(share * processes * (loss + slope * spent / sums[3]))
+        factor = share * processes
+        found = torch.autograd.grad(factor * spent / sums[3], self.routers, retain_graph=True, allow_unused=True)
+        for price, gradient in zip(prices, found, strict=True):
+            if gradient is not None:
+                price += gradient
+        if loss.requires_grad:
+            self.scaler.scale(factor * loss).backward()  # type: ignore[no-untyped-call]
         return torch.stack((sums[0], sums[1], sums[2] / sums[3])).cpu()
 
     def _target(self) -> float:
@@ -348,11 +427,14 @@ class _Soft:
 def _steps(data: Iterable[Any], options: Options) -> int:
     if options.steps is not None:
         return options.steps
-    if not hasattr(data, "__len__"):
-        raise DataError("the length of the training data is unknown (a stream); say how long to train: Options(steps=1000)")
-    if len(data) == 0:
+    count = length_of(data)
+    if count is None:
+        raise DataError(
+            "the length of the training data is unknown (a stream); say how long to train: Options(steps=1000)"
+        )
+    if count == 0:
         raise DataError("the training data holds no batch")
-    return max(1, options.epochs * len(data) // options.accumulate)
+    return max(1, options.epochs * count // options.accumulate)
 
 
 def _stream(data: Iterable[Any], skip: int) -> Iterator[Batch]:

@@ -84,7 +84,7 @@ def convert(network: str, out: Path, *more: Any, expect: int = 0) -> Any:
 def converted(network: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that `surgery convert` wrote."""
     out = tmp_path_factory.mktemp("converted") / "out"
-    convert(network, out, "--tune", "oneshot")
+    convert(network, out, "--tune", "oneshot", "--limit", 640)
     return out
 
 
@@ -315,6 +315,17 @@ def test_benchmark_times_every_batch_size(converted: Path) -> None:
 def test_benchmark_needs_enough_samples(converted: Path) -> None:
     result = run("benchmark", converted, "--data", "digits", "--batch-size", 501, expect=1)
     assert "fewer than 501" in result.stderr
+
+
+def test_progress_is_one_line_per_stage_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from surgery.scripts.bars import progress_bars
+
+    with progress_bars() as progress:
+        for done in range(3):
+            progress("first", done, 3)
+        progress("second [red]", 0, None)
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.splitlines() == ["first … (3 steps)", "second [red] …"]
 
 
 # -- doctor, demo -----------------------------------------------------------------------------------------------------

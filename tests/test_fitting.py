@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from toys import Masked, Noise, Residual, Set, Stack, Times, Where, assert_same,
 
 import surgery
 from surgery.calling import Batch
+from surgery.context import state_of
 from surgery.errors import DataError
 from surgery.fitting import fit_one, fit_skip_paths, gather
 from surgery.gates import iter_gates
@@ -59,7 +61,7 @@ def test_per_channel_branches_are_affine(layout: str) -> None:
         model = Stack(*(nn.Conv2d(C, C, 1, groups=C) for _ in range(3)))
         shape: tuple[int, ...] = (C, 4, 4)
     else:
-        model, shape = Stack(*(Times(torch.diag(torch.randn(C))) for _ in range(3))), (7, C)
+        model, shape = Stack(*(Times(torch.diag(torch.rand(C))) for _ in range(3))), (7, C)
     gated = gate_all(model, torch.randn(2, *shape), skip="affine")
     assert gap(gated, model, torch.randn(4, *shape)) > 0.05
     left = fit_skip_paths(gated, [torch.randn(64, *shape)])
@@ -67,13 +69,18 @@ def test_per_channel_branches_are_affine(layout: str) -> None:
 
 
 def test_later_maps_repair_what_earlier_ones_miss() -> None:
-    """Two random nonlinear branches, then a constant one: the last skip path absorbs upstream error."""
-    model = Stack(mlp(C), mlp(C), Times(torch.zeros(C, C)))
-    data = [torch.randn(256, C)]
-    gated = gate_all(model, data[0][:2], skip="linear")
+    """The first skip path cannot mix channels; the second one, whose own branch adds nothing, does it instead."""
+    model = Stack(Times(0.3 * torch.randn(C, C)), Times(torch.zeros(C, C)))
+    sites = surgery.find_sites(model, torch.randn(2, C))
+    first, second = sites.plan(skip="affine").sites[0], sites.plan(skip="linear").sites[1]
+    gated = surgery.insert_gates(model, dataclasses.replace(sites.plan(), sites=(first, second)))
+    data = [torch.randn(512, C)]
     fit_skip_paths(gated, data)
-    last = gates(gated)[-1].skip_path
-    assert isinstance(last, LinearSkip) and last.weight.abs().max() > 1e-3  # alone it would be fitted to zeros
+    repaired = gap(gated, model, data[0])
+    with torch.no_grad():
+        for parameter in gates(gated)[1].skip_path.parameters():
+            parameter.zero_()  # what a fit to the dense stream would give
+    assert repaired < 0.8 * gap(gated, model, data[0])
 
 
 def test_padding_is_not_fitted_on() -> None:
@@ -137,6 +144,7 @@ def test_routed_fits_what_the_routers_skip() -> None:
     gated = gate_all(model, data[0][:2], skip="linear")
     (gate,) = gates(gated)
     gate.router = Set()  # type: ignore[assignment]  # closed where the first channel is not positive
+    state_of(gated).threshold = 0.0
     fit_skip_paths(gated, data)
     assert isinstance(gate.skip_path, LinearSkip) and (gate.skip_path.weight - negative).abs().max() > 0.1
     fit_skip_paths(gated, data, decisions="routed")

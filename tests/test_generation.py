@@ -15,10 +15,16 @@ from surgery.queries import ActiveQueries
 
 transformers = pytest.importorskip("transformers")
 
-SIZES: dict[str, Any] = dict(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=100,
-    bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
 NEW = 10
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -34,7 +40,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "opt": lambda: transformers.OPTForCausalLM(
         transformers.OPTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, vocab_size=100, word_embed_proj_dim=32
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=64,
+            vocab_size=100,
+            word_embed_proj_dim=32,
         )
     ),
 }
@@ -123,12 +134,16 @@ def test_not_writing_keys_of_skipped_tokens_is_noticed(built: Any, monkeypatch: 
     assert not torch.equal(cached, masked)
 
 
-def test_decoding_one_token_runs_no_query_projection_when_it_is_skipped(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_one_token_runs_no_query_projection_when_it_is_skipped(
+    built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, gated = built("llama")
     rows = []
     some = ActiveQueries._some
     monkeypatch.setattr(
-        ActiveQueries, "_some", lambda self, x, w, b, order: rows.append(len(self.flat[order])) or some(self, x, w, b, order)
+        ActiveQueries,
+        "_some",
+        lambda self, x, w, b, order: rows.append(len(self.flat[order])) or some(self, x, w, b, order),
     )
     with surgery.force(gated, 0.0):
         generate(gated, slice(0, 1))

@@ -156,7 +156,10 @@ def test_says_so_when_routing_is_worth_nothing(gated: nn.Module, data: Any) -> N
     state_of(gated).budget = 0.6
     second.router = Never()  # type: ignore[assignment]
     found = measure(gated, data, **NO_TIME)
-    assert any("does not beat the static policy" in note or "static policy at the same cost is better" in note for note in found.notes)
+    assert any(
+        "does not beat the static policy" in note or "static policy at the same cost is better" in note
+        for note in found.notes
+    )
 
 
 def test_dense_costs_exactly_one(gated: nn.Module, data: Any) -> None:

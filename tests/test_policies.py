@@ -15,7 +15,9 @@ from surgery.policies import Cut, Decided, Importance, decided
 from surgery.state import CostModel, SiteCost
 
 # 100 in all, of which 20 are outside of branches
-COSTS = CostModel("flops", 100.0, {"a": SiteCost(50.0, 5.0, 1.0), "b": SiteCost(20.0, 0.0, 1.0), "c": SiteCost(10.0, 0.0, 1.0)})
+COSTS = CostModel(
+    "flops", 100.0, {"a": SiteCost(50.0, 5.0, 1.0), "b": SiteCost(20.0, 0.0, 1.0), "c": SiteCost(10.0, 0.0, 1.0)}
+)
 RANKS = {"a": 0.2, "b": 0.9, "c": 0.5}
 
 
@@ -35,7 +37,9 @@ def test_cut_lies_between_two_attainable_costs(cost: float, expected: Cut) -> No
     found = policies.cut(COSTS, RANKS, cost)
     assert set(found.lower) == set(expected.lower) and set(found.upper) == set(expected.upper)
     # where a cost is met exactly, either neighbour may stand for it
-    price = (1 - found.share) * policies.static_cost(COSTS, found.lower) + found.share * policies.static_cost(COSTS, found.upper)
+    price = (1 - found.share) * policies.static_cost(COSTS, found.lower) + found.share * policies.static_cost(
+        COSTS, found.upper
+    )
     assert price == pytest.approx(min(max(cost, 0.25), 1.0))
     if expected.share:
         assert found.share == pytest.approx(expected.share)

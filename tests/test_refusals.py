@@ -9,6 +9,7 @@ from torch import nn
 
 import surgery
 from surgery import errors
+from surgery.overview import status
 
 
 class Plain(nn.Module):
@@ -81,7 +82,7 @@ def test_granularity_that_probes_forbid() -> None:
 
 def test_gates_are_needed() -> None:
     model = Plain()
-    for use in (surgery.remove, surgery.status, lambda m: surgery.force(m, 0.5).__enter__()):
+    for use in (surgery.remove, status, lambda m: surgery.force(m, 0.5).__enter__()):
         with pytest.raises(errors.NotConverted, match="Plain"):
             use(model)  # type: ignore[operator]
 

@@ -13,7 +13,7 @@ import surgery
 from surgery.context import state_of
 from surgery.errors import NotConverted
 from surgery.state import BudgetPoint, CostModel, SiteCost
-from surgery.status import status
+from surgery.overview import status
 
 
 class Block(nn.Module):

@@ -85,7 +85,7 @@ class Noise(nn.Module):
 
     def __init__(self, channels: int, size: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(1e4 * torch.randn(channels, channels))
+        self.weight = nn.Parameter(100 * torch.randn(channels, channels))
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:

@@ -70,7 +70,12 @@ class Status:
         for row in result["sites"]:
             if row["threshold"] is not None and not math.isfinite(row["threshold"]):
                 row["threshold"] = None
-        return {**result, "sites": list(result["sites"]), "notes": list(self.notes), "attainable": _listed(self.attainable)}
+        return {
+            **result,
+            "sites": list(result["sites"]),
+            "notes": list(self.notes),
+            "attainable": _listed(self.attainable),
+        }
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group
@@ -92,13 +97,16 @@ class Status:
         if self.attainable is None:
             return f"runs {self.runs}; not calibrated yet"
         low, high = (percent(value) for value in self.attainable)
-        cost = "" if self.cost is None else f", cost {percent(self.cost)} of dense on calibration data ({self.cost_unit})"
+        cost = (
+            "" if self.cost is None else f", cost {percent(self.cost)} of dense on calibration data ({self.cost_unit})"
+        )
         budget = "none" if self.budget is None else percent(self.budget)
         return f"runs {self.runs}; budget {budget}{cost}; attainable budgets {low} to {high}, and 100 % (dense)"
 
 
 def status(gated: nn.Module) -> Status:
-    """What every gate is set to do: granularity, skip path, threshold, active rate on calibration data, share of the cost.
+    """What every gate is set to do: granularity, skip path, threshold, active rate on calibration data, share of the
+    cost.
 
     Raises:
         NotConverted: If the model has no gates.

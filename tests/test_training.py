@@ -1,0 +1,329 @@
+"""Training of routers and skip paths: what it changes, what it holds, and how it goes on."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import two_processes
+from subjects import subject
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from toys import Stack, Unsized, assert_same, frozen, gate_all, gates, mlp
+
+import surgery
+from surgery.calibration import calibrate
+from surgery.context import state_of
+from surgery.errors import BudgetError, CheckpointError, DataError, SurgeryError
+from surgery.fitting import fit_skip_paths
+from surgery.regression import regress_routers
+from surgery.training import CHECKPOINT, History, Options, train_routers, trainable
+
+C = 8
+Trained = tuple[dict[str, Tensor], History]
+
+
+@pytest.fixture(scope="module")
+def data() -> list[tuple[Tensor, Tensor]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return [(torch.randn(32, C), torch.randint(4, (32,))) for _ in range(10)]
+
+
+@pytest.fixture(scope="module")
+def fitted(data: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    """Three blocks, fitted and calibrated at 0.8; tests train copies."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Stack(mlp(C), mlp(C), mlp(C), head=nn.Linear(C, 4))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)
+    gated = gate_all(model, data[0][0][:2])
+    fit_skip_paths(gated, data)
+    regress_routers(gated, data, samples=64)
+    calibrate(gated, data, 0.8, grid=())
+    return gated
+
+
+@pytest.fixture
+def train(fitted: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Callable[..., Trained]:
+    """Trains a copy; gives its trainable parameters and the history."""
+
+    def run(batches: Any = data, *, budget: float = 0.6, seed: int = 0, **options: Any) -> Trained:
+        gated = copy.deepcopy(fitted)
+        extra = {name: options.pop(name) for name in ("output_dir", "resume", "progress") if name in options}
+        history = train_routers(gated, batches, budget=budget, seed=seed, options=Options(**options), **extra)
+        return {name: p.detach().clone() for name, p in trainable(gated).items()}, history
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet", "transformers/bert"])
+def test_no_backbone_tensor_changes(name: str) -> None:
+    one = subject(name)
+    gated = copy.deepcopy(one.gated)
+    before, original = frozen(gated), frozen(one.model)
+    train_routers(gated, [one.example] * 3, budget=0.5, options=Options(steps=3, router_rate=0.1, skip_rate=0.1))
+    ours = trainable(gated)
+    assert_same(frozen(gated), {n: v for n, v in before.items() if n not in ours})
+    assert_same(frozen(one.model), original)
+    kinds = {n.rpartition(".")[0].rpartition(".")[2] for n, p in ours.items() if not torch.equal(p, before[n])}
+    assert {"down", "up", "skip_path"} <= kinds
+    assert all(p.grad is None for n, p in gated.named_parameters() if n not in ours)
+    assert not gated.training and not any(module.training for module in gated.modules())
+
+
+def test_skip_rate_zero_freezes_skip_paths(train: Callable[..., Trained], fitted: nn.Module) -> None:
+    after, _ = train(steps=3, skip_rate=0.0)
+    before = trainable(fitted)
+    assert all(torch.equal(after[n], p) for n, p in before.items() if "skip_path" in n)
+    assert any(not torch.equal(after[n], p) for n, p in before.items() if "router" in n)
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.7])
+def test_mean_cost_approaches_the_budget(train: Callable[..., Trained], budget: float) -> None:
+    _, history = train(budget=budget, steps=120, router_rate=1e-2)
+    cost = history.columns()["cost"]
+    assert sum(cost[:5]) / 5 == pytest.approx(0.8, abs=0.1)
+    assert sum(cost[-30:]) / 30 == pytest.approx(budget, abs=0.05)
+    targets = history.columns()["target"]
+    assert targets == sorted(targets, reverse=True) and targets[-1] == pytest.approx(budget)
+    assert targets[15] == pytest.approx((cost[0] + budget) / 2)  # half of the first quarter
+
+
+def test_realised_cost_is_what_training_saw(fitted: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
+    """Without noise the cost of the first step is the cost of the first batch as it would run."""
+    gated = copy.deepcopy(fitted)
+    with torch.no_grad(), surgery.execution(gated, "skip"), surgery.tape(gated) as events:
+        gated(data[0][0])
+    expected = state_of(gated).costs.cost({event.site: event.rate() for event in events})
+    history = train_routers(gated, data, budget=0.6, options=Options(steps=1, noise=0.0))
+    assert history.columns()["cost"] == [pytest.approx(expected)]
+
+
+def test_training_reduces_divergence(train: Callable[..., Trained]) -> None:
+    _, history = train(budget=0.8, steps=200, noise=0.0, skip_rate=1e-2)
+    distance = history.columns()["divergence"]
+    assert sum(distance[-20:]) < 0.9 * sum(distance[:20])
+
+
+def test_labels_are_used_only_where_asked_for(train: Callable[..., Trained], data: list[tuple[Tensor, Tensor]]) -> None:
+    free, history = train(steps=4)
+    unlabelled, _ = train([x for x, _ in data], steps=4)
+    assert_same(free, unlabelled)
+    assert history.columns()["loss"] == history.columns()["divergence"]
+    weighted, labelled = train(steps=4, label_weight=0.5)
+    assert any(not torch.equal(weighted[n], free[n]) for n in free)
+    entropy = (labelled.rows[0]["loss"] - labelled.rows[0]["divergence"]) / 0.5
+    assert 1.0 < entropy < 5.0  # of random labels over four classes: at least log 4 on average
+    same, _ = train([x for x, _ in data], steps=4, label_weight=0.5)
+    assert_same(same, free)
+
+
+def test_accumulation_is_a_larger_batch(train: Callable[..., Trained], data: list[tuple[Tensor, Tensor]]) -> None:
+    halves = [half for x, _ in data for half in x.split(16)]
+    whole, one = train(steps=12, noise=0.0)
+    parts, two = train(halves, steps=12, noise=0.0, accumulate=2)
+    assert one.columns()["cost"] == pytest.approx(two.columns()["cost"])
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-5, rtol=1e-4)
+    single, _ = train(halves, steps=12, noise=0.0)
+    assert any(not torch.allclose(single[n], v, atol=1e-4) for n, v in whole.items())
+
+
+def test_epochs_and_accumulation_count_steps(train: Callable[..., Trained]) -> None:
+    assert len(train(epochs=2)[1].rows) == 20
+    assert len(train(epochs=1, accumulate=4)[1].rows) == 2
+    assert len(train(epochs=1, steps=3)[1].rows) == 3
+
+
+def test_interrupted_and_resumed_is_uninterrupted(train: Callable[..., Trained], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 14, "router_rate": 1e-2, "save_every": 4}
+    expected, history = train(**options)
+
+    def interrupt(_: str, done: int, total: int | None) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(**options, output_dir=tmp_path, progress=interrupt)
+    seen: list[int] = []
+    resumed, again = train(
+        **options, output_dir=tmp_path, resume=True, progress=lambda _, done, total: seen.append(done)
+    )
+    assert seen == [11, 12, 13, 14]
+    assert again.rows == history.rows
+    assert_same(resumed, expected)
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]  # no half-written files
+
+
+def test_killed_and_resumed_goes_on_from_the_last_save(train: Callable[..., Trained], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 10, "save_every": 4}
+    expected, _ = train(**options)
+
+    def crash(_: str, done: int, total: int | None) -> None:
+        if done == 7:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        train(**options, output_dir=tmp_path, progress=crash)
+    seen: list[int] = []
+    resumed, _ = train(**options, output_dir=tmp_path, resume=True, progress=lambda _, done, total: seen.append(done))
+    assert seen == [5, 6, 7, 8, 9, 10]
+    assert_same(resumed, expected)
+
+
+def test_nothing_to_resume(train: Callable[..., Trained], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        train(steps=2, resume=True, output_dir=tmp_path)
+    with pytest.raises(CheckpointError, match="no output directory"):
+        train(steps=2, resume=True)
+
+
+def test_resume_of_something_else(train: Callable[..., Trained], tmp_path: Path, data: Any) -> None:
+    train(steps=2, output_dir=tmp_path)
+    fewer = gate_all(Stack(mlp(C), head=nn.Linear(C, 4)), torch.randn(2, C))
+    with pytest.raises(CheckpointError, match="another model.*blocks"):
+        train_routers(fewer, data, budget=0.5, options=Options(steps=2), output_dir=tmp_path, resume=True)
+    wider = gate_all(Stack(mlp(2 * C), mlp(2 * C), mlp(2 * C), head=nn.Linear(2 * C, 4)), torch.randn(2, 2 * C))
+    wide = [torch.randn(4, 2 * C)]
+    with pytest.raises(CheckpointError, match="another model.*blocks"):
+        train_routers(wider, wide, budget=0.5, options=Options(steps=2), output_dir=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="over 2 steps, this one has 5"):
+        train(steps=5, output_dir=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "garbage", "cut"])
+def test_resume_of_a_damaged_file(train: Callable[..., Trained], tmp_path: Path, content: bytes | None) -> None:
+    train(steps=2, output_dir=tmp_path)
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:1000] if content is None else content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(steps=2, output_dir=tmp_path, resume=True)
+
+
+class Stream(IterableDataset):
+    """A dataset without a length."""
+
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return iter([torch.randn(C, generator=generator) for _ in range(64)])
+
+
+@pytest.mark.parametrize("kind", ["loader", "object", "part"])
+def test_streams_need_steps(train: Callable[..., Trained], data: Any, kind: str) -> None:
+    streams = {
+        "loader": DataLoader(Stream(), batch_size=16),
+        "object": Unsized(data),
+        "part": surgery.splitting.split(Unsized(data), None)[0],  # type: ignore[attr-defined]
+    }
+    with pytest.raises(DataError, match=r"Options\(steps=1000\)"):
+        train(streams[kind])
+    assert len(train(streams[kind], steps=9)[1].rows) == 9  # over the end and on from the beginning
+
+
+def test_bad_arguments(train: Callable[..., Trained]) -> None:
+    with pytest.raises(DataError, match="no batch"):
+        train([])
+    with pytest.raises(DataError, match="no batch"):
+        train([], steps=2)
+    for budget in (0.0, 1.1, float("nan")):
+        with pytest.raises(BudgetError, match=r"\(0, 1\]"):
+            train(budget=budget)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"steps": 0}, {"accumulate": 0}, {"epochs": 1.5}, {"noise": -1.0}, {"temperature": 0.0}, {"mixed_precision": "fp8"}],
+    ids=lambda option: next(iter(option)),
+)
+def test_bad_options(option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(SurgeryError, match=f"Options.{name} must be"):
+        Options(**option)
+
+
+def test_nothing_to_train() -> None:
+    gated = gate_all(Stack(mlp(C)), torch.randn(2, C), skip="identity")
+    with pytest.raises(SurgeryError, match="nothing to train"):
+        train_routers(gated, [torch.randn(8, C)], budget=0.5, options=Options(router_rate=0.0))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 9, 10])
+def test_few_steps(train: Callable[..., Trained], steps: int) -> None:
+    after, history = train(steps=steps)
+    assert len(history.rows) == steps and all(torch.isfinite(value).all() for value in after.values())
+
+
+def test_frozen_skip_paths_do_not_weigh_on_routers(fitted: nn.Module, data: Any) -> None:
+    gated = copy.deepcopy(fitted)
+    options = Options(steps=3, skip_rate=0.0, noise=0.0)
+    train_routers(gated, data, budget=0.6, options=options)
+    assert all(p.grad is None for p in gated.parameters())
+    again = copy.deepcopy(fitted)
+    for gate in gates(again):
+        for parameter in gate.skip_path.parameters():
+            parameter.grad = torch.full_like(parameter, 1e6)  # of an earlier training, say
+    train_routers(again, data, budget=0.6, options=options)
+    assert_same(frozen(again), frozen(gated))
+
+
+def test_from_a_dense_start() -> None:
+    """A model that was never calibrated starts from a threshold of its own."""
+    gated = gate_all(Stack(mlp(C), head=nn.Linear(C, 3)), torch.randn(2, C))
+    history = train_routers(gated, [torch.randn(8, C)] * 4, budget=1.0, options=Options(epochs=1))
+    assert len(history.rows) == 4 and all(torch.isfinite(p).all() for p in trainable(gated).values())
+
+
+def test_bfloat16(train: Callable[..., Trained]) -> None:
+    exact, _ = train(steps=5, noise=0.0)
+    mixed, history = train(steps=5, noise=0.0, mixed_precision="bf16")
+    assert all(p.dtype is torch.float32 and torch.isfinite(p).all() for p in mixed.values())
+    assert any(not torch.equal(mixed[n], exact[n]) for n in exact)
+    assert all(value < 10 for value in history.columns()["loss"])
+
+
+def test_gradients_reach_routers_through_the_loss(fitted: nn.Module, data: Any) -> None:
+    """With the budget no constraint, routers still learn from distillation alone."""
+    gated = copy.deepcopy(fitted)
+    before = gates(gated)[0].router.down.weight.clone()
+    train_routers(gated, data, budget=1.0, options=Options(steps=2, noise=0.0))
+    assert not torch.equal(gates(gated)[0].router.down.weight, before)
+
+
+def test_tracker_gets_every_row(fitted: nn.Module, data: Any) -> None:
+    from accelerate import Accelerator
+
+    rows: list[tuple[dict[str, float], int]] = []
+    accelerator = Accelerator(cpu=True)
+    accelerator.log = lambda row, step, **_: rows.append((row, step))  # type: ignore[method-assign]
+    history = train_routers(copy.deepcopy(fitted), data, budget=0.6, options=Options(steps=3), tracker=accelerator)
+    assert rows == list(zip(history.rows, range(3), strict=True))
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # what `accelerate launch` does for several GPUs; for several CPUs it would need MPI
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    command += [f"--master_port={port}", two_processes.__file__, str(tmp_path / "trained")]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"trained.{index}", weights_only=True) for index in range(2))
+    assert first.pop("processes") == second.pop("processes") == 2
+    assert_same(first, second)
+    alone = two_processes.train()
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value, atol=1e-5, rtol=1e-4)
