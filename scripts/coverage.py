@@ -58,7 +58,7 @@ class Row:
     @property
     def complete(self) -> bool:
         """Whether everything expected was found and checked."""
-        return not self.error and (self.found or 0) >= (self.expected or 0) and self.bit_equal and self.agrees is True
+        return not self.error and (self.found or 0) >= (self.expected or 0) and self.bit_equal is True and self.agrees is True
 
 
 def measure_entry(name: str) -> Row:
@@ -96,7 +96,7 @@ def _convert_and_check(model: Any, example: Any, other: Any) -> dict[str, Any]:
         result["bit_equal"] = all(_equal(gated, model, inputs) for inputs in (example, other))
     found = []
     for mode in ("skip", "mask"):
-        with execution(gated, mode), force(gated, 0.5, seed=0):  # type: ignore[arg-type]
+        with execution(gated, mode), force(gated, 0.5, seed=0):
             found.append(_outputs(gated, other))
     result["agrees"] = all(_gap(a, b) <= TOLERANCE for a, b in zip(*found, strict=True))
     return result

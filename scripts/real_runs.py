@@ -78,6 +78,7 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Use at most that many samples, for a quick look.")] = None,
+    test_limit: Annotated[int | None, typer.Option(help="Score on the first so many test inputs.")] = None,
     write: Annotated[Path | None, typer.Option(help="Markdown page whose tables are replaced.")] = None,
 ) -> None:
     """Convert and score the real networks."""
@@ -89,7 +90,7 @@ def main(
     for run in RUNS:
         if only and run.name not in only:
             continue
-        result = perform(run, shared, out, seed, limit)
+        result = perform(run, shared, out, seed, limit, test_limit or limit)
         (out / f"{run.name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         typer.echo(markdown([result]))
     if write is not None:
@@ -101,7 +102,7 @@ def main(
         write.write_text(f"{before}{START}\n\n{markdown(results)}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
-def perform(run: Run, shared: Path, out: Path, seed: int, limit: int | None) -> dict[str, Any]:
+def perform(run: Run, shared: Path, out: Path, seed: int, limit: int | None, test_limit: int | None) -> dict[str, Any]:
     """Convert one network and score it at every budget."""
     from surgery import Options, convert, measure, save, set_budget
     from surgery.adapters import load_data, load_model
@@ -116,7 +117,7 @@ def perform(run: Run, shared: Path, out: Path, seed: int, limit: int | None) -> 
         str(shared / "data" / run.data / "train.parquet"), loaded, split="train", shuffle=True, augment=run.augment,
         limit=limit or run.limit, **common,
     )  # fmt: skip
-    test = load_data(str(shared / "data" / run.data / "test.parquet"), loaded, split="test", limit=limit, **common)
+    test = load_data(str(shared / "data" / run.data / "test.parquet"), loaded, split="test", limit=test_limit, **common)
     data: Any = train if run.tokens == 0 else long_texts(train, run.tokens)
     started = time.perf_counter()
     with progress_bars() as progress:

@@ -9,11 +9,11 @@ from surgery.conversion import UnmeasuredQuality, convert
 from surgery.finding import find_sites
 from surgery.fitting import fit_skip_paths
 from surgery.measurement import measure
+from surgery.overview import Status, status
 from surgery.regression import regress_routers
 from surgery.reports import Peer, Report
 from surgery.rewriting import insert_gates, remove, show
 from surgery.sites import Plan, Rejection, Site, SitePlan, Sites
-from surgery.overview import Status, status
 from surgery.training import History, Options, train_routers
 
 __version__ = "0.1.0"

@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from surgery.calling import Batch, batches
 from surgery.context import Event, execution, override, state_of
 from surgery.costs import observe
-from surgery.errors import BudgetError, DataError
+from surgery.errors import BudgetError, DataError, check_choice
 from surgery.progress import Progress, silent
 from surgery.state import BudgetPoint, CostModel, GatedState
 
@@ -30,6 +31,8 @@ _GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _NEAR_CLOSED = 0.04  # above the cost of all gates closed, where thresholds run off to infinity
 _STEP = 0.02  # largest gap in the table of budgets
 _TRIES = 10
+COSTS = ("flops", "latency")
+"""What a budget may count."""
 
 
 def calibrate(
@@ -60,6 +63,7 @@ def calibrate(
         DataError: If the data yields nothing, or can be read only once.
     """
     check_budget(budget)
+    check_choice("cost", cost, COSTS)
     state = state_of(gated)
     stored = _Repeatable(data)
     if cost == "latency":
@@ -191,13 +195,16 @@ class _Curve:
         self.scores.clear()
         return self
 
-    def cost(self, threshold: float) -> float:
-        """Predicted cost as a fraction of dense."""
-        rates = {
+    def rates(self, threshold: float) -> dict[str, float]:
+        """Predicted active rates."""
+        return {
             name: 1 - int(torch.searchsorted(scores, threshold, right=True)) / len(scores)
             for name, scores in self.sorted.items()
         }
-        return self.costs.cost(rates)
+
+    def cost(self, threshold: float) -> float:
+        """Predicted cost as a fraction of dense."""
+        return self.costs.cost(self.rates(threshold))
 
     def solve(self, goal: float) -> float:
         """The threshold whose predicted cost is nearest to `goal`."""
@@ -275,8 +282,8 @@ class _Search:
                     f"no threshold gives a mean cost within {TOLERANCE} of {budget:g} on this calibration data "
                     f"(nearest: {nearest.cost:.3f}); the routers give the same score to many inputs: use more or other data"
                 )
-        return points
-
+        run = sorted(points, key=lambda p: -p.threshold)
+        return points + [one for low, high in pairwise(run) for one in _between(low, high, self.curves, costs)]
 
     def filled(self, table: list[BudgetPoint]) -> list[BudgetPoint]:
         """The table with points in between, since costs fall along the scores' distribution and not along a line.
@@ -297,6 +304,29 @@ class _Search:
                     result.append(BudgetPoint(threshold, goal, rates, static_policy(self.state.costs, rates, goal)))
             result.append(high)
         return result
+
+
+def _between(low: BudgetPoint, high: BudgetPoint, curves: dict[float, _Curve], costs: CostModel) -> list[BudgetPoint]:
+    """Points every 0.01 of cost between two that were run, from their curves; each curve is exact at its own end."""
+    count = int((high.cost - low.cost) / TOLERANCE)
+    if not (math.isfinite(low.threshold) and low.cost in curves and high.cost in curves):
+        return []
+
+    def rates(threshold: float) -> dict[str, float]:
+        weight = (threshold - high.threshold) / (low.threshold - high.threshold)
+        a, b = curves[low.cost].rates(threshold), curves[high.cost].rates(threshold)
+        return {name: weight * a[name] + (1 - weight) * b[name] for name in a}
+
+    made = []
+    for step in range(1, count):
+        goal = low.cost + step * (high.cost - low.cost) / count
+        closed, opened = low.threshold, high.threshold
+        for _ in range(30):
+            middle = (closed + opened) / 2
+            closed, opened = (closed, middle) if costs.cost(rates(middle)) > goal else (middle, opened)
+        found = rates(opened)
+        made.append(BudgetPoint(opened, costs.cost(found), found, static_policy(costs, found, goal)))
+    return made
 
 
 def _monotone(points: list[BudgetPoint]) -> list[BudgetPoint]:

@@ -63,7 +63,7 @@ def as_batch(value: Any) -> Batch:
     `(inputs, labels)`; any other tuple is the positional arguments.
 
     Raises:
-        DataError: If it is none of these or holds NaN.
+        DataError: If it is none of these, holds NaN, or holds no sample.
     """
     if isinstance(value, Batch):
         batch = value
@@ -88,6 +88,9 @@ def as_batch(value: Any) -> Batch:
                 raise DataError(
                     f"input {name!r} of shape {tuple(item.shape)} holds NaN or infinity; clean the data first"
                 )
+    first = next((v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0), None)
+    if first is not None and len(first) == 0:
+        raise DataError(f"a batch holds no sample: its first tensor has shape {tuple(first.shape)}")
     return batch
 
 
@@ -116,6 +119,25 @@ def length_of(data: Iterable[Any]) -> int | None:
 def call(model: nn.Module, batch: Batch) -> Any:
     """`model(*args, **kwargs)`."""
     return model(*batch.args, **batch.kwargs)
+
+
+def refusal(model: nn.Module, batch: Batch, error: Exception) -> DataError:
+    """What to raise where a model fails on data."""
+    items = [*((str(i), v) for i, v in enumerate(batch.args)), *batch.kwargs.items()]
+    found = ", ".join(
+        f"{name}: {str(v.dtype).removeprefix('torch.')} {list(v.shape)}"
+        if isinstance(v, Tensor)
+        else f"{name}: {type(v).__name__}"
+        for name, v in items
+    )
+    return DataError(
+        f"{type(model).__name__} refuses what it is called with ({found}): {type(error).__name__}: {error}; "
+        "give what the dense model takes, in every batch: a tensor, a tuple, or a dict of keyword arguments"
+    )
+
+
+REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What a model raises when it is called with something wrong."""
 
 
 def read_output(output: Any) -> Tensor:

@@ -149,7 +149,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             f"{place / CONFIG} has format version {found}, this version of bypass-surgery reads up to {FORMAT_VERSION}: "
             "pip install -U bypass-surgery"
         )
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from surgery.calibration import calibrate, check_budget, set_budget
-from surgery.calling import Batch, as_batch
+from surgery.calibration import COSTS, calibrate, check_budget, set_budget
+from surgery.calling import Batch, as_batch, batches
 from surgery.context import execution, state_of
 from surgery.costs import Usage, observe
-from surgery.errors import DataError
-from surgery.finding import find_sites
+from surgery.errors import check_choice
+from surgery.finding import check_weights, find_sites
 from surgery.fitting import fit_skip_paths
 from surgery.objectives import divergence
 from surgery.progress import Progress, silent
@@ -29,7 +29,7 @@ from surgery.regression import regress_routers
 from surgery.rewriting import check_convertible, insert_gates
 from surgery.sites import KINDS, Granularity, Sites, SkipKind
 from surgery.splitting import Head, check_reiterable, split
-from surgery.training import Options, train_routers, trainable
+from surgery.training import Options, count_steps, find_checkpoint, train_routers, trainable
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +91,28 @@ def convert(
         BudgetError: If the budget is outside (0, 1] or cannot be reached.
         NoSites: If nothing can be skipped.
         DataError: If the data yields nothing, can be read only once, or is refused by the model.
+        UnsupportedModel: If it is no module, or on the meta device.
         AlreadyConverted: If the model carries gates.
+        CheckpointError: If `resume` is set and `output_dir` holds nothing to resume.
+        SurgeryError: If `tune`, `cost`, `granularity` or `skip` is none of the above.
     """
     check_budget(budget)
     check_convertible(model)
+    check_weights(model)
+    check_choice("tune", tune, ("auto", "oneshot", "train"))
+    check_choice("cost", cost, COSTS)
     report = progress or silent
     made = data is None
+    trains = tune == "train" or (tune == "auto" and not made and budget < 1)
     if data is None:
         data = made_inputs(model, example, seed)
     check_reiterable(data)
     fit, held = split(data, validation)
-    held = Head(held, max(samples // 4, 64))
+    held = list(Head(held, max(samples // 4, 64)))  # kept, since augmented data differ from pass to pass
+    if trains:
+        count_steps(fit, options or Options())
+    if resume:
+        find_checkpoint(output_dir)
 
     report("finding sites", 0, None)
     found = sites if isinstance(sites, Sites) else find_sites(model, first(fit) if example is None else example)
@@ -113,7 +124,7 @@ def convert(
     regress_routers(gated, fit, samples=samples, seed=seed, progress=report)
     calibrate(gated, held, budget, cost=cost, progress=report)
 
-    if tune == "train" or (tune == "auto" and not made and budget < 1):
+    if trains:
         before = Checkpoint.of(gated, held)
         train_routers(
             gated, fit, budget=budget, options=options, seed=seed, output_dir=output_dir, resume=resume, progress=report
@@ -152,7 +163,7 @@ def made_inputs(model: nn.Module, example: Any, seed: int) -> Iterable[Batch]:
 
 
 def vary(batch: Batch, seed: int) -> list[Batch]:
-    """Batches like an example: its rows mixed and perturbed (floating-point inputs) or shuffled in time (token ids)."""
+    """Batches like an example: its rows mixed and perturbed (floating-point inputs) or drawn again (token ids)."""
     generator = torch.Generator().manual_seed(seed)
 
     def one(value: Any, index: Tensor) -> Any:
@@ -192,10 +203,8 @@ def select(sites: Sites, wanted: Sequence[str]) -> Sites:
 
 def first(data: Iterable[Any]) -> Batch:
     """The first batch, at most eight rows of it."""
-    for value in data:
-        batch = as_batch(value)
-        return Batch(batch.args, batch.kwargs).rows(torch.arange(min(8, batch.size)))
-    raise DataError("the data yields no batch")
+    batch = next(batches(data))
+    return Batch(batch.args, batch.kwargs).rows(torch.arange(min(8, batch.size)))
 
 
 def note(gated: nn.Module, text: str) -> None:
@@ -245,7 +254,9 @@ def prefer_static_where_it_wins(gated: nn.Module, held: Iterable[Any]) -> None:
     with execution(gated, "static"):
         static = distances(gated, held, observe(gated, held))
     difference = routed - static
-    error = float(difference.std()) / math.sqrt(max(1, len(difference)))
+    if len(difference) < 2:
+        return
+    error = float(difference.std()) / math.sqrt(len(difference))
     if float(difference.mean()) > 1.96 * error > 0:
         state.policy = "static"
         note(

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.calling import Batch, batches, call, device_of, dtype_of, length_of, read_output
-from surgery.context import Event, state_of, tape
+from surgery.calling import REFUSALS, Batch, batches, call, device_of, dtype_of, length_of, read_output, refusal
+from surgery.context import Event, override, state_of, tape
+from surgery.errors import SurgeryError
 from surgery.progress import Progress, silent
 from surgery.state import CostModel
 
@@ -78,7 +79,7 @@ def observe(
         for index, batch in enumerate(batches(data)):
             batch = place(batch, gated)
             with tape(gated) as events:
-                output = read_output(call(gated, batch))
+                output = read_output(run(gated, batch))
             if inspect is not None:
                 inspect(events)
             rates.append(rates_of(events, names, batch.size))
@@ -88,6 +89,26 @@ def observe(
                 labels.append(None if batch.labels is None else batch.labels.cpu())
             progress(stage, index + 1, total)
     return Usage(names, torch.cat(rates), torch.cat(weights), kept, labels)
+
+
+def run(gated: nn.Module, batch: Batch) -> Any:
+    """Call a gated model on the user's data.
+
+    Raises:
+        DataError: If the dense model refuses the batch as well; other errors are passed on.
+    """
+    try:
+        return call(gated, batch)
+    except (SurgeryError, torch.OutOfMemoryError):
+        raise
+    except REFUSALS as error:
+        dense: dict[str, Any] = {"execution": "dense", "forced": None, "tape": None, "handler": None}
+        try:
+            with torch.no_grad(), override(state_of(gated), **dense):
+                call(gated, batch)
+        except REFUSALS:
+            raise refusal(gated, batch, error) from error
+        raise
 
 
 def rates_of(events: Sequence[Event], names: Sequence[str], size: int) -> Tensor:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery import probing
-from surgery.calling import Batch, as_batch, call, tensors
+from surgery.calling import REFUSALS, Batch, as_batch, call, refusal, tensors
 from surgery.context import handled
 from surgery.copying import share
 from surgery.counting import flop_counter
-from surgery.errors import DataError, TraceError, UnsupportedModel
+from surgery.errors import SurgeryError, TraceError, UnsupportedModel
 from surgery.probing import Claim, Probe
 from surgery.regions import Findings, Region, find_regions
 from surgery.rewriting import check_convertible, insert_gates
@@ -67,22 +67,17 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
         DataError: If the example holds no tensor, or the model refuses it.
     """
     check_convertible(model)
-    if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
-        raise UnsupportedModel(
-            f"{type(model).__name__} is on the meta device; finding sites runs it, so it needs real weights: load them first "
-            "(inserting gates from a saved plan works on the meta device)"
-        )
+    check_weights(model)
     batch = _pair(as_batch(example))
     with _eval_mode(model), _plain_attention(), torch.no_grad():
         try:
             with flop_counter() as counter:
                 twin = share(model)  # frozen: the FLOP counter fails on leaf tensors that require gradients
                 patterns, output = patterns_of_call(twin, lambda: call(twin, batch))
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
-            raise DataError(
-                f"{type(model).__name__} refuses the example ({_shapes(batch)}): {type(error).__name__}: {error}; "
-                "`example` is what the model is called with: a tensor, a tuple, or a dict of keyword arguments"
-            ) from error
+        except (SurgeryError, torch.OutOfMemoryError):
+            raise
+        except REFUSALS as error:
+            raise refusal(model, batch, error) from error
         hosts, rejections = _trace_all(model, patterns)
         hosts, nested = _without_nested(model, hosts)
         rejections += nested
@@ -102,6 +97,19 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
         patterns={name: value for name, value in kept.items() if name in used},
         inlined=[name for name in inlined if any(host == "" or name.startswith(f"{host}.") for host in used)],
     )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse a model without real weights.
+
+    Raises:
+        UnsupportedModel: If a parameter or buffer is on the meta device.
+    """
+    if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is on the meta device; finding sites runs it, so it needs real weights: load them first "
+            "(inserting gates from a saved plan works on the meta device)"
+        )
 
 
 def _trace_all(model: nn.Module, patterns: Mapping[str, list[Pattern]]) -> tuple[list[Host], list[Rejection]]:
@@ -427,11 +435,6 @@ def _signature(batch: Batch) -> dict[str, Any]:
         return None if value is None else type(value).__name__
 
     return {"args": [describe(v) for v in batch.args], "kwargs": {k: describe(v) for k, v in batch.kwargs.items()}}
-
-
-def _shapes(batch: Batch) -> str:
-    items = [*((str(i), v) for i, v in enumerate(batch.args)), *batch.kwargs.items()]
-    return ", ".join(f"{k}: {list(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for k, v in items)
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery import least_squares
-from surgery.calling import Batch, batches, call
+from surgery.calling import Batch, batches
 from surgery.context import handled, scope, state_of
-from surgery.costs import place
+from surgery.costs import place, run
 from surgery.errors import DataError
 from surgery.gates import Branch, Gate, iter_gates
 from surgery.progress import Progress, silent
@@ -74,7 +74,7 @@ def fit_skip_paths(
         count, decisions, ridge, torch.Generator().manual_seed(seed), len(state.names), progress or silent
     )
     with torch.no_grad(), handled(gated, handler):
-        call(gated, twin)
+        run(gated, twin)
     return handler.left
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.calling import Batch, call, read_output
+from surgery.calling import Batch, read_output
 from surgery.context import handled
+from surgery.costs import run
 from surgery.gates import Branch, Gate
 from surgery.objectives import margin
 from surgery.routers import SampleRouter
@@ -45,7 +46,7 @@ def label_harm(gated: nn.Module, batch: Batch, generator: torch.Generator | None
     """
     collector = _Collector()
     with torch.enable_grad(), handled(gated, collector):
-        output = read_output(call(gated, batch))
+        output = read_output(run(gated, batch))
         objective = margin(output, batch, generator or torch.Generator().manual_seed(0))
     sites = collector.sites
     gradients: Sequence[Tensor | None] = [None] * len(sites)

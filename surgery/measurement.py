@@ -98,7 +98,7 @@ def measure(
         speed=times,
         conditions=conditions(device_of(gated), dtype_of(gated)),
         peers=others,
-        notes=tuple([*notes, *untimed]),
+        notes=(*notes, *untimed),
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
-from surgery.errors import PlanMismatch
+from surgery.errors import PlanMismatch, check_choice
 from surgery.routers import router_features
 from surgery.sites import Granularity, Plan, Site, SitePlan, Sites, SkipKind
 
@@ -25,6 +25,8 @@ def choose(
     hidden: int | Literal["auto"],
 ) -> Plan:
     """See `Sites.plan`."""
+    check_choice("granularity", granularity, ("auto", *get_args(Granularity)))
+    check_choice("skip", skip, ("auto", *get_args(SkipKind)))
     grains = {site.name: _granularity(site, granularity) for site in sites}
     widths = {grain: _width(sites, grains, grain) if hidden == "auto" else hidden for grain in set(grains.values())}
     return Plan(

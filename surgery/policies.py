@@ -100,6 +100,7 @@ class Importance:
     count: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
+        """Execute one gate."""
         result = gate.open(branch, left, inputs)
         value = result[0] if branch.escapes else result
         change = value if left is None else value - left

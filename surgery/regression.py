@@ -27,6 +27,7 @@ _ROWS = 60_000
 _STEPS = 500
 _FEWEST = 10  # with fewer rows nothing can be held out, and every input gets the same score
 _TINY = 1e-12
+_TIE_BREAK = 0.01  # what is left of a prediction that is worth nothing, so that thresholds between inputs exist
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def _fit(gate: Gate, rows: Tensor, harm: Tensor, seed: int) -> Predictability:
     with torch.no_grad():
         predicted, actual = router.score(rows[held]), (target[held] - centre) / spread
         correlation, slope = _correlation(predicted, actual)
-        shrinkage = min(max(slope, 0.0), 1.0)
+        shrinkage = min(max(slope, _TIE_BREAK), 1.0)
         middle = predicted.mean()
         # score = centre + spread * (middle + shrinkage * (prediction - middle))
         router.up.weight.mul_(shrinkage * spread)

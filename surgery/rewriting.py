@@ -111,13 +111,15 @@ class Programs:
         """Generate the program of one pattern.
 
         Raises:
-            PlanMismatch: If `strict` and a site is not found again in the trace.
+            PlanMismatch: If `strict`, and it cannot be traced or a site is not found again in the trace.
         """
         try:
             graph = trace(module, pattern, self.inlined)
         except TraceError as error:
             if strict:
-                raise
+                raise PlanMismatch(
+                    f"{self.name or 'model'} is not called as in the plan: {error}; was the plan made for another model?"
+                ) from error
             logger.warning("%s: this call runs dense, since it cannot be traced: %s", self.name or "model", error)
             self.compiled[pattern] = None
             return None

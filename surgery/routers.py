@@ -31,7 +31,7 @@ class Router(nn.Module):
     def score(self, features: Tensor) -> Tensor:
         """`(..., F)` -> `(...)`."""
         hidden = F.gelu(F.linear(features, self.down.weight, self.down.bias), approximate="tanh")
-        return hidden @ self.up.weight[0] + self.up.bias  # a product with a vector: a router's time is calls, not work
+        return F.linear(hidden, self.up.weight, self.up.bias).squeeze(-1)
 
     def extract(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
         """Residual stream -> features in fp32."""
@@ -93,9 +93,9 @@ class SampleRouter(Router):
         if self.layout == "NC":
             return residual.float()
         if self.layout == "NCHW":
-            flat = residual.flatten(2)  # N C HW
-            return torch.cat((flat.mean(2), flat.amax(2)), 1).float()
-        flat = residual.flatten(1, -2)  # N T C
+            axes = tuple(range(2, residual.dim()))
+            return torch.cat((residual.mean(axes), residual.amax(axes)), 1).float()
+        flat = residual if residual.dim() == 3 else residual.flatten(1, -2)  # N T C
         if self.layout == "NHWC":
             return torch.cat((flat.mean(1), flat.amax(1)), 1).float()
         if mask is None:

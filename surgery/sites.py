@@ -200,6 +200,7 @@ class Sites(Sequence[Site]):
 
         Raises:
             NoSites: If there is nothing to plan.
+            SurgeryError: If `granularity` or `skip` is none of the kinds above.
         """
         from surgery.planning import choose
 

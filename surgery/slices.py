@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def slices_of(decisions: Tensor) -> Slices | None:
     bounds = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
     if len(bounds) > MOST:
         return None
-    runs = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    runs = [slice(start, stop) for start, stop in pairwise(bounds)]
     return Slices(tuple(r for r in runs if values[r.start]), tuple(r for r in runs if not values[r.start]))
 
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery.calibration import check_budget
-from surgery.calling import Batch, batches, call, device_of, length_of, read_output
+from surgery.calling import Batch, batches, device_of, length_of, read_output
 from surgery.context import execution, handled, state_of
-from surgery.costs import place
+from surgery.costs import place, run
 from surgery.errors import CheckpointError, DataError, SurgeryError
 from surgery.gates import Branch, Gate, iter_gates
 from surgery.objectives import divergence
@@ -76,7 +76,7 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("epochs", "steps", "accumulate", "save_every"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1 or (name == "steps" and value is None)):
+            if not ((isinstance(value, int) and value >= 1) or (name == "steps" and value is None)):
                 raise SurgeryError(f"Options.{name} must be a whole number of at least 1, got {value!r}")
         for name in ("router_rate", "skip_rate", "noise", "anneal", "label_weight"):
             value = getattr(self, name)
@@ -139,19 +139,19 @@ def train_routers(
         CheckpointError: If `resume` is set and there is no checkpoint, or it is of another model.
     """
     check_budget(budget)
-    run = _Run(gated, data, budget, options or Options(), seed, output_dir, tracker)
+    training = _Run(gated, data, budget, options or Options(), seed, output_dir, tracker)
     if resume:
-        run.load()
+        training.load()
     try:
-        run.train(progress or silent)
+        training.train(progress or silent)
     except KeyboardInterrupt:
-        run.save()
+        training.save()
         raise
     finally:
-        run.clear()
+        training.clear()
         gated.eval()
-    run.save()
-    return run.history
+    training.save()
+    return training.history
 
 
 def trainable(gated: nn.Module) -> dict[str, nn.Parameter]:
@@ -201,7 +201,7 @@ class _Run:
                 "them a learning rate, as in Options(router_rate=1e-3)"
             )
         self.trained = [p for g in groups for p in g["params"]]
-        self.total = _steps(data, options)
+        self.total = count_steps(data, options)
         self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         peaks = [g["lr"] for g in groups]
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -256,10 +256,9 @@ class _Run:
         Raises:
             CheckpointError: If there is none, or it is of another model.
         """
-        if self.path is None or not self.path.exists():
-            raise CheckpointError(f"nothing to resume: {self.path or 'no output directory was given'} does not exist")
+        path = find_checkpoint(None if self.path is None else self.path.parent)
         try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
             shapes = {name: tuple(tensor.shape) for name, tensor in saved["parameters"].items()}
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{self.path} is damaged: {error}; delete it to train from the start") from error
@@ -333,9 +332,9 @@ class _Run:
         soft = _Soft(whole.size, rows, options.noise, (self.seed * 1_000_003 + self.step) * 64 + index)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
             with torch.no_grad(), execution(self.gated, "dense"):
-                dense = read_output(call(self.gated, batch))
+                dense = read_output(run(self.gated, batch))
             with handled(self.gated, soft):
-                output = read_output(call(self.gated, batch))
+                output = read_output(run(self.gated, batch))
         distance = divergence(output, dense, batch, options.temperature).sum() / whole.size
         loss = distance
         if options.label_weight and batch.labels is not None and output.dim() == 2:
@@ -424,7 +423,28 @@ class _Soft:
         return (total * weights).sum(), weights.sum()
 
 
-def _steps(data: Iterable[Any], options: Options) -> int:
+def find_checkpoint(output_dir: str | Path | None) -> Path:
+    """The checkpoint of an interrupted training.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    if output_dir is None:
+        raise CheckpointError(
+            "nothing to resume: no output directory was given; pass the one of the interrupted training"
+        )
+    path = Path(output_dir) / CHECKPOINT
+    if not path.exists():
+        raise CheckpointError(f"nothing to resume: {path} does not exist; train without resume first")
+    return path
+
+
+def count_steps(data: Iterable[Any], options: Options) -> int:
+    """Number of optimiser steps of a training.
+
+    Raises:
+        DataError: If the data holds nothing, or its length is unknown and `options.steps` is not given.
+    """
     if options.steps is not None:
         return options.steps
     count = length_of(data)

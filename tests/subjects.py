@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,16 +25,29 @@ class Subject:
     model: nn.Module
     example: Example
     sites: surgery.Sites
+    plan: surgery.Plan
     gated: nn.Module
 
 
 @functools.cache
 def subject(name: str) -> Subject:
-    """The converted network of the entry `name`; all tests share it."""
+    """The converted network of the entry `name`; all tests share it.
+
+    Args:
+        name: Name of an entry, or `<name>@sample` for one decision per sample wherever the probes allow it.
+    """
+    name, _, granularity = name.partition("@")
     entry = find(name)
     model, example = entry.build()
     sites = surgery.find_sites(model, example)
-    return Subject(entry, model, example, sites, enliven(surgery.insert_gates(model, sites)))
+    plan = with_skip_paths(sites.plan(granularity=granularity or "auto"))  # type: ignore[arg-type]
+    return Subject(entry, model, example, sites, plan, enliven(surgery.insert_gates(model, plan)))
+
+
+def with_skip_paths(plan: surgery.Plan) -> surgery.Plan:
+    """The plan with a skip path at every site, whatever is chosen by default, so that laws see what it adds."""
+    chosen = [p if p.skip != "identity" or p.site.layout == "other" else replace(p, skip="affine") for p in plan.sites]
+    return replace(plan, sites=tuple(chosen))
 
 
 def enliven(gated: nn.Module, seed: int = 0) -> nn.Module:

@@ -136,3 +136,12 @@ def test_threads_do_not_see_each_other() -> None:
         thread.start()
         thread.join()
     assert_equal(seen[0], plain)
+
+
+def test_draws_of_few_and_of_many_samples_are_the_same() -> None:
+    many = torch.arange(-3, 500)
+    for seed in (0, 7, 2**31 - 1):
+        whole = draw(0.37, seed, "blocks.3.mlp", many, None)
+        parts = [draw(0.37, seed, "blocks.3.mlp", part, None) for part in many.split(5)]
+        assert torch.equal(torch.cat(parts), whole)
+        assert 0.3 < whole.float().mean() < 0.45

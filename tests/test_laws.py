@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,17 +20,19 @@ import surgery
 from surgery.context import tape
 from surgery.counting import flop_counter
 from surgery.gates import iter_gates
-from surgery.scripts.zoo import LAWS, call
+from surgery.scripts.zoo import LAWS, call, find
 
-NAMES = [entry.name for entry in LAWS]
+# Routing is per token wherever that is allowed; these are also decided per sample, from pooled features.
+PER_SAMPLE = ("timm/vit_pico", "timm/swin_pico", "transformers/bert", "transformers/distilbert", "transformers/llama")
+NAMES = [*(entry.name for entry in LAWS), *(f"{name}@sample" for name in PER_SAMPLE)]
 LAW = pytest.mark.parametrize("name", NAMES)
-TEXTS = [e.name for e in LAWS if isinstance(x := e.example(1), dict) and "attention_mask" in x]
+TEXTS = [n for n in NAMES if isinstance(x := find(n.partition("@")[0]).example(1), dict) and "attention_mask" in x]
 EXECUTIONS = ("skip", "mask", "dense")
 
 
 def fresh(one: Subject) -> nn.Module:
     """A gated copy of its own, for a test that changes it."""
-    return enliven(surgery.insert_gates(one.model, one.sites))
+    return enliven(surgery.insert_gates(one.model, one.plan))
 
 
 def run(one: Subject, example: Any, mode: str, decisions: Any, **options: Any) -> list[Tensor]:
@@ -154,6 +157,10 @@ def test_closed_gates_run_no_module(name: str) -> None:
     assert set(counts) == targets  # the hooks do see what runs
 
 
+def replace_skip_paths(plan: surgery.Plan) -> surgery.Plan:
+    return replace(plan, sites=tuple(replace(planned, skip="identity") for planned in plan.sites))
+
+
 def keeps_keys(site: surgery.Site) -> bool:
     return "sample" not in site.granularities and site.query is not None
 
@@ -162,7 +169,7 @@ def keeps_keys(site: surgery.Site) -> bool:
 def test_closed_gates_save_what_the_sites_say(name: str) -> None:
     """In FLOPs as torch counts them: all of a branch, or its query side where keys and values are kept."""
     one = subject(name)
-    gated = surgery.insert_gates(one.model, one.sites.plan(skip="identity"))
+    gated = surgery.insert_gates(one.model, replace_skip_paths(one.plan))
     counted = {}
     for rate in (0.0, 1.0):
         with surgery.execution(gated, "skip"), surgery.force(gated, rate), flop_counter() as counter:
@@ -236,6 +243,7 @@ def decisions_of(one: Subject, example: Any) -> dict[str, tuple[Tensor, Tensor]]
 @LAW
 def test_live_routers_decide_differently_per_input(name: str) -> None:
     one = subject(name)
+    assert any(planned.granularity == "sample" for planned in one.plan.sites) or "@" not in name
     found = decisions_of(one, one.entry.example(8, seed=1))
     assert set(found) == set(one.sites.names)
     active = torch.cat([d.flatten() for d, _ in found.values()]).float().mean()
@@ -347,7 +355,7 @@ def test_training_mode_stops_at_the_gates(name: str) -> None:
 @LAW
 def test_state_dict_round_trip(name: str) -> None:
     one = subject(name)
-    first, second = fresh(one), enliven(surgery.insert_gates(one.model, one.sites), seed=1)
+    first, second = fresh(one), enliven(surgery.insert_gates(one.model, one.plan), seed=1)
     with surgery.execution(first, "mask"), surgery.execution(second, "mask"):
         expected = outputs(first, one.example)
         assert differ(outputs(second, one.example), expected)

@@ -185,7 +185,7 @@ def test_branches_without_effect_give_constant_routers() -> None:
     (found,) = regress_routers(gated, [torch.randn(64, C)]).values()
     with torch.no_grad():
         scores = gates(gated)[0].scores(torch.randn(32, C))
-    assert found.shrinkage == 0.0 and torch.isfinite(scores).all() and scores.std() < 1e-3
+    assert found.shrinkage <= 0.01 and torch.isfinite(scores).all() and scores.std() < 1e-3
 
 
 def test_no_data() -> None:

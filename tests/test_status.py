@@ -12,8 +12,8 @@ from torch import nn
 import surgery
 from surgery.context import state_of
 from surgery.errors import NotConverted
-from surgery.state import BudgetPoint, CostModel, SiteCost
 from surgery.overview import status
+from surgery.state import BudgetPoint, CostModel, SiteCost
 
 
 class Block(nn.Module):
