@@ -13,6 +13,10 @@ LINEAR_LIMIT = 0.15
 """A full linear skip path is chosen where it costs at most this share of its branch."""
 ROUTER_LIMIT = {"sample": 0.005, "token": 0.01}
 """All routers together cost at most this share of the model (reported where even the narrowest ones exceed it)."""
+MEMORY_LIMIT = 0.025
+"""All routers together hold at most this share of the model's parameters (likewise)."""
+LINEAR_MEMORY_LIMIT = 0.1
+"""A full linear skip path holds at most this share of its branch's parameters."""
 _WIDTHS = (64, 32, 16, 8)
 
 
@@ -65,13 +69,24 @@ def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity) ->
         return wanted
     if grain == "token":
         return "identity"  # fitted paths did not pay per token (docs/results.md), and cost time at every skipped token
-    return "linear" if 2 * site.positions * site.channels**2 <= LINEAR_LIMIT * site.flops else "affine"
+    cheap = 2 * site.positions * site.channels**2 <= LINEAR_LIMIT * site.flops
+    small = site.channels**2 <= LINEAR_MEMORY_LIMIT * site.parameters
+    return "linear" if cheap and small else "affine"
 
 
 def _width(sites: Sites, grains: dict[str, Granularity], grain: Granularity) -> int:
     limit = ROUTER_LIMIT["token" if grain == "token" else "sample"] * sites.model_flops
+    memory = MEMORY_LIMIT * sites.model_parameters
     ours = [site for site in sites if grains[site.name] == grain]
-    return next((width for width in _WIDTHS if _cost(ours, grain, width) <= limit), _WIDTHS[-1])
+
+    def fits(width: int) -> bool:
+        return _cost(ours, grain, width) <= limit and _parameters(ours, grain, width) <= memory
+
+    return next((width for width in _WIDTHS if fits(width)), _WIDTHS[-1])
+
+
+def _parameters(sites: Iterable[Site], grain: Granularity, width: int) -> int:
+    return sum(width * (router_features(site.layout, site.channels, grain) + 1) for site in sites)
 
 
 def _cost(sites: Iterable[Site], grain: Granularity, width: int) -> int:

@@ -194,7 +194,7 @@ class Sites(Sequence[Site]):
         Args:
             granularity: `auto` takes the finest that the probes allow; `token` and `sample` apply where allowed.
             skip: Kind of skip path; `auto` takes the identity where decisions are per token, else a full linear map where
-                it costs at most 0.15 of its branch, else per-channel affine.
+                it costs at most 0.15 of its branch and holds at most 0.1 of its parameters, else per-channel affine.
             rank: Rank of `low-rank` skip paths.
             hidden: Width of the routers' bottleneck; `auto` keeps a router within its cost limit.
 
