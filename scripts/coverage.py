@@ -58,7 +58,12 @@ class Row:
     @property
     def complete(self) -> bool:
         """Whether everything expected was found and checked."""
-        return not self.error and (self.found or 0) >= (self.expected or 0) and self.bit_equal is True and self.agrees is True
+        return (
+            not self.error
+            and (self.found or 0) >= (self.expected or 0)
+            and self.bit_equal is True
+            and self.agrees is True
+        )
 
 
 def measure_entry(name: str) -> Row:

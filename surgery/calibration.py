@@ -10,7 +10,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -195,16 +194,13 @@ class _Curve:
         self.scores.clear()
         return self
 
-    def rates(self, threshold: float) -> dict[str, float]:
-        """Predicted active rates."""
-        return {
+    def cost(self, threshold: float) -> float:
+        """Predicted cost as a fraction of dense."""
+        rates = {
             name: 1 - int(torch.searchsorted(scores, threshold, right=True)) / len(scores)
             for name, scores in self.sorted.items()
         }
-
-    def cost(self, threshold: float) -> float:
-        """Predicted cost as a fraction of dense."""
-        return self.costs.cost(self.rates(threshold))
+        return self.costs.cost(rates)
 
     def solve(self, goal: float) -> float:
         """The threshold whose predicted cost is nearest to `goal`."""
@@ -235,7 +231,7 @@ class _Search:
     def evaluate(self, threshold: float) -> BudgetPoint:
         """Run the data once at a threshold."""
         curve = _Curve(self.state.costs)
-        with override(self.state, thresholds=threshold), execution(self.gated, "skip"):
+        with override(self.state, thresholds=threshold, forced=None), execution(self.gated, "skip"):
             usage = observe(self.gated, self.data, outputs=False, inspect=curve.collect)
         costs, weights = usage.costs(self.state.costs), usage.weights.double()
         point = BudgetPoint(threshold, float((costs * weights).sum() / weights.sum()), usage.active_rate)
@@ -282,8 +278,7 @@ class _Search:
                     f"no threshold gives a mean cost within {TOLERANCE} of {budget:g} on this calibration data "
                     f"(nearest: {nearest.cost:.3f}); the routers give the same score to many inputs: use more or other data"
                 )
-        run = sorted(points, key=lambda p: -p.threshold)
-        return points + [one for low, high in pairwise(run) for one in _between(low, high, self.curves, costs)]
+        return points
 
     def filled(self, table: list[BudgetPoint]) -> list[BudgetPoint]:
         """The table with points in between, since costs fall along the scores' distribution and not along a line.
@@ -294,7 +289,9 @@ class _Search:
         for low, high in itertools.pairwise(table):
             count = math.ceil((high.cost - low.cost) / _STEP)
             upper, lower = self.curves.get(high.cost), self.curves.get(low.cost)
-            for index in range(1, count if upper is not None else 1):
+            for index in range(1, count):
+                if upper is None:
+                    break
                 share = index / count
                 goal = low.cost + share * (high.cost - low.cost)
                 guess = upper.solve(goal)
@@ -304,29 +301,6 @@ class _Search:
                     result.append(BudgetPoint(threshold, goal, rates, static_policy(self.state.costs, rates, goal)))
             result.append(high)
         return result
-
-
-def _between(low: BudgetPoint, high: BudgetPoint, curves: dict[float, _Curve], costs: CostModel) -> list[BudgetPoint]:
-    """Points every 0.01 of cost between two that were run, from their curves; each curve is exact at its own end."""
-    count = int((high.cost - low.cost) / TOLERANCE)
-    if not (math.isfinite(low.threshold) and low.cost in curves and high.cost in curves):
-        return []
-
-    def rates(threshold: float) -> dict[str, float]:
-        weight = (threshold - high.threshold) / (low.threshold - high.threshold)
-        a, b = curves[low.cost].rates(threshold), curves[high.cost].rates(threshold)
-        return {name: weight * a[name] + (1 - weight) * b[name] for name in a}
-
-    made = []
-    for step in range(1, count):
-        goal = low.cost + step * (high.cost - low.cost) / count
-        closed, opened = low.threshold, high.threshold
-        for _ in range(30):
-            middle = (closed + opened) / 2
-            closed, opened = (closed, middle) if costs.cost(rates(middle)) > goal else (middle, opened)
-        found = rates(opened)
-        made.append(BudgetPoint(opened, costs.cost(found), found, static_policy(costs, found, goal)))
-    return made
 
 
 def _monotone(points: list[BudgetPoint]) -> list[BudgetPoint]:

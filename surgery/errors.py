@@ -5,8 +5,6 @@ Each message says what happened, where, what was expected and found, and the nex
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 
 class SurgeryError(Exception):
     """Base of all errors of this package."""
@@ -72,7 +70,7 @@ class ForceError(SurgeryError, ValueError):
     """Forced decisions that name unknown sites or have the wrong shape or dtype."""
 
 
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise `SurgeryError` unless `value`, given for the argument `name`, is one of `choices`."""
     if value not in choices:
         raise SurgeryError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

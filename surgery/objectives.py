@@ -55,7 +55,8 @@ def margin(output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
     if output.dim() == 3 and output.shape[-1] > 1:
         log_p = F.log_softmax(output, -1)
         ids = batch.kwargs.get("input_ids")
-        if isinstance(ids, Tensor) and ids.shape == output.shape[:2]:
+        # ids beyond the last axis tell hidden states from logits over the vocabulary
+        if isinstance(ids, Tensor) and ids.shape == output.shape[:2] and int(ids.max()) < output.shape[-1]:
             loss = -log_p[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)  # N T-1
             return (loss * token_weights(loss, batch, shift=1)).sum()
         return -(log_p.max(-1).values).sum()

@@ -353,7 +353,7 @@ class _Run:
             if gradient is not None:
                 price += gradient
         if loss.requires_grad:
-            self.scaler.scale(factor * loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(factor * loss).backward()
         return torch.stack((sums[0], sums[1], sums[2] / sums[3])).cpu()
 
     def _target(self) -> float:

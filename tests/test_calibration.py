@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_table_is_monotone(calibrated: Calibrated) -> None:
     state = state_of(gated)
     costs, thresholds = [p.cost for p in state.table], [p.threshold for p in state.table]
     assert costs == sorted(costs) and thresholds == sorted(thresholds, reverse=True)
-    assert max(b - a for a, b in zip(costs, costs[1:], strict=False)) < 0.025
+    assert max(b - a for a, b in itertools.pairwise(costs)) < 0.025
     for point in state.table:
         kept = state.costs.cost({name: float(name in point.static) for name in state.names})
         routers = sum(site.router for site in state.costs.sites.values()) / state.costs.dense
@@ -170,6 +171,14 @@ def test_batches_that_change_in_number(calibrated: Calibrated) -> None:
 
     with pytest.raises(DataError, match=r"\d batches first and \d the next time"):
         calibrate(copy.deepcopy(gated), Shrinking(), 0.6)
+
+
+def test_forced_decisions_do_not_count(calibrated: Calibrated) -> None:
+    _, gated, data = calibrated
+    one, other = copy.deepcopy(gated), copy.deepcopy(gated)
+    with surgery.force(one, 0.5):
+        point = calibrate(one, data, 0.7, grid=())
+    assert point == calibrate(other, data, 0.7, grid=())
 
 
 def test_scores_that_are_all_alike_are_refused() -> None:

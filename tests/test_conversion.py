@@ -18,9 +18,11 @@ from toys import Once, Stack, Unsized, assert_same, convolution, frozen, gate_al
 import surgery
 from surgery import latency, regression
 from surgery.calibration import budget_range
+from surgery.calling import Batch
 from surgery.context import state_of
 from surgery.conversion import UnmeasuredQuality, first, prefer_static_where_it_wins, select, vary
 from surgery.costs import observe
+from surgery.counting import flop_counter
 from surgery.errors import (
     AlreadyConverted,
     BudgetError,
@@ -32,6 +34,7 @@ from surgery.errors import (
     UnsupportedModel,
 )
 from surgery.sites import Sites
+from surgery.timing import Ratio
 from surgery.training import CHECKPOINT, Options
 
 QUICK = Options(steps=3)
@@ -320,8 +323,6 @@ def test_without_data_but_with_an_example() -> None:
 
 
 def test_made_up_inputs_are_like_the_example() -> None:
-    from surgery.calling import Batch
-
     example = Batch((torch.randn(4, 5) + 7,), {"ids": torch.arange(8).view(4, 2), "scale": torch.tensor(2.0)})
     made = vary(example, seed=0)
     assert len(made) * made[0].size == 256
@@ -494,15 +495,45 @@ def test_first_takes_a_few_rows_without_labels() -> None:
     assert batch.size == 8 and batch.labels is None
 
 
-def test_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_REPEATS", 3)
-    monkeypatch.setattr(latency, "_PASSES", 3)
-    model = Stack(*(convolution(64) for _ in range(3)), head=nn.Linear(64, 3), pool=True)
-    data = [torch.randn(16, 64, 12, 12) for _ in range(10)]
-    gated = surgery.convert(model, 0.75, data=data, cost="latency", tune="oneshot")
+@pytest.fixture
+def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that counts FLOPs, one a nanosecond, so that time does not depend on the machine's load."""
+
+    def seconds(_: Any, run: Callable[[], object]) -> float:
+        with flop_counter() as counter:
+            run()
+        return 1e-9 * (1 + counter.get_total_flops())
+
+    def compare(a: Callable[[], object], b: Callable[[], object], **_: Any) -> Ratio:
+        one, other = seconds(None, a), seconds(None, b)
+        return Ratio(one / other, one / other, one / other, 1e3 * one, 1e3 * other, 1, one / other)
+
+    monkeypatch.setattr(latency._Clock, "__call__", seconds)
+    monkeypatch.setattr(latency, "compare", compare)
+
+
+@pytest.mark.usefixtures("steady_clock")
+def test_latency() -> None:
+    model = Stack(*(convolution(16) for _ in range(3)), head=nn.Linear(16, 3), pool=True)
+    data = [torch.randn(32, 16, 8, 8) for _ in range(10)]
+    gated = surgery.convert(model, 0.7, data=data, cost="latency", tune="oneshot", skip="affine")
     state = state_of(gated)
-    assert state.costs.unit == "seconds" and state.costs.dense > 0
-    assert all(site.branch > site.skip > 0 and site.router > 0 for site in state.costs.sites.values())
+    branch = 2 * 32 * 8 * 8 * 2 * 9 * 16 * 16  # two convolutions on 32 samples
+    assert state.costs.unit == "seconds"
+    assert state.costs.dense == pytest.approx(1e-9 * (3 * branch + 2 * 32 * 16 * 3), rel=1e-6)
+    for site in state.costs.sites.values():
+        assert site.branch == pytest.approx(1e-9 * branch) and 0 < site.skip < site.router < 0.01 * site.branch
     costs, thresholds = [p.cost for p in state.table], [p.threshold for p in state.table]
-    assert costs == sorted(costs) and thresholds == sorted(thresholds, reverse=True) and len(costs) > 1
-    assert state.budget == 0.75 and min(thresholds) <= state.threshold <= max(thresholds)
+    assert costs == sorted(costs) and thresholds == sorted(thresholds, reverse=True) and len(costs) > 3
+    assert latency.measure_ratio(gated, held_out(data)) == pytest.approx(0.7, abs=0.03)
+    with pytest.raises(BudgetError, match="measured.*or 1.0 for dense|cannot be reached"):
+        surgery.convert(model, 0.005, data=data, cost="latency", tune="oneshot")
+
+
+def test_latency_by_the_clock_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "_PASSES", 3)
+    model = Stack(convolution(16), convolution(16), head=nn.Linear(16, 3), pool=True)
+    x = torch.randn(8, 16, 16, 16)
+    costs = latency.measure_costs(gate_all(model, x[:2], skip="affine"), Batch((x,)))
+    assert costs.dense >= sum(site.branch for site in costs.sites.values()) > 0
+    assert all(site.skip > 0 and site.router > 0 for site in costs.sites.values())

@@ -171,6 +171,21 @@ def test_parallel_branches(toy: type[nn.Module]) -> None:
             assert_close(outputs(gated, x), [x + branch(n)], 1e-6)
 
 
+class ParallelDropped(Parallel):
+    """Falcon: a functional dropout, which does nothing in eval, stands between the two sums."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        branches = self.mlp(n)
+        branches += self.attn(n)
+        return x + torch.nn.functional.dropout(branches, p=0.5, training=self.training)
+
+
+def test_dropout_between_sums_is_seen_through() -> None:
+    x = tokens()
+    check(ParallelDropped(), x, ["mlp", "attn"], x)
+
+
 class Projection(nn.Module):
     """A strided block: both terms start from x, the cheaper one is the skip side."""
 

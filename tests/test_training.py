@@ -243,7 +243,14 @@ def test_bad_arguments(train: Callable[..., Trained]) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [{"steps": 0}, {"accumulate": 0}, {"epochs": 1.5}, {"noise": -1.0}, {"temperature": 0.0}, {"mixed_precision": "fp8"}],
+    [
+        {"steps": 0},
+        {"accumulate": 0},
+        {"epochs": 1.5},
+        {"noise": -1.0},
+        {"temperature": 0.0},
+        {"mixed_precision": "fp8"},
+    ],
     ids=lambda option: next(iter(option)),
 )
 def test_bad_options(option: dict[str, Any]) -> None:

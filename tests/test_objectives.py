@@ -1,0 +1,120 @@
+"""Distances and margins by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from surgery.calling import Batch
+from surgery.objectives import divergence, margin, token_weights
+
+GENERATOR = torch.Generator()
+HALF = math.log(3)  # logits (log 3, 0) are probabilities (3/4, 1/4)
+
+
+def test_divergence_of_classes_by_hand() -> None:
+    output = torch.tensor([[0.0, 0.0], [HALF, 0.0], [5.0, 5.0 - HALF]])
+    dense = torch.tensor([[HALF, 0.0], [HALF, 0.0], [HALF, 0.0]])
+    # KL((3/4, 1/4) || (1/2, 1/2)); equal logits, and logits shifted by a constant, are no distance
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert divergence(output, dense).tolist() == pytest.approx([expected, 0, 0], abs=1e-6)
+    # the other way round it is another number
+    other = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
+    assert divergence(dense[:1], output[:1]).tolist() == pytest.approx([other])
+
+
+def test_temperature_softens_and_rescales() -> None:
+    output, dense = torch.zeros(1, 2), torch.tensor([[2 * HALF, 0.0]])
+    expected = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert divergence(output, dense, temperature=2.0).tolist() == pytest.approx([expected])
+
+
+def test_divergence_of_tokens_is_the_mean_over_real_ones() -> None:
+    output = torch.zeros(2, 3, 2)
+    dense = torch.tensor([HALF, 0.0]).expand(2, 3, 2).clone()
+    dense[:, 0] = 0  # no distance at the first token
+    one = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert divergence(output, dense).tolist() == pytest.approx([one * 2 / 3] * 2)
+    batch = Batch((), {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
+    assert divergence(output, dense, batch).tolist() == pytest.approx([one / 2, one * 2 / 3])
+    dense[0, 2] = torch.tensor([1e4, 0.0])  # padding may hold anything
+    assert divergence(output, dense, batch).tolist() == pytest.approx([one / 2, one * 2 / 3])
+    empty = Batch((), {"attention_mask": torch.zeros(2, 3, dtype=torch.long)})
+    assert divergence(output, dense, empty).tolist() == [0.0, 0.0]
+
+
+def test_divergence_of_embeddings_is_relative() -> None:
+    dense = torch.tensor([[[[1.0, 3.0]]], [[[1.0, 1.0]]]])  # N 1 1 2; mean square 3
+    output = dense + torch.tensor([0.0, 3.0]).view(2, 1, 1, 1)
+    assert divergence(output, dense).tolist() == pytest.approx([0.0, 3.0])
+    assert divergence(10 * output, 10 * dense).tolist() == pytest.approx([0.0, 3.0])
+    column = torch.tensor([[2.0], [4.0]])  # one value per sample is a regression, not a class
+    assert divergence(column + 1, column).tolist() == pytest.approx([0.1, 0.1])
+    assert torch.isfinite(divergence(column, 0 * column)).all()
+
+
+def test_half_precision_is_compared_in_full() -> None:
+    dense = torch.tensor([[10.0, 9.0, -3.0]])
+    value = divergence(dense.bfloat16(), dense.bfloat16())
+    assert value.dtype is torch.float32 and value.item() == 0
+
+
+def test_margin_of_classes() -> None:
+    output = torch.tensor([[1.0, 4.0, 2.5], [7.0, 7.0, 0.0]], requires_grad=True)
+    value = margin(output, Batch(), GENERATOR)
+    assert value.item() == 1.5
+    (gradient,) = torch.autograd.grad(value, output)
+    assert gradient[0].tolist() == [0, 1, -1] and sorted(gradient[1].tolist()) == [-1, 0, 1]
+
+
+def test_margin_of_language_is_the_loss_of_the_next_token() -> None:
+    logits = torch.randn(2, 4, 5)
+    ids = torch.randint(5, (2, 4))
+    value = margin(logits, Batch((), {"input_ids": ids}), GENERATOR)
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(value, expected)
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
+    masked = margin(logits, Batch((), {"input_ids": ids, "attention_mask": mask}), GENERATOR)
+    loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    torch.testing.assert_close(masked, loss[0, 0] + loss[0, 1] + loss[1, 1] + loss[1, 2])
+
+
+def test_margin_of_tokens_without_ids_is_that_of_the_likeliest() -> None:
+    logits = torch.tensor([[[HALF, 0.0], [0.0, 0.0]]])
+    assert margin(logits, Batch((torch.zeros(1, 2, 7),)), GENERATOR).item() == pytest.approx(
+        -math.log(0.75) - math.log(0.5)
+    )
+
+
+def test_margin_of_hidden_states_does_not_take_them_for_logits() -> None:
+    hidden = torch.randn(2, 4, 5)
+    ids = torch.tensor([[1, 2, 3, 40], [1, 1, 1, 1]])  # a vocabulary larger than the width
+    value = margin(hidden, Batch((), {"input_ids": ids}), GENERATOR)
+    torch.testing.assert_close(value, margin(hidden, Batch(), GENERATOR))
+
+
+def test_margin_of_embeddings_is_a_projection() -> None:
+    output = torch.randn(3, 1, requires_grad=True)
+    one, again = (margin(output, Batch(), torch.Generator().manual_seed(5)) for _ in range(2))
+    other = margin(output, Batch(), torch.Generator().manual_seed(6))
+    assert one == again != other
+    (gradient,) = torch.autograd.grad(one, output)
+    assert float((gradient * output).sum().detach()) == pytest.approx(one.item()) and gradient.all()
+
+
+def test_token_weights() -> None:
+    values = torch.zeros(2, 3)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    batch = Batch((), {"attention_mask": mask})
+    assert torch.equal(token_weights(values, batch), mask.float())
+    assert torch.equal(token_weights(values[:, :2], batch, shift=1), mask[:, 1:].float())
+    for other in (
+        None,
+        Batch(),
+        Batch((), {"attention_mask": torch.ones(2, 1, 3, 3)}),
+        Batch((), {"attention_mask": mask[:, :2]}),
+    ):
+        assert torch.equal(token_weights(values, other), torch.ones(2, 3))
