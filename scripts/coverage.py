@@ -184,13 +184,16 @@ def page_of(rows: list[Row], command_line: str) -> str:
         "",
         f"Converted, but not equal, or ended in an error: {', '.join(failed) or 'none'}.",
         "",
-        "Random networks of each architecture, most of them shortened, on one CPU thread. Made by",
+        "Random networks of each architecture, most of them shortened, on one CPU thread, with frozen parameters: where "
+        "weights require gradients torch multiplies some of them in another order, so that a few of these networks "
+        "(CaiT, SigLIP, Mamba) differ from their own frozen selves in the last bits, with or without gates. Made by",
         "",
         f"    {command_line}",
         "",
         f"with {versions()}.",
         "",
-        "`found / expected`: sites, and residual branches counted from the classes of the modules. `per token`: "
+        "`found / expected`: sites, and residual branches counted from the classes of the modules; more are found than "
+        "expected where a sum that the count leaves out has a branch as well. `per token`: "
         "sites that can be decided for every token. `open`: all gates open is bit-equal to the original, at two batch "
         f"sizes. `skip`: half of all decisions closed at random, `skip` equals `mask` within {TOLERANCE:g} of the "
         "largest value. `s`: seconds to find the sites and insert the gates.",

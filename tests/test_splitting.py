@@ -29,6 +29,8 @@ def test_every_fifth_batch_is_held_out(wrap: Any) -> None:
     for _ in range(2):  # re-iterable
         assert numbers(fit) == [0, 1, 2, 3, 5, 6, 7, 8, 10, 11]
         assert numbers(held) == [4, 9]
+    fit, held = split(wrap(numbered(5)), None)
+    assert numbers(fit) == [0, 1, 2, 3] and numbers(held) == [4]
 
 
 def test_lengths() -> None:
@@ -88,7 +90,7 @@ def test_head_stops_at_enough_samples() -> None:
     data = numbered(10, rows=4)
     head = Head(data, 10)
     assert [numbers(head) for _ in range(2)] == [[0, 1, 2]] * 2
-    assert numbers(Head(data, 1)) == [0] and len(numbers(Head(data, 1000))) == 10
+    assert numbers(Head(data, 8)) == [0, 1] and numbers(Head(data, 1)) == [0] and len(numbers(Head(data, 1000))) == 10
 
 
 def test_data_loaders() -> None:
