@@ -127,7 +127,15 @@ def convert(
     if trains:
         before = Checkpoint.of(gated, held)
         train_routers(
-            gated, fit, budget=budget, options=options, seed=seed, output_dir=output_dir, resume=resume, progress=report
+            gated,
+            fit,
+            budget=budget,
+            options=options,
+            seed=seed,
+            validation=held,
+            output_dir=output_dir,
+            resume=resume,
+            progress=report,
         )
         calibrate(gated, held, budget, cost=cost, progress=report)
         if Checkpoint.of(gated, held).divergence > before.divergence:

@@ -1,8 +1,9 @@
-"""`train_routers`: routers and skip paths learn together, by distillation from the dense model, under one budget.
+"""`train_routers`: routers and skip paths learn together, by distillation from the dense model, for a range of budgets.
 
-Decisions are hard in the forward pass; gradients pass straight through (Bengio et al. 2013, with logistic noise as in
-the Gumbel-sigmoid of Jang et al. 2017). The budget is one global constraint on the batch's mean realised cost, held by
-a Lagrange multiplier towards a target that is annealed from where training starts.
+Every step draws a budget, runs the batch at the threshold that gives it (`surgery.pacing`), and compares logits and
+residual streams with the dense model's. Gradients of decisions pass straight through (`surgery.straight_through`); the
+price of compute is the one at which opening a little more everywhere would neither help nor harm, so that routers learn
+where to spend and never how much. One set of weights so serves all budgets.
 
 Every process of `accelerate launch` reads the same batches and takes its share of the rows of each, and noise is drawn
 for the whole batch, so that any number of processes computes the same steps.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery.calibration import check_budget
-from surgery.calling import Batch, batches, device_of, length_of, read_output
-from surgery.context import execution, handled, state_of
-from surgery.costs import place, run
+from surgery.calling import Batch, as_batch, batches, device_of, length_of, read_output
+from surgery.context import execution, handled, override, state_of
+from surgery.costs import observe, place, run
 from surgery.errors import CheckpointError, DataError, SurgeryError
-from surgery.gates import Branch, Gate, iter_gates
+from surgery.gates import iter_gates
 from surgery.objectives import divergence
+from surgery.pacing import Pace
 from surgery.progress import Progress, silent
+from surgery.straight_through import OpenGates, SoftGates, prices, router_gradients, stream_error, watched_sites
 
 CHECKPOINT = "training.pt"
-_PENALTY = 20.0
-_MULTIPLIER_STEP = 0.5
 _CLIP = 1.0
+_LOWEST, _HIGHEST = 0.45, 0.9  # budgets that a checkpoint serves beside its own
+_ABOVE_CLOSED = 0.02  # nothing can be learnt where every gate is closed
+_LOOKS = 5  # how often a training looks at held-out data
 _PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -49,9 +53,12 @@ class Options:
         steps: Number of optimiser steps; overrides `epochs` (needed for streaming data without a length).
         router_rate: Peak learning rate of routers.
         skip_rate: Peak learning rate of skip paths; 0 freezes them.
+        budgets: Range that every step draws its budget from; by default from 0.45, or the budget if that is smaller, to
+            0.9, or the budget if that is larger. Twice the same number trains for that budget alone.
         noise: Scale of the logistic noise on scores.
         temperature: Softmax temperature of the distillation.
-        anneal: Share of the steps in which the target falls from the starting cost to the budget.
+        stream_weight: Weight of the error of the residual streams.
+        anneal: Share of the steps in which the smallest budget falls from the largest one.
         label_weight: Weight of cross-entropy with the labels, if the data has some.
         accumulate: Batches per optimiser step.
         save_every: Steps between checkpoints.
@@ -63,11 +70,13 @@ class Options:
 
     epochs: int = 3
     steps: int | None = None
-    router_rate: float = 1e-3
-    skip_rate: float = 1e-3
+    router_rate: float = 2e-3
+    skip_rate: float = 2e-3
+    budgets: tuple[float, float] | None = None
     noise: float = 0.3
     temperature: float = 2.0
-    anneal: float = 0.25
+    stream_weight: float = 1.0
+    anneal: float = 0.1
     label_weight: float = 0.0
     accumulate: int = 1
     save_every: int = 100
@@ -78,12 +87,19 @@ class Options:
             value = getattr(self, name)
             if not ((isinstance(value, int) and value >= 1) or (name == "steps" and value is None)):
                 raise SurgeryError(f"Options.{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("router_rate", "skip_rate", "noise", "anneal", "label_weight"):
+        for name in ("router_rate", "skip_rate", "noise", "stream_weight", "anneal", "label_weight"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise SurgeryError(f"Options.{name} must be a number that is not negative, got {value!r}")
         if not 0 < self.temperature < math.inf:
             raise SurgeryError(f"Options.temperature must be a positive number, got {self.temperature!r}")
+        if self.budgets is not None:
+            low, high = self.budgets
+            if not 0 < low <= high <= 1:
+                raise SurgeryError(
+                    f"Options.budgets must be two fractions of dense, the smaller one first, got {self.budgets!r}"
+                )
+            self.budgets = (float(low), float(high))
         if self.mixed_precision not in _PRECISIONS:
             raise SurgeryError(
                 f"Options.mixed_precision must be one of {', '.join(_PRECISIONS)}, got {self.mixed_precision!r}"
@@ -97,12 +113,16 @@ class History:
     rows: list[dict[str, float]] = field(default_factory=list)
 
     def columns(self) -> dict[str, list[float]]:
-        """Column name (step, loss, divergence, cost, target, multiplier) -> values."""
-        return {key: [row[key] for row in self.rows] for key in (self.rows[0] if self.rows else ())}
+        """Column name (step, loss, divergence, stream, cost, target, threshold, price; held_divergence and
+        held_cost where held-out data was looked at, else NaN) -> values."""
+        return {key: [row.get(key, math.nan) for row in self.rows] for key in self._keys()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form."""
         return {"rows": self.rows}
+
+    def _keys(self) -> dict[str, None]:
+        return dict.fromkeys(key for row in self.rows for key in row)
 
 
 def train_routers(
@@ -112,6 +132,7 @@ def train_routers(
     budget: float,
     options: Options | None = None,
     seed: int = 0,
+    validation: Iterable[Any] | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
     tracker: Any = None,
@@ -122,9 +143,11 @@ def train_routers(
     Args:
         gated: A gated model; start from fitted skip paths and routers and a calibrated threshold.
         data: Re-iterable batches; labels are used only with `options.label_weight`.
-        budget: Target mean cost as a fraction of dense, in (0, 1].
+        budget: The budget that matters most, as a fraction of dense, in (0, 1].
         options: See `Options`.
-        seed: Seed of the noise.
+        seed: Seed of the noise and of the budgets drawn.
+        validation: Held-out batches. The model is run on them at `budget` before training and five times during it,
+            and the weights that were nearest to the dense model are kept; without, the last ones.
         output_dir: Where to keep a checkpoint to resume from; written atomically, also on Ctrl-C.
         resume: Continue from the checkpoint in `output_dir`.
         tracker: An `accelerate.Accelerator` of the caller's with trackers initialised; its `log` gets every row.
@@ -139,7 +162,7 @@ def train_routers(
         CheckpointError: If `resume` is set and there is no checkpoint, or it is of another model.
     """
     check_budget(budget)
-    training = _Run(gated, data, budget, options or Options(), seed, output_dir, tracker)
+    training = _Run(gated, data, budget, options or Options(), seed, validation, output_dir, tracker)
     if resume:
         training.load()
     try:
@@ -151,6 +174,7 @@ def train_routers(
         training.clear()
         gated.eval()
     training.save()
+    training.finish()
     return training.history
 
 
@@ -170,6 +194,7 @@ class _Run:
         budget: float,
         options: Options,
         seed: int,
+        validation: Iterable[Any] | None,
         output: Any,
         tracker: Any,
     ) -> None:
@@ -186,8 +211,6 @@ class _Run:
         self.tracker = tracker
         self.path = None if output is None else Path(output) / CHECKPOINT
         self.state = state_of(gated)
-        if not math.isfinite(self.state.threshold):
-            self.state.threshold = 0.0
         self.parameters = trainable(gated)
         self.routers = [p for _, g in iter_gates(gated) for p in g.router.parameters()]
         groups: list[dict[str, Any]] = [
@@ -207,23 +230,55 @@ class _Run:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimiser, peaks, total_steps=self.total + 1, pct_start=max(0.1, 2 / (self.total + 1))
         )
-        self.step, self.multiplier, self.start = 0, 0.0, math.nan
+        self.step = 0
+        self.pace = self._pace()
+        self.layouts = {p.site.name: p.site.layout for p in self.state.plan.sites}
+        self.watched = watched_sites(self.state.names) if options.stream_weight > 0 else frozenset[str]()
+        self.held = _Held(gated, validation)
         self.history = History()
+
+    def _pace(self) -> Pace:
+        costs, options, budget = self.state.costs, self.options, self.budget
+        closed = costs.cost(dict.fromkeys(self.state.names, 0.0)) + _ABOVE_CLOSED
+        low, high = options.budgets or (min(budget, _LOWEST), max(budget, _HIGHEST))
+        low = min(max(low, closed), 1.0)
+        pace = Pace(low, max(low, high), options.anneal * self.total, self.seed)
+        pace.start([(p.cost, p.threshold) for p in self.state.table] or self._here())
+        return pace
+
+    def _here(self) -> list[tuple[float, float]]:
+        return [(1.0, self.state.threshold)] if math.isfinite(self.state.threshold) else []
 
     def train(self, progress: Progress) -> None:
         """Run from the current step to the last one."""
         stream = _stream(self.data, skip=self.step * self.options.accumulate)
+        looks = {round(self.total * k / _LOOKS) for k in range(1, _LOOKS + 1)}
+        if self.step == 0:
+            self.held.look(self.pace.threshold(self.budget), self.parameters)
         self.gated.train()
         with torch.enable_grad():
             while self.step < self.total:
                 row = self._step([next(stream) for _ in range(self.options.accumulate)])
+                self.step += 1
+                if self.step in looks:
+                    self.gated.eval()
+                    row |= self.held.look(self.pace.threshold(self.budget), self.parameters)
+                    self.gated.train()
                 self.history.rows.append(row)
                 if self.tracker is not None:
-                    self.tracker.log(row, step=self.step)
-                self.step += 1
+                    self.tracker.log(row, step=self.step - 1)
                 progress("training routers", self.step, self.total)
                 if self.step % self.options.save_every == 0:
                     self.save()
+
+    def finish(self) -> None:
+        """Leave the best weights, and the threshold that gave the budget with them."""
+        self.state.threshold = self.pace.threshold(self.budget)
+        if self.held.best is not None:
+            self.state.threshold = self.held.threshold
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self.held.best[name])
 
     def save(self) -> None:
         """Write the checkpoint atomically, from the main process."""
@@ -239,9 +294,8 @@ class _Run:
                 "schedule": {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))},
                 "step": self.step,
                 "total": self.total,
-                "multiplier": self.multiplier,
-                "start": self.start,
-                "threshold": self.state.threshold,
+                "thresholds": self.pace.thresholds,
+                "best": self.held.state(),
                 "offsets": {name: gate.offset for name, gate in iter_gates(self.gated)},
                 "history": self.history.rows,
                 "options": asdict(self.options),
@@ -280,8 +334,9 @@ class _Run:
         self.schedule.load_state_dict(saved["schedule"])
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
-        self.step, self.multiplier, self.start = saved["step"], saved["multiplier"], saved["start"]
-        self.state.threshold = saved["threshold"]
+        self.step = saved["step"]
+        self.pace.thresholds = saved["thresholds"]
+        self.held.restore(saved["best"])
         self.history.rows = saved["history"]
 
     def clear(self) -> None:
@@ -291,74 +346,84 @@ class _Run:
 
     def _step(self, group: list[Batch]) -> dict[str, float]:
         self.clear()
-        share = 1 / len(group)
-        totals = torch.zeros(3)
-        prices = [torch.zeros_like(p) for p in self.routers]
+        target = self.pace.target(self.step)
+        threshold = self.pace.threshold(target)
+        totals = torch.zeros(6, dtype=torch.float64)
+        harms, costs = ([torch.zeros_like(p) for p in self.routers] for _ in range(2))
         for index, batch in enumerate(group):
-            totals += share * self._backward(batch, index, share, prices)
-        loss, distance, cost = totals.tolist()
-        if math.isnan(self.start):
-            self.start = max(cost, self.budget)
-        slope = self.multiplier + 2 * _PENALTY * max(cost - self._target(), 0.0)
-        for parameter, price in zip(self.routers, prices, strict=True):
-            price *= slope * self.scaler.get_scale()
-            parameter.grad = price if parameter.grad is None else parameter.grad + price
+            totals += self._backward(batch, index, threshold, 1 / len(group), harms, costs)
+        loss, distance, stream, cost, pull, push = totals.tolist()
+        # opening everything a little must not pay: what is left tells where to open, at the same cost
+        price = max(0.0, -pull / push) if push > 0 else 0.0
+        for parameter, harm, paid in zip(self.routers, harms, costs, strict=True):
+            parameter.grad = harm + price * paid
         self._reduce_gradients()
         self.scaler.unscale_(self.optimiser)
         torch.nn.utils.clip_grad_norm_(self.trained, _CLIP)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.schedule.step()
-        target = self._target()
-        self.multiplier = max(0.0, self.multiplier + _MULTIPLIER_STEP * (cost - target))
+        self.pace.correct(target, cost)
         return {
             "step": float(self.step),
             "loss": loss,
             "divergence": distance,
+            "stream": stream,
             "cost": cost,
             "target": target,
-            "multiplier": self.multiplier,
+            "threshold": threshold,
+            "price": price / self.scaler.get_scale(),
         }
 
-    def _backward(self, whole: Batch, index: int, share: float, prices: list[Tensor]) -> Tensor:
-        """Gradients of one batch; those of its cost are added to `prices`, since their factor depends on all batches.
+    def _backward(
+        self, whole: Batch, index: int, threshold: float, share: float, harms: list[Tensor], costs: list[Tensor]
+    ) -> Tensor:
+        """Gradients of one batch. Those of skip paths go to `.grad`; the routers' are added to `harms` (of the loss) and
+        `costs` (of the cost), since the price between the two depends on all batches.
 
         Returns:
-            `(loss, divergence, cost)` over all processes.
+            Over all processes: share of loss, divergence, stream error and cost, and the sums of the scores' gradients of
+            the loss and of the cost.
         """
         options, processes = self.options, self.accelerator.num_processes
         rows = torch.arange(self.accelerator.process_index, whole.size, processes)
         batch = place(whole.rows(rows), self.gated)
-        soft = _Soft(whole.size, rows, options.noise, (self.seed * 1_000_003 + self.step) * 64 + index)
+        seed = (self.seed * 1_000_003 + self.step) * 64 + index
+        soft = SoftGates(whole.size, rows, threshold, options.noise, seed, self.watched)
+        teacher = OpenGates(self.watched)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-            with torch.no_grad(), execution(self.gated, "dense"):
+            with torch.no_grad(), handled(self.gated, teacher):
                 dense = read_output(run(self.gated, batch))
             with handled(self.gated, soft):
                 output = read_output(run(self.gated, batch))
         distance = divergence(output, dense, batch, options.temperature).sum() / whole.size
-        loss = distance
+        stream = stream_error(soft.streams, teacher, self.layouts).sum() / whole.size
+        loss = distance + options.stream_weight * stream
         if options.label_weight and batch.labels is not None and output.dim() == 2:
-            loss = (
-                loss
-                + options.label_weight * F.cross_entropy(output.float(), batch.labels, reduction="sum") / whole.size
-            )
-        spent, weight = soft.spent(self.gated)
-        sums = self.accelerator.reduce(
-            torch.stack((loss.detach(), distance.detach(), spent.detach(), weight.detach())), "sum"
-        )
+            entropy = F.cross_entropy(output.float(), batch.labels, reduction="sum")
+            loss = loss + options.label_weight * entropy / whole.size
+        each, spent, weight = prices(soft.decided, self.state.costs)
+        sums = self._sum(loss, distance, stream, spent, weight)
         # gradients are averaged over processes afterwards, and every term is already a share of the whole batch
         factor = share * processes
-        found = torch.autograd.grad(factor * spent / sums[3], self.routers, retain_graph=True, allow_unused=True)
-        for price, gradient in zip(prices, found, strict=True):
-            if gradient is not None:
-                price += gradient
         if loss.requires_grad:
             self.scaler.scale(factor * loss).backward()
-        return torch.stack((sums[0], sums[1], sums[2] / sums[3])).cpu()
+        pulls = [torch.zeros_like(d.leaf) if d.leaf.grad is None else d.leaf.grad for d in soft.decided]
+        pushes = [
+            factor * price / sums[4].to(price) * d.probability * (1 - d.probability)
+            for price, d in zip(each, soft.decided, strict=True)
+        ]
+        for total, gradients in ((harms, pulls), (costs, pushes)):
+            for kept, gradient in zip(total, router_gradients(soft.decided, gradients, self.routers), strict=True):
+                kept += gradient
+        pull, push = self._sum(*(torch.stack([g.sum() for g in gs]).sum() for gs in (pulls, pushes)))
+        ours = torch.stack((sums[0], sums[1], sums[2], sums[3] / sums[4])) * share
+        return torch.cat((ours, torch.stack((pull, push)) / processes))
 
-    def _target(self) -> float:
-        done = min(1.0, self.step / max(1.0, self.options.anneal * self.total))
-        return self.start + done * (self.budget - self.start)
+    def _sum(self, *values: Tensor) -> Tensor:
+        """Sums over all processes, float64 on the CPU."""
+        stacked = torch.stack([v.detach().float() for v in values])
+        return self.accelerator.reduce(stacked, "sum").double().cpu()
 
     def _reduce_gradients(self) -> None:
         if self.accelerator.num_processes == 1:
@@ -370,57 +435,46 @@ class _Run:
             parameter.grad = gradient.view_as(parameter)
 
 
-@dataclass(slots=True)
-class _Soft:
-    """Gate handler: hard decisions forward, gradients straight through."""
+class _Held:
+    """Looks at held-out data, and keeps the weights that were nearest to the dense model."""
 
-    size: int
-    rows: Tensor
-    noise: float
-    seed: int
-    used: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    def __init__(self, gated: nn.Module, data: Iterable[Any] | None) -> None:
+        self.gated, self.data = gated, data
+        self.dense: list[Tensor] | None = None
+        self.distance = math.inf
+        self.threshold = math.nan
+        self.best: dict[str, Tensor] | None = None
 
-    def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
-        output = branch(*inputs)
-        value, *escaped = output if branch.escapes else (output,)
-        logits = gate.scores(residual.detach()) - gate.threshold
-        logits = logits + self._noise(logits)
-        probability = torch.sigmoid(logits)
-        hard = logits > 0
-        skipped = gate.skip_path(residual)
-        term = torch.where(gate.expand(hard, value), value, skipped)
-        gradient_only = gate.expand(probability - probability.detach(), value).to(value.dtype)
-        term = term + gradient_only * (value - skipped).detach()
-        self.used[gate.site.name] = (
-            hard.float() + probability - probability.detach(),
-            gate.padding(residual) if gate.per_token else None,
-        )
-        result = term if left is None else left + term
-        return (result, *escaped) if branch.escapes else result
+    def look(self, threshold: float, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
+        """Run the data at a threshold; the row to log."""
+        if self.data is None:
+            return {}
+        state = state_of(self.gated)
+        if self.dense is None:
+            with execution(self.gated, "dense"):
+                self.dense = observe(self.gated, self.data).outputs
+        with override(state, thresholds=threshold, forced=None), execution(self.gated, "skip"):
+            usage = observe(self.gated, self.data)
+        parts = [
+            divergence(a, b, as_batch(batch).to("cpu"))
+            for a, b, batch in zip(usage.outputs, self.dense, self.data, strict=True)
+        ]
+        distance = float(torch.cat(parts).mean())
+        if distance <= self.distance:
+            self.distance, self.threshold = distance, threshold
+            self.best = {name: p.detach().clone() for name, p in parameters.items()}
+        weights = usage.weights.double()
+        cost = float((usage.costs(state.costs) * weights).sum() / weights.sum())
+        return {"held_divergence": distance, "held_cost": cost}
 
-    def _noise(self, logits: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 997 + len(self.used)) % (2**63))
-        uniform = torch.rand((self.size, *logits.shape[1:]), generator=generator)[self.rows].clamp(1e-4, 1 - 1e-4)
-        return self.noise * torch.logit(uniform).to(logits.device)
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        best = None if self.best is None else {name: value.cpu() for name, value in self.best.items()}
+        return {"distance": self.distance, "threshold": self.threshold, "best": best}
 
-    def spent(self, gated: nn.Module) -> tuple[Tensor, Tensor]:
-        """Weighted sum of the samples' costs, and the sum of the weights."""
-        costs = state_of(gated).costs
-        constant = costs.fixed + sum(site.router + site.skip for site in costs.sites.values())
-        total: Tensor | float = constant / costs.dense
-        counts = next((w.float().sum(1) for _, w in self.used.values() if w is not None), None)
-        for name, (active, padding) in self.used.items():
-            site = costs.sites[name]
-            flat = active.flatten(1) if active.dim() > 1 else active[:, None]
-            if padding is None:
-                rate = flat.mean(1)
-            else:
-                weights = padding.float().flatten(1)
-                rate = (flat * weights).sum(1) / weights.sum(1).clamp_min(1)
-            total = total + rate * ((site.branch - site.skip) / costs.dense)
-        assert isinstance(total, Tensor)
-        weights = torch.ones_like(total) if counts is None else counts
-        return (total * weights).sum(), weights.sum()
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from it."""
+        self.distance, self.threshold, self.best = saved["distance"], saved["threshold"], saved["best"]
 
 
 def find_checkpoint(output_dir: str | Path | None) -> Path:

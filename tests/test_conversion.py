@@ -164,6 +164,7 @@ def test_text_classifier(bert: nn.Module, texts: list[dict[str, Tensor]]) -> Non
 
 
 def test_convolutional_network_of_my_own() -> None:
+    torch.manual_seed(0)
     model = Stack(*(convolution(4) for _ in range(3)), head=nn.Linear(4, 3), pool=True)
     model.train()  # stays so; conversion and result are in eval
     data = [(torch.randn(16, 4, 6, 6), torch.randint(3, (16,))) for _ in range(10)]
