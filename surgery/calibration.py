@@ -278,6 +278,10 @@ class _Search:
                     f"no threshold gives a mean cost within {TOLERANCE} of {budget:g} on this calibration data "
                     f"(nearest: {nearest.cost:.3f}); the routers give the same score to many inputs: use more or other data"
                 )
+            # scores come in steps, and a threshold between two of them would give either cost
+            points[points.index(nearest)] = replace(nearest, cost=budget)
+            if nearest.cost in self.curves:
+                self.curves[budget] = self.curves[nearest.cost]
         return points
 
     def filled(self, table: list[BudgetPoint]) -> list[BudgetPoint]:

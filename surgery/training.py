@@ -57,7 +57,8 @@ class Options:
             0.9, or the budget if that is larger. Twice the same number trains for that budget alone.
         noise: Scale of the logistic noise on scores.
         temperature: Softmax temperature of the distillation.
-        stream_weight: Weight of the error of the residual streams.
+        stream_weight: Weight of the error of the residual streams; by default 0 where every gate decides per token (the
+            output tells which tokens matter, their streams do not), else 1.
         anneal: Share of the steps in which the smallest budget falls from the largest one.
         label_weight: Weight of cross-entropy with the labels, if the data has some.
         accumulate: Batches per optimiser step.
@@ -75,7 +76,7 @@ class Options:
     budgets: tuple[float, float] | None = None
     noise: float = 0.3
     temperature: float = 2.0
-    stream_weight: float = 1.0
+    stream_weight: float | None = None
     anneal: float = 0.1
     label_weight: float = 0.0
     accumulate: int = 1
@@ -89,7 +90,7 @@ class Options:
                 raise SurgeryError(f"Options.{name} must be a whole number of at least 1, got {value!r}")
         for name in ("router_rate", "skip_rate", "noise", "stream_weight", "anneal", "label_weight"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if not (value is None and name == "stream_weight") and not 0 <= value < math.inf:
                 raise SurgeryError(f"Options.{name} must be a number that is not negative, got {value!r}")
         if not 0 < self.temperature < math.inf:
             raise SurgeryError(f"Options.temperature must be a positive number, got {self.temperature!r}")
@@ -233,7 +234,9 @@ class _Run:
         self.step = 0
         self.pace = self._pace()
         self.layouts = {p.site.name: p.site.layout for p in self.state.plan.sites}
-        self.watched = watched_sites(self.state.names) if options.stream_weight > 0 else frozenset[str]()
+        by_default = 0.0 if all(gate.per_token for _, gate in iter_gates(gated)) else 1.0
+        self.stream_weight = by_default if options.stream_weight is None else options.stream_weight
+        self.watched = watched_sites(self.state.names) if self.stream_weight > 0 else frozenset[str]()
         self.held = _Held(gated, validation)
         self.history = History()
 
@@ -398,7 +401,7 @@ class _Run:
                 output = read_output(run(self.gated, batch))
         distance = divergence(output, dense, batch, options.temperature).sum() / whole.size
         stream = stream_error(soft.streams, teacher, self.layouts).sum() / whole.size
-        loss = distance + options.stream_weight * stream
+        loss = distance + self.stream_weight * stream
         if options.label_weight and batch.labels is not None and output.dim() == 2:
             entropy = F.cross_entropy(output.float(), batch.labels, reduction="sum")
             loss = loss + options.label_weight * entropy / whole.size
