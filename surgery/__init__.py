@@ -10,6 +10,7 @@ from surgery.finding import find_sites
 from surgery.fitting import fit_skip_paths
 from surgery.measurement import measure
 from surgery.overview import Status, status
+from surgery.pinning import pin
 from surgery.regression import regress_routers
 from surgery.reports import Peer, Report
 from surgery.rewriting import insert_gates, remove, show
@@ -40,6 +41,7 @@ __all__ = [
     "insert_gates",
     "load",
     "measure",
+    "pin",
     "regress_routers",
     "remove",
     "save",

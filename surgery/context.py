@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from surgery.gates import Gate
     from surgery.state import GatedState
 
-Execution = Literal["dense", "mask", "skip", "static"]
+Execution = Literal["dense", "mask", "skip", "cond", "static"]
 EXECUTIONS: tuple[str, ...] = get_args(Execution)
 Handler = Callable[..., Any]
 
@@ -158,7 +158,8 @@ def execution(gated: nn.Module, mode: Execution) -> Iterator[None]:
     Args:
         gated: A gated model.
         mode: `dense` runs every branch and no router; `mask` runs everything and selects; `skip` runs active samples or
-            tokens only; `static` runs the frozen policy of the current budget.
+            tokens only; `cond` decides as an exported graph does (`surgery.pin`): a branch as a whole, where no sample
+            or token needs it, else everything; `static` runs the frozen policy of the current budget.
 
     Raises:
         ForceError: If `mode` is none of these.

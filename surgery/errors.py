@@ -70,6 +70,14 @@ class ForceError(SurgeryError, ValueError):
     """Forced decisions that name unknown sites or have the wrong shape or dtype."""
 
 
+class PinError(SurgeryError):
+    """A gated model cannot be fixed to one way of being called."""
+
+
+class ExportError(SurgeryError):
+    """A program cannot be written in the format asked for."""
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise `SurgeryError` unless `value`, given for the argument `name`, is one of `choices`."""
     if value not in choices:

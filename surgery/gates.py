@@ -8,11 +8,12 @@ Axis letters: `N` samples, `T` tokens, `C` channels, `K` active rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from surgery import context
 from surgery.context import Event, Forced, Overrides
@@ -111,6 +112,8 @@ class Gate(nn.Module):
             )
         if mode == "mask":
             return self.mask(branch, left, residual, inputs, decisions)
+        if mode == "cond":
+            return self.cond(branch, left, residual, inputs, decisions)
         return self.skip(branch, left, residual, inputs, decisions)
 
     # -- deciding -------------------------------------------------------------------------------------------------
@@ -196,6 +199,39 @@ class Gate(nn.Module):
         value = torch.where(self.expand(decisions, value), value, self.skip_path(residual))
         value = value if left is None else left + value
         return (value, *escaped) if branch.escapes else value
+
+    def cond(
+        self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
+    ) -> Any:
+        """The branch is left out as a whole where nothing in the call needs it, and runs on everything otherwise.
+
+        This is what a graph without data-dependent shapes can express: `torch.cond`, an ONNX `If`.
+        """
+        if branch.stateful:
+            return self.mask(branch, left, residual, inputs, decisions)
+        leaves, spec = tree_flatten((left, residual, tuple(inputs)))
+        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def rebuild(tensors: Sequence[Tensor]) -> Any:
+            whole = list(leaves)
+            for i, tensor in zip(at, tensors, strict=True):
+                whole[i] = tensor
+            return tree_unflatten(whole, spec)
+
+        def active(*tensors: Tensor) -> Tensor:
+            own_left, own_residual, own = rebuild(tensors)
+            if decisions.numel() == 1:
+                value = self.open(branch, own_left, own)
+            else:
+                value = self.mask(branch, own_left, own_residual, own, decisions)
+            return _split(branch, value)[0]
+
+        def passive(*tensors: Tensor) -> Tensor:
+            own_left, own_residual, _ = rebuild(tensors)
+            return _split(branch, self.closed(branch, own_left, own_residual))[0]
+
+        value = choose(decisions.any(), active, passive, tuple(leaves[i] for i in at))
+        return (value, *(None,) * branch.escapes) if branch.escapes else value
 
     def skip(
         self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
@@ -297,6 +333,18 @@ class Gate(nn.Module):
         return merged.index_add_(0, passive, self.skip_path(residual[passive]).to(base.dtype))
 
 
+def choose(
+    condition: Tensor, then: Callable[..., Tensor], otherwise: Callable[..., Tensor], operands: tuple[Tensor, ...]
+) -> Tensor:
+    """`then(*operands)` where the 0-d `condition` holds, else `otherwise(*operands)`.
+
+    A program that is being captured gets both (`torch.cond`); a running one looks at the value.
+    """
+    if torch.compiler.is_compiling():
+        return torch.cond(condition, then, otherwise, operands)
+    return (then if bool(condition) else otherwise)(*operands)
+
+
 def take_samples(value: Any, axes: RegionInput, index: Tensor | slice, size: int) -> Any:
     """The samples that `index` names, along the input's batch axis; what is shared (or has length 1 there) stays."""
     if isinstance(value, (tuple, list)):
@@ -313,7 +361,7 @@ def take_tokens(value: Any, axes: RegionInput, index: Tensor, lead: int) -> Any:
     if axes.token_axis is None or not isinstance(value, Tensor):
         return value
     rows = value.flatten(0, lead - 1).index_select(0, index)  # K C
-    return rows.view(*(1,) * (lead - 1), len(index), *value.shape[lead:])
+    return rows.view(*(1,) * (lead - 1), index.shape[0], *value.shape[lead:])  # `len` would fix K in a captured graph
 
 
 def iter_gates(gated: nn.Module) -> Iterator[tuple[str, Gate]]:

@@ -22,7 +22,7 @@ import keyword
 import linecache
 import logging
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,11 +94,8 @@ class Programs:
         if runs_dense(module._modules[GATES].state):  # type: ignore[union-attr, arg-type]
             return self.base.forward(module, *args, **kwargs)
         values, extra, rest = self.signature.bind(args, kwargs)
-        kind = kind_with_numbers if self.numbers else kind_of
         names = sorted(rest)
-        pattern = Pattern(
-            tuple(map(kind, values)), tuple(map(kind, extra)), tuple((name, kind(rest[name])) for name in names)
-        )
+        pattern = self._pattern(values, extra, rest)
         try:
             program = self.compiled[pattern]
         except KeyError:
@@ -106,6 +103,16 @@ class Programs:
         if program is None:
             return self.base.forward(module, *args, **kwargs)
         return program(module, *values, *extra, *[rest[name] for name in names])
+
+    def pattern(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pattern:
+        """The call pattern of one call."""
+        return self._pattern(*self.signature.bind(args, kwargs))
+
+    def _pattern(self, values: Sequence[Any], extra: tuple[Any, ...], rest: Mapping[str, Any]) -> Pattern:
+        kind = kind_with_numbers if self.numbers else kind_of
+        return Pattern(
+            tuple(map(kind, values)), tuple(map(kind, extra)), tuple((name, kind(rest[name])) for name in sorted(rest))
+        )
 
     def add(self, module: nn.Module, pattern: Pattern, *, strict: bool) -> Callable[..., Any] | None:
         """Generate the program of one pattern.
@@ -275,7 +282,7 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
     )
     programs = Programs(host, base, signature_of(base), tuple(marked), inlined, numbers)
     module.add_module(GATES, gates)
-    module.__class__ = _subclass(base, {"forward": _dispatcher(base), "_surgery_programs": programs})
+    module.__class__ = subclass(base, {"forward": _dispatcher(base), "_surgery_programs": programs})
     for pattern in patterns:
         programs.add(module, pattern, strict=pattern == patterns[0])
 
@@ -294,11 +301,12 @@ def _make_root(gated: nn.Module, state: GatedState) -> None:
         k: v for k, v in vars(type(gated)).items() if k in ("forward", "_surgery_programs") or k.startswith("_branch_")
     }
     extra = existing if type(gated) is not cls else {}
-    gated.__class__ = _subclass(cls, {**extra, **roots.namespace(cls)})
+    gated.__class__ = subclass(cls, {**extra, **roots.namespace(cls)})
     gated.__dict__["_surgery_state"] = state
 
 
-def _subclass(base: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
+def subclass(base: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
+    """A class that looks like `base` from outside, with the functions of `namespace`."""
     cls = type(
         base.__name__,
         (base,),

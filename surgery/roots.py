@@ -74,14 +74,26 @@ def _arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _scope_of(model: nn.Module, arguments: Mapping[str, Any]) -> Scope:
-    main = next((arguments[n] for n in _INPUTS if isinstance(arguments.get(n), Tensor)), None)
-    mask = arguments.get("attention_mask")
+def padding_of(given: Mapping[str, Any]) -> Tensor | None:
+    """The attention mask of a call's arguments, bool `(N, T)`, or None."""
+    main, mask = _main(given), given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or main is None or main.dim() < 2:
+        return None
+    return mask[:, -main.shape[1] :].bool()
+
+
+def _main(given: Mapping[str, Any]) -> Tensor | None:
+    return next((given[n] for n in _INPUTS if isinstance(given.get(n), Tensor)), None)
+
+
+def _scope_of(model: nn.Module, arguments: Mapping[str, Any]) -> Scope:
+    main, mask = _main(arguments), arguments.get("attention_mask")
+    padding = padding_of(arguments)
+    if padding is None:
         mask = None
     length = 0 if main is None or main.dim() < 2 else main.shape[1]
     forced = context.overrides_of(context.state_of(model)).forced
-    scope = Scope(mask=None if mask is None else mask[:, -length:].bool())
+    scope = Scope(mask=padding)
     if forced is None:
         return scope
     rows = len(main) if main is not None else _rows(arguments)
