@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from surgery.scripts import benchmark, convert, coverage, demo, doctor, score, show, sites
+from surgery.scripts import benchmark, convert, coverage, demo, doctor, export, score, show, sites
 
 app = typer.Typer(
     name="surgery",
@@ -23,6 +23,7 @@ for page in (
     convert.convert,
     score.score,
     benchmark.benchmark,
+    export.export,
     doctor.doctor,
     demo.demo,
     coverage.coverage,

@@ -6,6 +6,7 @@ from surgery.calibration import budget_range, calibrate, set_budget
 from surgery.checkpoints import load, save
 from surgery.context import execution, force, tape
 from surgery.conversion import UnmeasuredQuality, convert
+from surgery.exporting import Exported, export
 from surgery.finding import find_sites
 from surgery.fitting import fit_skip_paths
 from surgery.measurement import measure
@@ -20,6 +21,7 @@ from surgery.training import History, Options, train_routers
 __version__ = "0.1.0"
 
 __all__ = [
+    "Exported",
     "History",
     "Options",
     "Peer",
@@ -35,6 +37,7 @@ __all__ = [
     "calibrate",
     "convert",
     "execution",
+    "export",
     "find_sites",
     "fit_skip_paths",
     "force",

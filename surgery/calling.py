@@ -5,7 +5,7 @@ Axis letters: `N` samples, `T` tokens, `K` classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,17 @@ class Batch:
             if isinstance(value, Tensor) and value.dim() > 0:
                 return value.shape[0]
         raise DataError(f"a batch holds no tensor: got {_describe(self)}")
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors among the arguments, in order."""
+        return tuple(v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+
+    def filled(self, tensors: Sequence[Tensor]) -> Batch:
+        """The same call with other `tensors`, in the order of `self.tensors`."""
+        left = iter(tensors)
+        args = [next(left) if isinstance(v, Tensor) else v for v in self.args]
+        return Batch(tuple(args), {k: next(left) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()})
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Move every tensor to `device`, floating-point inputs to `dtype`."""

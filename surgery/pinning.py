@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery import context
-from surgery.calling import as_batch, call
+from surgery.calling import Batch, as_batch, call
+from surgery.calling import tensors as output_tensors
 from surgery.context import state_of
 from surgery.copying import share
 from surgery.errors import PinError, check_choice
@@ -28,6 +30,7 @@ from surgery.rewriting import Programs, subclass
 from surgery.roots import padding_of
 from surgery.tracing import GATES, Pattern, base_class, signature_of
 
+logger = logging.getLogger(__name__)
 Execution = Literal["cond", "mask", "static"]
 Tokens = Literal["mask", "gather"]
 EXECUTIONS = ("cond", "mask", "static")
@@ -157,7 +160,11 @@ def running_of(pinned: nn.Module) -> Running:
 
 
 def _rehearse(gated: nn.Module, example: Any) -> tuple[dict[str, Pattern], set[str]]:
-    """Call `gated` once: how each host is called, and which gates stand inside another one's branch."""
+    """Call `gated` once: how each host is called, and which gates stand inside another one's branch.
+
+    The call is captured, since libraries look at values in a running one: transformers drops an attention mask
+    that is all ones, unless it is traced.
+    """
     seen: dict[str, Pattern] = {}
     running: list[str] = []
     nested: set[str] = set()
@@ -186,13 +193,34 @@ def _rehearse(gated: nn.Module, example: Any) -> tuple[dict[str, Pattern], set[s
         programs = getattr(type(module), "_surgery_programs", None)
         if programs is not None:
             hooks.append(module.register_forward_pre_hook(note(name, programs), with_kwargs=True))
+    batch = as_batch(example)
     try:
         with torch.no_grad(), context.handled(gated, handler):
-            call(gated, as_batch(example))
+            try:
+                torch.export.export(_Tensors(gated, batch), batch.tensors, strict=False)
+            except PinError:
+                raise
+            except Exception as error:  # torch.export raises many kinds; without it, captures may be refused later
+                logger.info("%s is pinned as it runs, not as it is captured: %s", type(gated).__name__, error)
+                seen.clear()
+                running.clear()
+                call(gated, batch)
     finally:
         for handle in hooks:
             handle.remove()
     return seen, nested
+
+
+class _Tensors(nn.Module):
+    """A model that takes the tensors of a batch by position."""
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        super().__init__()
+        self.model = model
+        self.batch = batch
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return tuple(output_tensors(call(self.model, self.batch.filled(tensors))))
 
 
 def _pin_host(module: nn.Module, cls: type[nn.Module], pattern: Pattern | None) -> None:
@@ -206,13 +234,19 @@ def _pin_host(module: nn.Module, cls: type[nn.Module], pattern: Pattern | None) 
         )
     namespace = {name: value for name, value in vars(cls).items() if name.startswith("_branch_")}
     if program is not None:
-        namespace["forward"] = _straight(programs, program)
+        assert pattern is not None
+        namespace["forward"] = _straight(programs, program, pattern)
     module.__class__ = subclass(programs.base, namespace)
 
 
-def _straight(programs: Programs, program: Callable[..., Any]) -> Callable[..., Any]:
-    """A `forward` with the original's arguments that runs one program."""
+def _straight(programs: Programs, program: Callable[..., Any], pattern: Pattern) -> Callable[..., Any]:
+    """A `forward` with the original's arguments that runs one program, if they are given as in its pattern."""
     named = tuple((p.name, p.default, p.kind is inspect.Parameter.KEYWORD_ONLY) for p in programs.signature.named)
+
+    kinds = (*pattern.named, *pattern.extra, *(kind for _, kind in pattern.keywords))
+    given = tuple(kind != "none" for kind in kinds)
+    name_of_host = programs.name or "the model"
+    known = tuple(name for name, _, _ in named)
 
     @functools.wraps(programs.base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -223,8 +257,12 @@ def _straight(programs: Programs, program: Callable[..., Any]) -> Callable[..., 
             else:
                 values.append(kwargs.get(name, default))
         values.extend(args[len(named) :])
-        names = [name for name, _, _ in named]
-        values.extend(kwargs[name] for name in sorted(kwargs) if name not in names)
+        values.extend([kwargs[name] for name in sorted(kwargs) if name not in known])
+        if len(values) != len(given) or any((v is not None) != g for v, g in zip(values, given, strict=True)):
+            raise PinError(
+                f"{name_of_host} is not called as when it was pinned (other arguments are None); pin with such an example, or "
+                "call the gated model itself"
+            )
         return program(self, *values)
 
     forward.__signature__ = inspect.signature(programs.base.forward)  # type: ignore[attr-defined]

@@ -49,7 +49,7 @@ def make():
 def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
-COMMANDS = ("sites", "show", "convert", "score", "benchmark", "doctor", "demo")
+COMMANDS = ("sites", "show", "convert", "score", "benchmark", "export", "doctor", "demo")
 
 
 def run(*arguments: Any, expect: int = 0) -> Any:
@@ -375,3 +375,16 @@ def oneshot(dense: Any, budget: float, seed: int, progress: Any) -> Any:
 def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
     assert "OutputExists" in run("demo", "--out", tmp_path, expect=1).stderr
+
+
+# -- export -----------------------------------------------------------------------------------------------------------
+
+
+def test_export_writes_a_program(converted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.pt2"
+    done = read_json("export", converted, "--out", out, "--execution", "mask", "--batch", 2, "--data", "digits:8")
+    assert done["format"] == "pt2" and done["bytes"] == out.stat().st_size
+    assert next(iter(done["inputs"].values()))[0] == 2
+    assert "exists" in run("export", converted, "--out", out, "--data", "digits:8", expect=1).stderr
+    text = run("export", converted, "--out", out, "--execution", "static", "--force", "--data", "digits:8").stdout
+    assert "execution static" in text and "left out" in text

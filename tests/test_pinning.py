@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import toys
@@ -12,6 +14,7 @@ import surgery
 from surgery.context import state_of
 from surgery.errors import PinError, SurgeryError
 from surgery.gates import iter_gates
+from surgery.scripts.zoo import call
 
 NETWORKS = [
     "timm/vit_pico@sample",
@@ -27,6 +30,15 @@ NETWORKS = [
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
     torch._dynamo.reset()
+
+
+def one_row(one: Subject) -> Any:
+    """One sample; texts are padded, since transformers drops a mask of ones from a call that is not captured."""
+    example = rows(one.example, [0])
+    if isinstance(example, dict) and "attention_mask" in example:
+        example["attention_mask"] = example["attention_mask"].clone()
+        example["attention_mask"][:, -2:] = 0
+    return example
 
 
 def routed(one: Subject, execution: str, example: object) -> list[Tensor]:
@@ -69,7 +81,7 @@ def test_cond_leaves_a_branch_out() -> None:
 @pytest.mark.parametrize("execution", ["cond", "mask"])
 def test_a_pinned_copy_gives_the_same(name: str, execution: str) -> None:
     one = subject(name)
-    example = rows(one.example, [0])
+    example = one_row(one)
     expected = routed(one, execution, example)
     pinned = surgery.pin(one.gated, example, execution)  # type: ignore[arg-type]
     assert type(pinned).__name__ == type(one.model).__name__ and isinstance(pinned, type(one.model))
@@ -127,9 +139,7 @@ def test_gathered_tokens_give_the_same() -> None:
 
 def test_padding_does_not_count() -> None:
     one = subject("transformers/bert@sample")
-    example = dict(rows(one.example, [0]))
-    mask = example["attention_mask"] = torch.ones_like(example["input_ids"])
-    mask[:, -2:] = 0
+    example = one_row(one)
     other = {**example, "input_ids": example["input_ids"].clone()}
     other["input_ids"][:, -2:] += 1
     pinned = surgery.pin(one.gated, example)
@@ -141,6 +151,21 @@ def test_padding_does_not_count() -> None:
         running.decisions = {}
         outputs(pinned, given)
         assert {n: bool(d) for n, d in running.decisions.items()} == {e.site: bool(e.decisions) for e in events}
+
+
+def test_what_is_left_out_of_the_call_is_noticed() -> None:
+    one = subject("transformers/bert")
+    pinned = surgery.pin(one.gated, one_row(one))
+    with pytest.raises(PinError, match="is not called as when it was pinned"):
+        call(pinned, rows(one.example, [0]))  # nothing is padded, and transformers drops the mask
+
+
+def test_a_compiled_text_model_follows_the_padding() -> None:
+    one = subject("transformers/bert")
+    padded, whole = one_row(one), rows(one.example, [0])
+    compiled = torch.compile(surgery.pin(one.gated, whole), backend="eager", fullgraph=True)
+    for example in (padded, whole):
+        assert_close(outputs(compiled, example), routed(one, "mask", example))
 
 
 class Twice(nn.Module):
