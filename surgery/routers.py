@@ -30,8 +30,8 @@ class Router(nn.Module):
 
     def score(self, features: Tensor) -> Tensor:
         """`(..., F)` -> `(...)`."""
-        hidden = F.gelu(F.linear(features, self.down.weight, self.down.bias), approximate="tanh")
-        return F.linear(hidden, self.up.weight, self.up.bias).squeeze(-1)
+        hidden = F.gelu(self.down(features), approximate="tanh")  # called as modules: offloading hooks their calls
+        return self.up(hidden).squeeze(-1)
 
     def extract(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
         """Residual stream -> features in fp32."""

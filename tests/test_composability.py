@@ -1,0 +1,171 @@
+"""Gated models beside what else people do to models: adapters, quantisation, offloading, checkpointing, state dicts."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+import toys
+from subjects import assert_close, assert_equal, enliven, outputs, subject, with_skip_paths
+from torch import nn
+
+import surgery
+from surgery.context import state_of
+from surgery.gates import Gate, iter_gates
+from surgery.scripts.zoo import call, find
+
+
+def fresh(name: str) -> tuple[nn.Module, nn.Module, Any]:
+    """A dense network of the zoo and a gated copy of its own."""
+    model, example = find(name).build()
+    gated = enliven(surgery.insert_gates(model, with_skip_paths(surgery.find_sites(model, example).plan())))
+    return model, gated, example
+
+
+def budgeted(gated: nn.Module) -> nn.Module:
+    """Routers decide without an `execution` block."""
+    state_of(gated).budget = 0.5
+    return gated
+
+
+def test_lora_trains_on_top_of_a_gated_model() -> None:
+    peft = pytest.importorskip("peft")
+    model, gated, example = fresh("transformers/bert")
+    budgeted(gated)
+    with torch.no_grad():
+        before = call(gated, example).logits
+    tuned = peft.get_peft_model(gated, peft.LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=True))
+    trainable = [name for name, p in tuned.named_parameters() if p.requires_grad]
+    assert trainable and all("lora_" in name for name in trainable)
+    assert any(isinstance(module, Gate) for module in tuned.modules())
+    with torch.no_grad():
+        assert_close([call(tuned, example).logits], [before])
+    backbone = {k: v.clone() for k, v in model.state_dict().items()}
+    optimiser = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], 1.0)
+    for _ in range(2):  # the first step moves one factor of each pair, the second both
+        loss = call(tuned, example).logits.square().sum()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    with torch.no_grad(), surgery.tape(gated) as events:
+        after = call(tuned, example).logits
+    assert not torch.allclose(after, before) and len(events) == len(state_of(gated).names)
+    assert_equal(list(model.state_dict().values()), list(backbone.values()))
+
+
+def test_lora_adapts_active_query_tokens_as_masked_ones() -> None:
+    peft = pytest.importorskip("peft")
+    _, gated, example = fresh("transformers/bert")
+    tuned = peft.get_peft_model(gated, peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    results = []
+    for mode in ("mask", "skip"):
+        with torch.no_grad(), surgery.execution(gated, mode):  # type: ignore[arg-type]
+            results.append(call(tuned, example).logits)
+    assert_close([results[1]], [results[0]])
+
+
+@pytest.mark.parametrize("name", ["timm/vit_pico", "transformers/bert"])
+def test_gates_on_int8_linear_layers(name: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model, example = find(name).build()
+    plan = with_skip_paths(surgery.find_sites(model, example).plan())
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    kinds = {type(p.data).__name__ for p in model.parameters()}
+    assert len(kinds) > 1, "something is quantised"
+    expected = outputs(model, example)
+    gated = enliven(surgery.insert_gates(model, plan))
+    with surgery.execution(gated, "skip"), surgery.force(gated, 1.0):
+        assert_equal(outputs(gated, example), expected)
+    # activations are quantised row by row, so active tokens alone give what they give among others
+    with surgery.execution(gated, "mask"), surgery.force(gated, 0.5, samples=[0, 1]):
+        masked = outputs(gated, example)
+    with surgery.execution(gated, "skip"), surgery.force(gated, 0.5, samples=[0, 1]):
+        assert_close(outputs(gated, example), masked, 1e-3)
+
+
+def test_offloading_to_the_cpu() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    _, gated, example = fresh("transformers/bert")
+    expected = outputs(budgeted(gated), example)
+    offloaded = accelerate.cpu_offload(gated, execution_device=torch.device("cpu"))
+    assert all(p.device.type == "meta" for n, p in offloaded.named_parameters() if "encoder.layer" in n)
+    assert_equal(outputs(offloaded, example), expected)
+
+
+def test_a_device_map_with_parts_on_disk(tmp_path: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    _, gated, example = fresh("transformers/llama")
+    expected = outputs(budgeted(gated), example)
+    devices = accelerate.infer_auto_device_map(gated, max_memory={"cpu": 40_000, "disk": 10**9})
+    devices = {name: device if device == "disk" else "cpu" for name, device in devices.items()}
+    assert "disk" in devices.values()
+    dispatched = accelerate.dispatch_model(gated, device_map=devices, main_device="cpu", offload_dir=tmp_path)
+    # attention runs for all query tokens here: the weights that say which rows are queries are elsewhere until it is called
+    assert_close(outputs(dispatched, example), expected)
+
+
+@pytest.mark.parametrize("mode", ["mask", "skip"])
+def test_gradient_checkpointing_gives_the_same_gradients(mode: str) -> None:
+    _, gated, example = fresh("transformers/bert")
+    parameters = [p for _, gate in iter_gates(gated) for p in gate.skip_path.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable = getattr(gated, "activation_checkpointing_enable", None) or gated.gradient_checkpointing_enable
+            enable({"use_reentrant": False})  # type: ignore[operator]
+            # transformers checkpoints while training; the backbone of a gated model otherwise stays in eval
+            for module in gated.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = True
+        runs: list[int] = []
+        # inside the layer, whose own hooks run once; before a gate, since recomputing stops where it has what it needs
+        _, gate = next(iter_gates(gated))
+        hook = gate.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))  # type: ignore[misc]
+        with surgery.execution(gated, mode):  # type: ignore[arg-type]
+            call(gated, example).logits.square().sum().backward()
+        hook.remove()
+        assert len(runs) == 1 + checkpointing
+        found.append([p.grad.clone() if p.grad is not None else torch.zeros(()) for p in parameters])
+        for parameter in parameters:
+            parameter.grad = None
+    assert any(bool(gradient.any()) for gradient in found[0])
+    assert_close(found[1], found[0], 1e-5)
+
+
+def test_a_state_dict_goes_through_torch_save() -> None:
+    one = subject("timm/vit_pico")
+    file = io.BytesIO()
+    torch.save(one.gated.state_dict(), file)
+    file.seek(0)
+    again = surgery.insert_gates(one.model, one.plan)
+    state_of(again).threshold = state_of(one.gated).threshold
+    again.load_state_dict(torch.load(file, weights_only=True))
+    with surgery.execution(one.gated, "mask"), surgery.execution(again, "mask"):
+        assert_equal(outputs(again, one.example), outputs(one.gated, one.example))
+
+
+def test_two_gated_versions_of_one_base_share_its_weights() -> None:
+    model = toys.Stack(toys.mlp(8), toys.mlp(8)).eval()
+    x = torch.randn(2, 4, 8)
+    sites = surgery.find_sites(model, x)
+    first = enliven(surgery.insert_gates(model, sites.plan(granularity="sample")), 1)
+    second = enliven(surgery.insert_gates(model, sites.plan(granularity="token")), 2)
+    for name, parameter in model.named_parameters():
+        pointers = {m.get_parameter(name).data_ptr() for m in (model, first, second)}
+        assert pointers == {parameter.data_ptr()}, name
+    with torch.no_grad():
+        dense = model(x)
+        alone = {}
+        for key, gated in (("first", first), ("second", second)):
+            with surgery.execution(gated, "skip"):
+                alone[key] = gated(x)
+        with surgery.execution(first, "skip"), surgery.execution(second, "mask"), surgery.force(first, 0.0):
+            closed, other = first(x), second(x)
+            assert torch.equal(model(x), dense)
+    torch.testing.assert_close(other, alone["second"])
+    assert not torch.equal(closed, alone["first"])
+    assert not torch.equal(alone["first"], alone["second"])
