@@ -7,7 +7,9 @@ Axis letters: `N` samples, `T` tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextvars
+import functools
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -59,7 +61,31 @@ def namespace(cls: type[nn.Module]) -> dict[str, Any]:
     methods: dict[str, Any] = {"__call__": call, "train": train}
     if hasattr(cls, "generate"):
         methods["generate"] = generate
+    if hasattr(cls, "_set_gradient_checkpointing"):
+        methods["_set_gradient_checkpointing"] = _checkpointing(cls)
     return methods
+
+
+def _checkpointing(cls: Any) -> Callable[..., Any]:
+    """transformers' way to turn gradient checkpointing on, for layers that decide again what they decided before.
+
+    A layer is run a second time during `backward`, after the call and its padding mask are gone.
+    """
+    original = cls._set_gradient_checkpointing
+
+    @functools.wraps(original)
+    def switch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        function = kwargs.get("gradient_checkpointing_func")
+        if function is not None:
+            kwargs["gradient_checkpointing_func"] = functools.partial(_in_this_context, function)
+        return original(self, *args, **kwargs)
+
+    return switch
+
+
+def _in_this_context(checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    here = contextvars.copy_context()
+    return checkpoint(lambda *inputs, **more: here.copy().run(layer, *inputs, **more), *args, **kwargs)
 
 
 _signatures: dict[type, Signature] = {}
