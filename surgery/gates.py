@@ -210,13 +210,12 @@ class Gate(nn.Module):
         if branch.stateful:
             return self.mask(branch, left, residual, inputs, decisions)
         leaves, spec = tree_flatten((left, residual, tuple(inputs)))
-        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        operands = tuple({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())  # each one once
+        order = {id(tensor): i for i, tensor in enumerate(operands)}
+        at = [order[id(leaf)] if isinstance(leaf, Tensor) else None for leaf in leaves]
 
         def rebuild(tensors: Sequence[Tensor]) -> Any:
-            whole = list(leaves)
-            for i, tensor in zip(at, tensors, strict=True):
-                whole[i] = tensor
-            return tree_unflatten(whole, spec)
+            return tree_unflatten([leaf if i is None else tensors[i] for leaf, i in zip(leaves, at, strict=True)], spec)
 
         def active(*tensors: Tensor) -> Tensor:
             own_left, own_residual, own = rebuild(tensors)
@@ -228,9 +227,11 @@ class Gate(nn.Module):
 
         def passive(*tensors: Tensor) -> Tensor:
             own_left, own_residual, _ = rebuild(tensors)
+            if own_left is own_residual:
+                return self.skip_path.added(own_residual)
             return _split(branch, self.closed(branch, own_left, own_residual))[0]
 
-        value = choose(decisions.any(), active, passive, tuple(leaves[i] for i in at))
+        value = choose(decisions.any(), active, passive, operands)
         return (value, *(None,) * branch.escapes) if branch.escapes else value
 
     def skip(

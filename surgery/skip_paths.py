@@ -33,6 +33,10 @@ class SkipPath(nn.Module):
         """Residual stream -> what is added to it instead of the branch; same shape."""
         return torch.zeros_like(residual)
 
+    def added(self, residual: Tensor) -> Tensor:
+        """`residual + self(residual)`, in as few passes over memory as the path allows."""
+        return residual.clone() if self.is_identity else residual + self(residual)
+
     def flops(self, positions: int) -> int:
         """FLOPs per sample at `positions` positions; one multiply-add = 2."""
         return 0
@@ -55,6 +59,13 @@ class AffineSkip(SkipPath):
             shape = (1, self.channels, *(1,) * (residual.dim() - 2))
             scale, shift = scale.view(shape), shift.view(shape)
         return torch.addcmul(shift, residual, scale)
+
+    def added(self, residual: Tensor) -> Tensor:
+        """One pass: `residual * (1 + scale) + shift`, which is what BatchNorm computes in eval."""
+        if self.layout != "NCHW":
+            return torch.addcmul(self.shift.to(residual.dtype), residual, 1 + self.scale.to(residual.dtype))
+        scale, shift = 1 + self.scale.to(residual.dtype), self.shift.to(residual.dtype)
+        return F.batch_norm(residual, torch.zeros_like(shift), torch.ones_like(shift), scale, shift, eps=0.0)
 
     def flops(self, positions: int) -> int:
         """One multiply-add per element."""

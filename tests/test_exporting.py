@@ -23,7 +23,7 @@ from surgery.scripts.zoo import call
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 TOLERANCE = 1e-5  # largest difference, relative to the largest value; 5e-7 is what most networks show
-CONVERTED = ["timm/vit_pico@sample", "timm/test_resnet", "transformers/bert", "transformers/llama"]
+CONVERTED = ["timm/vit_pico@sample", "timm/test_resnet", "transformers/bert"]
 
 
 def run_onnx(path: Path, example: Any) -> dict[str, Tensor]:

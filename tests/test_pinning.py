@@ -15,6 +15,7 @@ from surgery.context import state_of
 from surgery.errors import PinError, SurgeryError
 from surgery.gates import iter_gates
 from surgery.scripts.zoo import call
+from surgery.skip_paths import make_skip_path
 
 NETWORKS = [
     "timm/vit_pico@sample",
@@ -109,6 +110,18 @@ def test_a_gated_model_itself_compiles_with_breaks() -> None:
         assert_close(outputs(compiled, example), expected)
     with surgery.execution(one.gated, "skip"), torch.no_grad():
         assert torch._dynamo.explain(one.gated)(example).graph_break_count > 0
+
+
+@pytest.mark.parametrize("layout", ["NTC", "NCHW"])
+def test_a_skip_path_added_in_one_pass(layout: Any) -> None:
+    residual = torch.randn((2, 5, 8) if layout == "NTC" else (2, 8, 3, 3))
+    for kind in ("identity", "affine", "linear", "low-rank"):
+        path = make_skip_path(kind, 8, layout, 2)  # type: ignore[arg-type]
+        for parameter in path.parameters():
+            nn.init.normal_(parameter)
+        with torch.no_grad():
+            torch.testing.assert_close(path.added(residual), residual + path(residual), rtol=1e-5, atol=1e-5)
+            assert path.added(residual).data_ptr() != residual.data_ptr()
 
 
 class FirstChannel(nn.Module):
