@@ -106,5 +106,7 @@ def export(
     show(Text(f"inputs: {inputs}\noutputs: {', '.join(done.outputs)}"))
     if done.dropped:
         show(Text(f"left out: {len(done.dropped)} tensors of branches and routers that never run"))
+    if decisions and len(done.outputs) == 1:
+        note("a static policy decides nothing, so there are no decisions among the outputs (--execution cond has them)")
     if done.execution == "static" and loaded.adapter.name == "huggingface":
         note("no per-layer skip config is written beside it: no model in transformers reads one yet (docs/export.md)")
