@@ -1,9 +1,9 @@
 """Counting FLOPs of a run: torch's counter, with formulas for the fused kernels that it does not know.
 
 Under `no_grad` torch runs `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` as one kernel each, which its
-counter takes for free.
+counter takes for free; until torch 2.14 it does the same with the CPU's fused attention product.
 
-Axis letters: `N` samples, `T` tokens, `C` channels.
+Axis letters: `N` samples, `T` tokens, `S` keys, `C` channels, `H` heads, `D` head dim.
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ def encoder_layer_flops(source: Shape, channels: int, heads: int, *rest: Any, **
     return attention_flops(source, source, source, channels, heads) + 2 * samples * tokens * 2 * channels * hidden
 
 
+def product_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Of `N H T D` queries with `S` keys (of as many heads or fewer): scores, weighted sum."""
+    samples, heads, tokens, width = query
+    return 2 * samples * heads * tokens * key[2] * (width + value[3])
+
+
 _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._native_multi_head_attention: attention_flops,
     torch.ops.aten._transformer_encoder_layer_fwd: encoder_layer_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: product_flops,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from surgery.counting import flop_counter
 
@@ -23,9 +22,17 @@ def test_fused_attention() -> None:
     model = nn.MultiheadAttention(C, 2, batch_first=True)
     by_hand = 2 * N * T * (4 * C * C + 2 * T * C)
     assert counted(model, x, x, x) == by_hand
-    with FlopCounterMode(display=False) as counter:  # torch's own count of the path that is not fused agrees
+    with flop_counter() as counter:  # the path that is not one kernel agrees
         model.requires_grad_(True)(x, x, x, need_weights=False)
     assert counter.get_total_flops() == by_hand
+
+
+def test_attention_product_with_fewer_key_heads() -> None:
+    """4 query heads of width 6 on 3 tokens, 7 keys: 2 * 4 * 3 * 7 * (6 + 6) a sample."""
+    query, key = torch.randn(N, 4, 3, 6), torch.randn(N, 2, 7, 6)
+    with torch.no_grad(), flop_counter() as counter:
+        nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+    assert counter.get_total_flops() == N * 2 * 4 * 3 * 7 * 12
 
 
 def test_fused_encoder_layer() -> None:
