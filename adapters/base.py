@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -68,6 +69,12 @@ class Adapter(Protocol):
 
     def base_config(self, model: nn.Module) -> dict[str, Any]:
         """The content of a `config.json` from which the ecosystem builds the same architecture again."""
+
+    def save_base(self, dense: nn.Module, directory: Path) -> None:
+        """Write a dense model, its preprocessing included, as the ecosystem itself does."""
+
+    def save_native(self, gated: nn.Module, directory: Path, spec: str | None) -> None:
+        """Write a gated model as one checkpoint that the ecosystem's own loader opens."""
 
 
 @dataclass(frozen=True)

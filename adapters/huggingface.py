@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,18 @@ from surgery.adapters.base import (
     place,
     recorded_base,
 )
-from surgery.adapters.specs import Spec, did_you_mean, near_files, numbers
+from surgery.adapters.specs import Spec, did_you_mean, near_files, numbers, parse_spec
 from surgery.calling import Batch
+from surgery.copying import align
 from surgery.errors import CheckpointError, UnknownModel
+from surgery.tracing import base_class
 
 library("transformers", "transformers")
 
 import transformers  # noqa: E402  (after the check, whose message is an install line)
 
-from surgery.adapters.huggingface_files import file_of  # noqa: E402
+from surgery.adapters import huggingface_native  # noqa: E402
+from surgery.adapters.huggingface_files import copy_processors, file_of  # noqa: E402
 from surgery.adapters.huggingface_inputs import modalities, random_batch, text_limit  # noqa: E402
 from surgery.adapters.huggingface_rows import HuggingFaceCollate, HuggingFacePreprocess  # noqa: E402
 from surgery.adapters.images import ImagePreprocess  # noqa: E402
@@ -98,10 +102,39 @@ class HuggingFaceAdapter:
     def base_config(self, model: nn.Module) -> dict[str, Any]:
         """The model's config."""
         config: Any = model.config
-        return {**config.to_dict(), "architectures": [type(model).__name__]}
+        known = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+        return {**known, "architectures": [type(model).__name__]}
+
+    def save_base(self, dense: nn.Module, directory: Path) -> None:
+        """What `save_pretrained` writes, with the tokenizer and processors that the model came with."""
+        cls: Any = type(dense)
+        _write(dense, cls.save_pretrained, directory)
+
+    def save_native(self, gated: nn.Module, directory: Path, spec: str | None) -> None:
+        """The same of a gated model, with gates inside."""
+        cls: Any = base_class(gated)
+        save = functools.partial(huggingface_native.save_pretrained, save=cls.save_pretrained, spec=spec)
+        _write(gated, save, directory)
 
 
 ADAPTER: Adapter = HuggingFaceAdapter()
+
+huggingface_native.register()
+
+
+def _write(model: nn.Module, save: Callable[..., Any], directory: Path) -> None:
+    try:
+        with _quiet():
+            save(model, save_directory=str(directory))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"transformers cannot save this {type(model).__name__}: {error}") from error
+    copy_processors(_source(model), directory, recorded_base(model).get("revision") or None)
+
+
+def _source(model: nn.Module) -> str:
+    """The directory or Hub id that a model came from, or ""."""
+    recorded = recorded_base(model).get("base")
+    return parse_spec(recorded).rest if recorded else getattr(model.config, "_name_or_path", "") or ""
 
 
 def _model(spec: Spec, device: torch.device, dtype: torch.dtype | None, revision: str | None) -> nn.Module:
@@ -113,7 +146,7 @@ def _model(spec: Spec, device: torch.device, dtype: torch.dtype | None, revision
     except (OSError, ValueError, KeyError) as error:
         near = did_you_mean(near_files(Path(spec.rest), directories=True))
         raise UnknownModel(f"{spec.text!r} cannot be read: {error}{near}") from error
-    cls = _class(spec, config)
+    cls = class_of(spec.text, config, spec.options.get("class"))
     if dtype is None and device.type == "cpu" and getattr(config, "dtype", None) in HALF:
         dtype = torch.float32
     if spec.options.get("pretrained", True) is False:
@@ -143,7 +176,7 @@ def _model(spec: Spec, device: torch.device, dtype: torch.dtype | None, revision
             )
     if dtype is None and device.type == "cpu" and any(p.dtype in HALF for p in model.parameters()):
         dtype = torch.float32
-    return model.to(device=device, dtype=dtype).eval() if dtype is not None else model.to(device).eval()
+    return align(model.to(device=device, dtype=dtype) if dtype is not None else model.to(device)).eval()
 
 
 @contextmanager
@@ -158,20 +191,28 @@ def _quiet() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _class(spec: Spec, config: Any) -> Any:
-    """The class that the `class` option or the config names, else `AutoModel`."""
-    wanted = spec.options.get("class")
+def class_of(text: str, config: Any, wanted: Any = None) -> Any:
+    """The class that is `wanted`, or that the config names, else `AutoModel`.
+
+    Args:
+        text: The `MODEL` string, for messages.
+        config: A transformers config.
+        wanted: Name of a class of transformers, or None.
+
+    Raises:
+        UnknownModel: If transformers has no such class.
+    """
     if wanted is not None:
         cls = getattr(transformers, str(wanted), None)
         if cls is None:
             near = difflib.get_close_matches(str(wanted), dir(transformers))
-            raise UnknownModel(f"{spec.text!r}: transformers has no class {wanted!r}{did_you_mean(near)}")
+            raise UnknownModel(f"{text!r}: transformers has no class {wanted!r}{did_you_mean(near)}")
         return cls
     for name in getattr(config, "architectures", None) or ():
         cls = getattr(transformers, name, None)
         if cls is not None:
             return cls
-        logger.warning("%s: transformers has no class %s, using AutoModel", spec.text, name)
+        logger.warning("%s: transformers has no class %s, using AutoModel", text, name)
     return transformers.AutoModel
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +31,38 @@ def file_of(source: str, names: Sequence[str], revision: str | None, *, offline:
         except (HFValidationError, RepositoryNotFoundError):
             return None
     return None
+
+
+PROCESSORS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""What `save_pretrained` of tokenizers and processors writes."""
+
+
+def copy_processors(source: str, directory: Path, revision: str | None = None) -> None:
+    """Put tokenizer and processors of a model beside it; those that are on this machine.
+
+    Args:
+        source: Local directory or Hub id; "" has none.
+        directory: Where to.
+        revision: On the Hub.
+    """
+    for name in PROCESSORS if source else ():
+        file = file_of(source, (name,), revision, offline=True)
+        if file is not None:
+            shutil.copyfile(file, directory / name)
 
 
 @lru_cache(maxsize=4)

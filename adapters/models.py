@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from surgery import consent
 from surgery.adapters.base import Loaded
 from surgery.adapters.registry import adapter_names, get_adapter, table
 from surgery.adapters.specs import Spec, did_you_mean, near_files, parse_spec
@@ -56,6 +57,7 @@ def load_model(
     """
     parsed = parse_spec(spec)
     adapter = get_adapter(_adapter_name(parsed))
+    consent.remember(spec)
     loaded = adapter.load(parsed, device=device, dtype=dtype, revision=revision)
     loaded.model.eval()
     return replace(loaded, spec=spec)

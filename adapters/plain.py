@@ -20,7 +20,7 @@ from surgery.adapters.base import BASE_ATTRIBUTE, Adapter, Loaded, Row, class_pa
 from surgery.adapters.images import ImagePreprocess, to_pil
 from surgery.adapters.specs import Spec, did_you_mean, near_files, numbers
 from surgery.calling import Batch
-from surgery.errors import DataError, UnknownModel
+from surgery.errors import CheckpointError, DataError, UnknownModel
 
 PREPROCESSING = ("mean", "std", "size", "channels")
 
@@ -116,6 +116,19 @@ class PlainAdapter:
     def base_config(self, model: nn.Module) -> dict[str, Any]:
         """Nothing is known."""
         return {}
+
+    def save_base(self, dense: nn.Module, directory: Path) -> None:
+        """Nothing opens it."""
+        raise CheckpointError(
+            f"{class_path(dense)} is a network of your own, which no library opens from a directory; save without base=True and"
+            " share its code and weights as you do now"
+        )
+
+    def save_native(self, gated: nn.Module, directory: Path, spec: str | None) -> None:
+        """Nothing opens it."""
+        raise CheckpointError(
+            f"native checkpoints are for transformers models, got a {class_path(gated)}; save without native=True"
+        )
 
 
 ADAPTER: Adapter = PlainAdapter()

@@ -24,9 +24,10 @@ from surgery.adapters.base import (
     stack,
 )
 from surgery.adapters.images import natural_images, to_pil
-from surgery.adapters.specs import Spec, did_you_mean, numbers
-from surgery.calling import Batch
+from surgery.adapters.specs import Spec, did_you_mean, numbers, parse_spec
+from surgery.calling import Batch, dtype_of
 from surgery.errors import CheckpointError, UnknownModel
+from surgery.fingerprints import fingerprint
 
 library("timm", "timm")
 
@@ -34,6 +35,7 @@ import timm  # noqa: E402  (after the check, whose message is an install line)
 import timm.data  # noqa: E402
 import timm.models  # noqa: E402
 
+OWN_OPTIONS = ("checkpoint", "pretrained", "revision")
 PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "input_size")
 
 
@@ -60,7 +62,7 @@ class TimmAdapter:
         self, spec: Spec, *, device: torch.device | str, dtype: torch.dtype | None, revision: str | None
     ) -> Loaded:
         """`timm:name`, `timm:hf-hub:org/name`, or a directory in timm's Hub layout."""
-        options = spec.without("checkpoint", "pretrained", "revision", *PREPROCESSING)
+        options = spec.without(*OWN_OPTIONS, *PREPROCESSING)
         revision = revision or spec.options.get("revision")
         checkpoint = spec.options.get("checkpoint")
         pretrained = bool(spec.options.get("pretrained", checkpoint is None))
@@ -120,6 +122,33 @@ class TimmAdapter:
             "pretrained_cfg": config,
             "model_args": dict(getattr(model, "_model_args", {})),
         }
+
+    def save_base(self, dense: nn.Module, directory: Path) -> None:
+        """`config.json` and `model.safetensors`, as timm writes them for the Hub.
+
+        Raises:
+            CheckpointError: If timm does not build the same network from them.
+        """
+        options = parse_spec(recorded_base(dense).get("base") or "timm:unknown").without(*OWN_OPTIONS, *PREPROCESSING)
+        try:
+            timm.models.save_for_hf(dense, str(directory), model_args=options or None, safe_serialization=True)
+            again = timm.create_model(f"local-dir:{directory}", pretrained=True)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+            raise CheckpointError(
+                f"timm cannot write this {type(dense).__name__} and read it again: {error}"
+            ) from error
+        if fingerprint(again.to(dtype_of(dense))) != fingerprint(dense):
+            raise CheckpointError(
+                f"timm reads another {type(dense).__name__} from what it wrote: options of timm.create_model are not known; make "
+                "the model with surgery.adapters.load_model('timm:name?option=value')"
+            )
+
+    def save_native(self, gated: nn.Module, directory: Path, spec: str | None) -> None:
+        """timm has no such form."""
+        raise CheckpointError(
+            f"native checkpoints are for transformers models, got a {class_path(gated)}; base=True writes a directory that timm "
+            "opens as the dense model and surgery.load as the gated one"
+        )
 
 
 ADAPTER: Adapter = TimmAdapter()

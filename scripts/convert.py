@@ -134,7 +134,7 @@ def convert(
         if _resumable(work, since=0 if resume else started):
             interrupted(f"interrupted; what was tuned is kept. Go on with: {_resumed(sys.argv[1:])}")
         interrupted("interrupted before tuning began; nothing was written")
-    save(gated, out, overwrite=force, base=model)
+    save(gated, out, overwrite=force, spec=model)
     shutil.rmtree(work, ignore_errors=True)
     settings = status(gated)
     if as_json:
@@ -146,12 +146,12 @@ def convert(
 
 def _check_output(out: Path, work: Path, *, force: bool, resume: bool) -> None:
     """Refuse before the work, not after it."""
-    from surgery.checkpoints import CONFIG
+    from surgery.configs import is_checkpoint
 
     if out.exists() and not force:
         raise OutputExists(f"{out} exists; pass --force to replace it, or another --out")
-    if out.exists() and not (out / CONFIG).is_file() and any(out.iterdir() if out.is_dir() else [out]):
-        raise OutputExists(f"{out} holds no {CONFIG}, so it is something else and is not replaced; give another --out")
+    if out.exists() and not is_checkpoint(out) and any(out.iterdir() if out.is_dir() else [out]):
+        raise OutputExists(f"{out} is no converted model, so it is not replaced; give another --out")
     if resume and not _resumable(work, since=0):
         raise CheckpointError(f"--resume: {work} holds no interrupted run; start without --resume")
 

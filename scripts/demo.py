@@ -85,7 +85,7 @@ def demo(
         gated = _convert(dense, budget, seed, progress)
         converted = time.monotonic()
         weights = (out / "dense.safetensors").resolve()
-        save(gated, out / "gated", overwrite=True, base=f"python:{digits_model.__name__}:trained?weights={weights}")
+        save(gated, out / "gated", overwrite=True, spec=f"python:{digits_model.__name__}:trained?weights={weights}")
         headline, sweep = _measure(gated, dense, budget, seed, progress)
     seconds = {"training": trained - start, "conversion": converted - trained, "all": time.monotonic() - start}
     outcome = Outcome(headline, sweep, _kinds(gated), seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,16 +43,21 @@ class Machine:
         Raises:
             CheckpointError: If the checkpoint does not say what it was made from.
         """
-        from surgery.checkpoints import load, read_config
+        from surgery.checkpoints import base_spec, load, native_config_is_used
+        from surgery.configs import decode, read_config
+        from surgery.rewriting import remove
 
-        base = read_config(directory).get("base", {})
-        recorded = base.get("spec")
-        if not (spec or recorded):
+        base = decode(read_config(directory)).base
+        if native_config_is_used(directory):
+            loaded = self.load(str(directory))
+            return loaded.model, replace(loaded, model=remove(loaded.model))
+        if not (spec or base.get("spec") or base.get("included")):
             raise CheckpointError(
                 f"{directory} was made from a {base.get('class')} that no MODEL string names; give one with --model"
             )
-        machine = self if spec or self.revision else _with_revision(self, base.get("revision"))
-        loaded = machine.load(spec or recorded)
+        there = spec or self.revision or base.get("included")
+        machine = self if there else replace(self, revision=base.get("revision") or None)
+        loaded = machine.load(spec or base_spec(directory, base))
         return load(directory, model=loaded.model), loaded
 
 
@@ -67,12 +72,6 @@ def example_of(loaded: Loaded, data: str | None, *, split: str, batch_size: int,
 
 def is_converted(model: str) -> bool:
     """Whether a `MODEL` argument is a directory that `surgery convert` wrote."""
-    from surgery.checkpoints import CONFIG
+    from surgery.configs import is_checkpoint
 
-    return (Path(model).expanduser() / CONFIG).is_file()
-
-
-def _with_revision(machine: Machine, revision: str | None) -> Machine:
-    from dataclasses import replace
-
-    return replace(machine, revision=revision or None)
+    return is_checkpoint(model)

@@ -125,7 +125,7 @@ def perform(run: Run, shared: Path, out: Path, seed: int, limit: int | None, tes
             loaded.model, run.budget, data=data, options=Options(epochs=run.epochs), seed=seed, progress=progress
         )
     seconds = time.perf_counter() - started
-    save(gated, out / run.name, overwrite=True, base=_spec(run, shared))
+    save(gated, out / run.name, overwrite=True, spec=_spec(run, shared))
     low, high = budget_range(gated)
     reports = {}
     for budget in BUDGETS:

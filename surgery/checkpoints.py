@@ -1,15 +1,13 @@
 """Saving what a conversion added, and putting it back: `surgery_config.json` and `surgery.safetensors` in a directory.
 
-The base model's weights are not in it; its name, revision and the hash of its weights are. Nothing is pickled.
+The base model's weights are not in it unless asked for; its name, revision and the hash of its weights are. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,248 +16,200 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from surgery import consent
+from surgery.configs import CONFIG, Recorded, decode, encode, is_checkpoint, native_config, read_config
 from surgery.context import state_of
 from surgery.directories import written_directory
-from surgery.errors import BaseMismatch, CheckpointError, UnknownModel
+from surgery.errors import BaseMismatch, CheckpointError, PlanMismatch, SurgeryError, UnknownModel
 from surgery.fingerprints import fingerprint, float_dtypes
-from surgery.gates import Gate, iter_gates
-from surgery.rewriting import check_convertible, insert_gates
-from surgery.sites import Plan
-from surgery.state import BudgetPoint, CostModel, GatedState, SiteCost
+from surgery.gates import iter_gates
+from surgery.rewriting import check_convertible, insert_gates, remove
+from surgery.routers import Router
+from surgery.state import GatedState
+from surgery.tracing import GATES
+from surgery.vetting import damaged, expected_tensors, refuse_misfit, vet_tensors
 
-CONFIG = "surgery_config.json"
 TENSORS = "surgery.safetensors"
-FORMAT_VERSION = 1
-LIBRARIES = ("bypass-surgery", "torch", "timm", "transformers")
 GATE_NUMBERS = ("offset",)
 """What a gate knows beside its tensors."""
-_OWN_FORM = ("plan", "costs", "base", "table", "threshold")
-"""Fields of the state that are not written down as they are."""
 
 
-def save(gated: nn.Module, directory: str | Path, *, overwrite: bool = False, base: str | None = None) -> None:
+def save(
+    gated: nn.Module,
+    directory: str | Path,
+    *,
+    base: bool = False,
+    native: bool = False,
+    overwrite: bool = False,
+    spec: str | None = None,
+) -> None:
     """Write routers, skip paths, plan, costs, budgets and the reference to the base model.
 
     Args:
         gated: A gated model.
         directory: Where to. It appears in full or not at all.
+        base: Also write the dense model as its ecosystem does, so that timm or transformers opens the directory as the
+            dense model and `load` needs nothing else.
+        native: For transformers: write one checkpoint with the gates inside, which `from_pretrained` opens as the
+            gated model after `import surgery.adapters.huggingface`.
         overwrite: Replace an older checkpoint there.
-        base: `MODEL` string from which `load` builds the base, such as `timm:resnet50`; found out where possible.
+        spec: `MODEL` string from which `load` builds the base, such as `timm:resnet50`; found out where possible.
 
     Raises:
         NotConverted: If the model has no gates.
         OutputExists: If the directory exists and may not be replaced.
-        CheckpointError: If the file system refuses, or gates have no values.
+        CheckpointError: If the file system refuses, values are missing, or the ecosystem has no layout for the model.
     """
+    if not isinstance(base, bool):
+        raise SurgeryError(f"base must be True or False, got {base!r}; a MODEL string is given as spec=…")
+    if base and native:
+        raise SurgeryError("a native checkpoint holds the base already; give base=True or native=True, not both")
+    with written_directory(directory, marker=is_checkpoint, overwrite=overwrite) as temporary:
+        write(gated, temporary, base=base, native=native, spec=spec)
+
+
+def write(gated: nn.Module, place: Path, *, base: bool = False, native: bool = False, spec: str | None = None) -> None:
+    """What `save` does, into an empty directory that is already there.
+
+    Raises:
+        NotConverted, CheckpointError: As `save` does.
+    """
+    from surgery.adapters.registry import adapter_for
+
     state = state_of(gated)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in gate_tensors(gated).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own_tensors(gated).items()}
     empty = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
     if empty:
         raise CheckpointError(
             f"{empty[0]} and {len(empty) - 1} others are on the meta device and have no values to save"
         )
-    config = _encode(gated, state, _reference(gated, state, base))
-    text = json.dumps(config, indent=1, allow_nan=False) + "\n"
-    with written_directory(directory, marker=CONFIG, overwrite=overwrite) as temporary:
-        (temporary / CONFIG).write_text(text, encoding="utf-8")
-        try:
-            save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise CheckpointError(f"cannot write {Path(directory) / TENSORS}: {error}; nothing was written") from error
+    if native:
+        adapter_for(gated).save_native(gated, place, spec)
+        return
+    if base:
+        adapter_for(gated).save_base(remove(gated), place)
+    try:
+        save_file(tensors, place / TENSORS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot write {TENSORS}: {error}; nothing was written") from error
+    config = config_of(gated, state, spec, included=base, tensors_sha256=_sha256(place / TENSORS))
+    (place / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def load(
-    directory: str | Path,
+    source: str | Path,
     *,
+    revision: str | None = None,
     model: nn.Module | None = None,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: Any = None,
     allow_other_base: bool = False,
+    trust_code: bool = False,
+    token: str | bool | None = None,
 ) -> nn.Module:
-    """Build the gated model that `save` wrote.
+    """Build the gated model that `save` or `push_to_hub` wrote.
 
     Args:
-        directory: What `save` wrote.
+        source: A directory, or a repository on the Hub such as `me/resnet50-c60`.
+        revision: Branch, tag or commit of that repository.
         model: The dense base model; it is not changed. None builds it from the reference in the checkpoint. On the meta
             device its weights are not compared.
         device: Where the gated model is put; None leaves it where the base is.
+        dtype: Of the gated model's floating-point parameters; routers stay float32. None keeps that of the base.
+        device_map: For transformers: weights go straight to these devices, one tensor at a time, as in `from_pretrained`.
+            What is offloaded to disk is not compared with the base's hash.
         allow_other_base: Accept a base of another class or with other weights than the checkpoint was made from.
+        trust_code: Build a base that is code (`python:…`) although you never ran it.
+        token: For private repositories; None takes the one that `hf auth login` stored.
 
     Returns:
         A module of the base's class; outputs and decisions are those of the saved one, bit for bit.
 
     Raises:
-        CheckpointError: If the directory is missing, damaged, of a newer format, or its tensors do not fit.
+        CheckpointError: If the source is missing, damaged, of a newer format, or its tensors do not fit.
         BaseMismatch: If the base is another one.
         PlanMismatch: If the gates' places are not found in the base.
+        HubError: If a repository cannot be read.
     """
-    place = Path(directory).expanduser()
-    config, tensors = read_config(place), _read_tensors(place)
-    try:
-        plan, base = Plan.from_dict(config["plan"]), dict(config["base"])
-        changes = _decode(config)
-        numbers = {name: {key: float(value[key]) for key in GATE_NUMBERS} for name, value in config["gates"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(place / CONFIG, repr(error)) from error
+    place = directory_of(source, revision=revision, token=token)
+    config = read_config(place)
+    if native_config_is_used(place):
+        gated = _load_native(place, config, model, dtype, device_map)
+        return gated if device is None else gated.to(device)
+    recorded = _read(place, config)
     if model is None:
-        model = _build_base(place, base, device)
+        spec = base_spec(place, recorded.base, trust_code=trust_code)
+        if device_map is not None:
+            return _load_streamed(place, recorded, config, spec, dtype, device_map, allow_other_base)
+        model = _build_base(place, recorded.base, spec, device)
+    elif device_map is not None:
+        raise SurgeryError("device_map says where a model is loaded to, and model= is loaded already; give one of them")
     check_convertible(model)
-    _check_base(place, base, model, allow_other_base)
-    gated = insert_gates(model, plan)
-    _fill(place, gated, tensors, numbers)
-    state = state_of(gated)
-    for name, value in changes.items():
-        setattr(state, name, value)
-    state.base = {**base, **state.base}
+    check_base(place, recorded.base, model, allow_other_base)
+    gated = _insert(place, model, recorded)
+    _fill(place, gated, load_file(place / TENSORS))
+    restore(gated, recorded)
+    _cast(gated, dtype)
     return gated if device is None else gated.to(device)
 
 
-def gate_tensors(gated: nn.Module) -> dict[str, Tensor]:
-    """Routers' and skip paths' tensors under their names in the state dict; a gate with two names is listed once."""
+def own_tensors(gated: nn.Module) -> dict[str, Tensor]:
+    """What hangs under a `surgery_gates`, under its name in the state dict; a gate with two names is listed once."""
     return {
         f"{name}.{key}": tensor
         for name, module in gated.named_modules()
-        if isinstance(module, Gate)
+        if name.rpartition(".")[2] == GATES
         for key, tensor in module.state_dict().items()
     }
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """The content of `surgery_config.json`, checked for its format version only.
+def config_of(gated: nn.Module, state: GatedState, spec: str | None, **own: Any) -> dict[str, Any]:
+    """The content of `surgery_config.json`.
 
-    Raises:
-        CheckpointError: If it is missing, damaged or of a newer format.
+    Args:
+        gated: A gated model.
+        state: Its state.
+        spec: `MODEL` string of the base, where the caller knows better.
+        own: `included`: whether the base's weights lie beside it; `tensors_sha256`: hash of the tensors' file.
     """
-    place = Path(directory).expanduser()
-    try:
-        text = (place / CONFIG).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        what = f"holds no {CONFIG}" if place.is_dir() else "is no directory"
-        raise CheckpointError(f"{directory} {what}; expected a directory that surgery.save wrote") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(place / CONFIG, str(error)) from error
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise _damaged(place / CONFIG, str(error)) from error
-    found = config.get("format_version") if isinstance(config, dict) else None
-    if not isinstance(found, int):
-        raise _damaged(place / CONFIG, f"format_version is {found!r}")
-    if found > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{place / CONFIG} has format version {found}, this version of bypass-surgery reads up to {FORMAT_VERSION}: "
-            "pip install -U bypass-surgery"
-        )
-    return config
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def _reference(gated: nn.Module, state: GatedState, spec: str | None) -> dict[str, Any]:
-    """What the gated model was made from."""
     from surgery.adapters.registry import adapter_for
 
-    found: dict[str, Any] = dict(adapter_for(gated).reference(gated))
+    adapter = adapter_for(gated)
+    found: dict[str, Any] = dict(adapter.reference(gated))
     found["spec"] = found.pop("base", "")
     known = {key: value for key, value in state.base.items() if key != "trainable"}  # belongs to the model in memory
     given = {} if spec is None else {"spec": spec}
-    weights = {"dtypes": float_dtypes(gated), "sha256": fingerprint(gated)}
-    return {**found, **known, **given, **weights, "class": _class_path(gated)}
+    weights = {"dtypes": float_dtypes(gated), "sha256": fingerprint(gated), "included": own.pop("included", False)}
+    base = {**found, **known, **given, **weights, "class": _class_path(gated)}
+    numbers = {name: {key: float(getattr(gate, key)) for key in GATE_NUMBERS} for name, gate in iter_gates(gated)}
+    return encode(state, base, architecture=adapter.base_config(gated), gates=numbers, **own)
 
 
-def _encode(gated: nn.Module, state: GatedState, base: dict[str, Any]) -> dict[str, Any]:
-    plain = {field.name: getattr(state, field.name) for field in fields(state) if field.name not in _OWN_FORM}
-    return {
-        "format_version": FORMAT_VERSION,
-        "versions": _versions(),
-        "base": _strict(base),
-        "plan": _strict(state.plan.to_dict()),
-        "costs": _strict(asdict(state.costs)),
-        "threshold": _number(state.threshold),
-        "table": [_strict(asdict(point)) | {"threshold": _number(point.threshold)} for point in state.table],
-        "gates": {name: {key: _number(getattr(gate, key)) for key in GATE_NUMBERS} for name, gate in iter_gates(gated)},
-        **_strict(plain),
-    }
+def base_spec(place: Path, base: Mapping[str, Any], *, trust_code: bool = False) -> str:
+    """The `MODEL` string of a checkpoint's base: the directory itself where the base lies in it.
 
-
-def _number(value: float) -> float | str:
-    """Infinity is no JSON number: it becomes text that `float` reads back."""
-    return float(value) if math.isfinite(value) else str(float(value))
-
-
-def _strict(value: Any) -> Any:
-    """What strict JSON can hold: numbers that are not finite become null, what is no JSON value becomes text."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_strict(item) for item in value]
-    return str(value)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def _decode(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the state's fields."""
-    costs = config["costs"]
-    sites = {name: SiteCost(**cost) for name, cost in costs["sites"].items()}
-    table = [
-        BudgetPoint(**{**point, "threshold": float(point["threshold"]), "static": tuple(point["static"])})
-        for point in config["table"]
-    ]
-    plain = {f.name: config[f.name] for f in fields(GatedState) if f.name not in _OWN_FORM and f.name in config}
-    return {
-        **plain,
-        "costs": CostModel(costs["unit"], float(costs["dense"]), sites),
-        "table": table,
-        "threshold": float(config["threshold"]),
-    }
-
-
-def _read_tensors(place: Path) -> dict[str, Tensor]:
-    file = place / TENSORS
-    if not file.is_file():
-        raise CheckpointError(f"{place} holds no {TENSORS}; expected a directory that surgery.save wrote")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(file, str(error)) from error
-
-
-def _build_base(place: Path, base: Mapping[str, Any], device: torch.device | str | None) -> nn.Module:
-    from surgery.adapters.models import load_model
-
-    spec = base.get("spec")
+    Raises:
+        CheckpointError: If it names none, or one that runs code which this user never ran.
+    """
+    if base.get("included"):
+        return str(place)
+    spec = str(base.get("spec") or "")
     if not spec:
         raise CheckpointError(
             f"{place} was made from a {base.get('class')} of your own that no MODEL string names; "
             "pass it: surgery.load(directory, model=…)"
         )
-    dtypes = base.get("dtypes") or []
-    dtype = getattr(torch, dtypes[0]) if len(dtypes) == 1 else None
-    try:
-        return load_model(spec, device=device or "cpu", dtype=dtype, revision=base.get("revision") or None).model
-    except UnknownModel as error:
-        raise CheckpointError(
-            f"{place}: its base {spec!r} cannot be built: {error}; pass it: surgery.load(directory, model=…)"
-        ) from error
+    consent.check(spec, place, trust_code=trust_code)
+    return spec
 
 
-def _check_base(place: Path, base: Mapping[str, Any], model: nn.Module, allow_other: bool) -> None:
+def check_base(place: Path, base: Mapping[str, Any], model: nn.Module, allow_other: bool = False) -> None:
+    """Compare a model's class and weights with those that a checkpoint was made from.
+
+    Raises:
+        BaseMismatch: If they differ, with both hashes.
+    """
     if allow_other:
         return
     name, expected = _class_path(model), str(base.get("class"))
@@ -283,39 +233,152 @@ def _check_base(place: Path, base: Mapping[str, Any], model: nn.Module, allow_ot
     )
 
 
-def _fill(
-    place: Path, gated: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, Mapping[str, float]]
-) -> None:
+def restore(gated: nn.Module, recorded: Recorded) -> None:
+    """Give a model with gates the state that was saved: costs, budgets, threshold, and the gates' numbers."""
+    state = state_of(gated)
+    for name, value in recorded.values.items():
+        setattr(state, name, value)
+    state.base = {**recorded.base, **state.base}
+    for name, gate in iter_gates(gated):
+        for key, value in recorded.numbers[name].items():
+            setattr(gate, key, value)
+
+
+def directory_of(source: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The local directory of a checkpoint; a repository on the Hub is fetched into its cache.
+
+    Raises:
+        CheckpointError: If `source` is neither.
+        HubError: If the repository cannot be read.
+    """
+    place = Path(source).expanduser()
+    if place.exists():
+        return place
+    return place
+
+
+def native_config_is_used(place: Path) -> bool:
+    """Whether a directory is a transformers checkpoint with gates inside."""
+    return not (place / CONFIG).is_file() and native_config(place) is not None
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read(place: Path, config: Mapping[str, Any]) -> Recorded:
+    """Check everything that is in the two files; nothing is built."""
+    try:
+        recorded = decode(config)
+    except CheckpointError as error:
+        raise damaged(place / CONFIG, str(error)) from error
+    file = place / TENSORS
+    if not file.is_file():
+        raise CheckpointError(f"{place} holds no {TENSORS}; expected a directory that surgery.save wrote")
+    vet_tensors(file, expected_tensors(recorded.plan))
+    if recorded.tensors_sha256 is not None and (found := _sha256(file)) != recorded.tensors_sha256:
+        raise damaged(file, f"sha256 {found}, {CONFIG} says {recorded.tensors_sha256}")
+    return recorded
+
+
+def _build_base(place: Path, base: Mapping[str, Any], spec: str, device: torch.device | str | None) -> nn.Module:
+    from surgery.adapters.models import load_model
+
+    dtypes = base.get("dtypes") or []
+    dtype = getattr(torch, dtypes[0]) if len(dtypes) == 1 else None
+    revision = None if base.get("included") else base.get("revision") or None
+    try:
+        return load_model(spec, device=device or "cpu", dtype=dtype, revision=revision).model
+    except UnknownModel as error:
+        raise CheckpointError(
+            f"{place}: its base {spec!r} cannot be built: {error}; pass it: surgery.load(directory, model=…)"
+        ) from error
+
+
+def _load_native(
+    place: Path, config: Mapping[str, Any], model: nn.Module | None, dtype: Any, device_map: Any
+) -> nn.Module:
+    if model is not None:
+        raise SurgeryError(f"{place} holds its base; load it without model=")
+    from surgery.adapters import huggingface_native
+
+    try:
+        decode(config)
+    except CheckpointError as error:
+        raise damaged(place / "config.json", str(error)) from error
+    return huggingface_native.load_native(place, dtype=dtype, device_map=device_map)
+
+
+def _load_streamed(
+    place: Path,
+    recorded: Recorded,
+    config: Mapping[str, Any],
+    spec: str,
+    dtype: torch.dtype | None,
+    device_map: Any,
+    allow_other: bool,
+) -> nn.Module:
+    if recorded.base.get("library") != "transformers":
+        raise SurgeryError(
+            f"device_map is for transformers models, and {place} was made from a {recorded.base.get('class')}"
+        )
+    from surgery.adapters import huggingface_native
+
+    gated = huggingface_native.load_streamed(
+        spec,
+        config,
+        place / TENSORS,
+        revision=recorded.base.get("revision") or None,
+        dtype=dtype,
+        device_map=device_map,
+    )
+    if dtype is None or [str(dtype).removeprefix("torch.")] == recorded.base.get("dtypes"):
+        check_base(place, recorded.base, gated, allow_other)
+    return gated
+
+
+def _insert(place: Path, model: nn.Module, recorded: Recorded) -> nn.Module:
+    try:
+        return insert_gates(model, recorded.plan)
+    except SurgeryError:
+        raise
+    except Exception as error:  # a plan from elsewhere can be wrong in ways that only tracing finds
+        raise PlanMismatch(
+            f"{place}: the gates cannot be put into this {type(model).__name__}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _fill(place: Path, gated: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give the gates their values, in the dtypes in which they were saved."""
-    expected = gate_tensors(gated)
-    missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    expected = own_tensors(gated)
     wrong = [
         f"{name} is {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
-    gates = {name: module for name, module in gated.named_modules() if isinstance(module, Gate)}
-    missing += sorted(f"numbers of {gate.site.name}" for gate in gates.values() if gate.site.name not in numbers)
-    if missing or unexpected or wrong:
-        parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        found = "; ".join(f"{what}: {_listed(names)}" for what, names in parts if names)
-        raise CheckpointError(f"{place / TENSORS} does not fit its plan: {found}; save the model again")
-    for name, gate in gates.items():
-        own = {key: tensors[f"{name}.{key}"] for key in gate.state_dict()}
-        devices = {key: value.device for key, value in gate.state_dict().items()}
+    refuse_misfit(place / TENSORS, set(expected) - set(tensors), set(tensors) - set(expected), wrong)
+    for name, module in gated.named_modules():
+        if name.rpartition(".")[2] != GATES:
+            continue
+        devices = {key: value.device for key, value in module.state_dict().items()}
+        own = {key: tensors[f"{name}.{key}"] for key in devices}
         placed = {k: v if devices[k].type == "meta" else v.to(devices[k]) for k, v in own.items()}
-        gate.load_state_dict(placed, assign=True)
-        for key, value in numbers[gate.site.name].items():
-            setattr(gate, key, value)
+        module.load_state_dict(placed, assign=True)
 
 
-def _listed(names: Iterable[str], most: int = 20) -> str:
-    known = list(names)
-    return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
+def _cast(gated: nn.Module, dtype: torch.dtype | None) -> None:
+    """Give saved tensors another dtype, as `from_pretrained` does: rotary frequencies and the like are not saved."""
+    routers = {id(t) for m in gated.modules() if isinstance(m, Router) for t in (*m.parameters(), *m.buffers())}
+    for tensor in gated.state_dict(keep_vars=True).values():
+        if dtype is not None and tensor.is_floating_point() and id(tensor) not in routers:
+            tensor.data = tensor.data.to(dtype)
 
 
-def _damaged(file: Path, detail: str) -> CheckpointError:
-    return CheckpointError(f"{file} is damaged ({detail}); copy or save it again")
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        digest = hashlib.sha256()
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _class_path(model: nn.Module) -> str:

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ALIGNMENT = 64
+"""Bytes; what torch allocates at."""
+
 
 def share(model: nn.Module) -> nn.Module:
     """Copy `model`; parameters are frozen views of the original's memory, ties are kept.
@@ -28,6 +31,17 @@ def share(model: nn.Module) -> nn.Module:
         if module._parameters or module._buffers:
             module.register_load_state_dict_pre_hook(_own_memory_before_loading)
     return twin
+
+
+def align(model: nn.Module) -> nn.Module:
+    """Move CPU tensors that start at an odd address, as those of a memory-mapped file do; returns `model`.
+
+    Matrix products round differently at such addresses, so a model would depend on the length of its file's header.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and type(tensor.data) is Tensor and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:

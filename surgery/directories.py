@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,12 +13,15 @@ from surgery.errors import CheckpointError, OutputExists
 
 
 @contextmanager
-def written_directory(target: str | Path, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
+def written_directory(
+    target: str | Path, *, marker: str | Callable[[Path], bool], overwrite: bool = False
+) -> Iterator[Path]:
     """Yield a new directory beside `target` that takes its name when the block ends well and vanishes when it does not.
 
     Args:
         target: Where the directory shall be; its parents are made.
-        marker: Name of a file by which an older directory of the same kind is recognised: nothing else is replaced.
+        marker: Name of a file by which an older directory of the same kind is recognised, or a function that says whether
+            it is one: nothing else is replaced.
         overwrite: Whether such a directory, or an empty one, may be replaced.
 
     Raises:
@@ -43,15 +46,15 @@ def written_directory(target: str | Path, *, marker: str, overwrite: bool = Fals
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_free(place: Path, target: str | Path, marker: str, overwrite: bool) -> None:
+def _check_free(place: Path, target: str | Path, marker: str | Callable[[Path], bool], overwrite: bool) -> None:
     if not place.exists():
         return
     if not overwrite:
         raise OutputExists(f"{target} exists; give another directory, or overwrite=True to replace it")
-    if not place.is_dir() or (any(place.iterdir()) and not (place / marker).is_file()):
-        raise OutputExists(
-            f"{target} holds no {marker}, so it is something else and is not replaced; give another directory"
-        )
+    same = marker if callable(marker) else lambda older: (older / marker).is_file()
+    if not place.is_dir() or (any(place.iterdir()) and not same(place)):
+        what = "is no converted model" if callable(marker) else f"holds no {marker}"
+        raise OutputExists(f"{target} {what}, so it is something else and is not replaced; give another directory")
 
 
 def _move(new: Path, place: Path) -> None:

@@ -22,7 +22,8 @@ import keyword
 import linecache
 import logging
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,12 @@ class Gates(nn.Module):
     def __init__(self, state: GatedState) -> None:
         super().__init__()
         self.state = state
+
+    def hang(self, planned: SitePlan, host: str, query: tuple[tuple[nn.Module, str], ...] = ()) -> str:
+        """Add the gate of one site; returns its name here."""
+        key = _key(planned.site.name, host, self)
+        self.add_module(key, Gate(planned, self.state, query=query))
+        return key
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,17 +184,21 @@ def insert_gates(model: nn.Module, plan: Plan | Sites) -> nn.Module:
     unknown = sorted({p.site.host for p in plan.sites} - set(modules))
     if unknown:
         raise PlanMismatch(f"the plan for {plan.model_name} names modules that {type(model).__name__} lacks: {unknown}")
-    state = GatedState(plan=plan, costs=flop_costs(plan), threshold=float("-inf"))
     gated = share(model).eval()
-    for host in dict.fromkeys(p.site.host for p in plan.sites):
-        planned = [p for p in plan.sites if p.site.host == host]
-        install(gated, host, planned, plan, state)
-    _make_root(gated, state)
+    gate_in_place(gated, plan)
     for _, gate in _gates(gated):
         gate.eval()
         device = next((p.device for p in gated.parameters()), torch.device("cpu"))
         gate.to(device)
     return gated
+
+
+def gate_in_place(model: nn.Module, plan: Plan) -> None:
+    """Turn `model` itself into a gated model: for one that nobody else holds, such as a copy or one that is being loaded."""
+    state = GatedState(plan=plan, costs=flop_costs(plan), threshold=float("-inf"))
+    for host in dict.fromkeys(p.site.host for p in plan.sites):
+        install(model, host, [p for p in plan.sites if p.site.host == host], plan, state)
+    _make_root(model, state)
 
 
 def remove(gated: nn.Module) -> nn.Module:
@@ -203,6 +214,7 @@ def remove(gated: nn.Module) -> nn.Module:
             del module._modules[GATES]
         module.__class__ = base_class(module)
     del dense.__dict__["_surgery_state"]
+    roots.forget_loading(dense)
     for name, parameter in dense.named_parameters():
         parameter.requires_grad_(name in trainable)
     return dense
@@ -263,6 +275,19 @@ def flop_costs(plan: Plan) -> CostModel:
     return CostModel("flops", float(max(plan.model_flops, 1)), sites)
 
 
+def empty_gates(plan: Plan) -> Iterator[tuple[str, nn.Module]]:
+    """Every host's name and its gates on the meta device, hung as in the network: `.surgery_gates.<key>`."""
+    state = GatedState(plan=plan, costs=CostModel("flops", 1.0, {}))
+    with torch.device("meta"):
+        for host in dict.fromkeys(p.site.host for p in plan.sites):
+            holder, gates = nn.Module(), Gates(state)
+            for planned in plan.sites:
+                if planned.site.host == host:
+                    gates.hang(planned, host)
+            holder.add_module(GATES, gates)
+            yield host, holder
+
+
 def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan, state: GatedState) -> None:
     """Turn one module of `gated` into a host."""
     module = gated.get_submodule(host)
@@ -270,8 +295,7 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
     gates = Gates(state)
     marked = []
     for one in planned:
-        key = _key(one.site.name, host, gates)
-        gates.add_module(key, Gate(one, state, query=_query_owners(gated, one)))
+        key = gates.hang(one, host, _query_owners(gated, one))
         axes = {i.name: i for i in one.site.inputs} if not one.site.restriction else None
         marked.append(Marked(one.site.name, key, tuple(a[len(prefix) :] for a in one.site.anchor), axes))
     base = base_class(module)
@@ -327,7 +351,7 @@ def _dispatcher(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _key(site: str, host: str, gates: nn.Module) -> str:
     relative = site[len(host) + 1 :] if host and site.startswith(f"{host}.") else "" if site == host else site
-    stem = relative.replace(".", "_").replace("#", "_").replace("-", "_") or "branch"
+    stem = re.sub(r"[^a-zA-Z0-9_]", "_", relative) or "branch"  # it becomes part of generated code
     if not stem.isidentifier() or keyword.iskeyword(stem) or hasattr(gates, stem):
         stem = f"branch_{stem}"
     key, count = stem, 1

@@ -63,7 +63,32 @@ def namespace(cls: type[nn.Module]) -> dict[str, Any]:
         methods["generate"] = generate
     if hasattr(cls, "_set_gradient_checkpointing"):
         methods["_set_gradient_checkpointing"] = _checkpointing(cls)
+    if any(base.__module__ == "transformers.modeling_utils" for base in cls.__mro__):
+        methods["save_pretrained"] = _saving(cls)
     return methods
+
+
+def forget_loading(model: nn.Module) -> None:
+    """Take away what transformers notes on a model that it loaded with its gates; for one that has none any more."""
+    config: Any = getattr(model, "config", None)
+    if getattr(getattr(config, "quantization_config", None), "quant_method", None) != "surgery":
+        return
+    del config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
+
+
+def _saving(cls: Any) -> Callable[..., Any]:
+    """transformers' way to save, gates included: `from_pretrained` gives the gated model back."""
+    original = cls.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        from surgery.adapters import huggingface_native
+
+        return huggingface_native.save_pretrained(self, original, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _checkpointing(cls: Any) -> Callable[..., Any]:

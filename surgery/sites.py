@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
+from surgery import decoding
 from surgery.errors import CheckpointError, NoSites, PlanMismatch, SitesMismatch
 from surgery.queries import QueryRoles
 
@@ -286,25 +287,19 @@ class Plan:
         Raises:
             CheckpointError: If the form is newer than this version, or damaged.
         """
-        version = data.get("format_version")
+        cls.check_version(data.get("format_version"))
+        plan: Plan = decoding.read(cls, dict(data), "plan")
+        return plan
+
+    @staticmethod
+    def check_version(version: object) -> None:
+        """Refuse a newer form before anything else of it is read.
+
+        Raises:
+            CheckpointError: If it is newer, or no number.
+        """
         if not isinstance(version, int) or version > PLAN_FORMAT:
             raise CheckpointError(
-                f"plan has format version {version!r}, this version of bypass-surgery reads up to {PLAN_FORMAT}: "
+                f"plan has format version {str(version)[:60]!r}, this version of bypass-surgery reads up to {PLAN_FORMAT}: "
                 "pip install -U bypass-surgery"
             )
-        try:
-            sites = tuple(_site_plan(entry) for entry in data["sites"])
-            rest = {key: data[key] for key in ("model_name", "model_flops", "signature", "patterns", "format_version")}
-            return cls(sites=sites, inlined=tuple(data["inlined"]), **rest)
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"the plan is damaged: {error!r}") from error
-
-
-def _site_plan(entry: Mapping[str, Any]) -> SitePlan:
-    site = dict(entry["site"])
-    site["inputs"] = tuple(RegionInput(**one) for one in site["inputs"])
-    for key in ("granularities", "modules", "anchor"):
-        site[key] = tuple(site[key])
-    if site.get("query") is not None:
-        site["query"] = QueryRoles.from_dict(site["query"])
-    return SitePlan(**{**entry, "site": Site(**site)})

@@ -13,6 +13,7 @@ arguments are None, True, False, a string, a tensor, or another object. A host k
 from __future__ import annotations
 
 import inspect
+import keyword as words
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -50,8 +51,15 @@ class Pattern:
 
     @classmethod
     def from_list(cls, data: list[Any]) -> Pattern:
-        """Inverse of `to_list`."""
+        """Inverse of `to_list`.
+
+        Raises:
+            ValueError: If a keyword is no name of an argument; names become part of generated code.
+        """
         named, extra, keywords = data
+        for name, _ in keywords:
+            if not isinstance(name, str) or not name.isidentifier() or words.iskeyword(name):
+                raise ValueError(f"{str(name)[:60]!r} is no name of an argument")
         return cls(tuple(named), tuple(extra), tuple((name, kind) for name, kind in keywords))
 
 

@@ -15,7 +15,7 @@ from subjects import Subject, assert_equal, enliven, outputs, subject
 from torch import nn
 
 import surgery
-from surgery import checkpoints
+from surgery import checkpoints, configs
 from surgery.context import state_of, tape
 from surgery.errors import BaseMismatch, CheckpointError, NotConverted, OutputExists
 from surgery.fingerprints import fingerprint
@@ -64,7 +64,7 @@ def test_round_trip_is_bit_equal(name: str, tmp_path: Path) -> None:
 def test_state_survives(tmp_path: Path) -> None:
     one = subject("timm/test_resnet")
     gated = converted(one)
-    checkpoints.save(gated, tmp_path / "made", base="timm:test_resnet?pretrained=false")
+    checkpoints.save(gated, tmp_path / "made", spec="timm:test_resnet?pretrained=false")
     state, again = state_of(gated), state_of(checkpoints.load(tmp_path / "made", model=one.model))
     for name in ("plan", "costs", "table", "budget", "threshold", "static", "notes", "policy"):
         assert getattr(again, name) == getattr(state, name), name
@@ -82,7 +82,7 @@ def test_config_is_strict_json_and_tensors_are_only_those_of_gates(tmp_path: Pat
     def refuse(text: str) -> None:
         raise AssertionError(text)
 
-    config = json.loads((tmp_path / "made" / checkpoints.CONFIG).read_text(), parse_constant=refuse)
+    config = json.loads((tmp_path / "made" / configs.CONFIG).read_text(), parse_constant=refuse)
     assert config["format_version"] == 1
     assert "torch" in config["versions"]
     tensors = load_file(tmp_path / "made" / checkpoints.TENSORS)
@@ -169,7 +169,7 @@ def load(directory: Path, **options: Any) -> nn.Module:
 
 
 def edit(directory: Path, **changes: Any) -> None:
-    file = directory / checkpoints.CONFIG
+    file = directory / configs.CONFIG
     config = json.loads(file.read_text())
     config.update(changes)
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}, default=str))
@@ -181,12 +181,12 @@ def test_missing_directory_and_files(made: Path) -> None:
     (made / checkpoints.TENSORS).rename(made / "elsewhere")
     with pytest.raises(CheckpointError, match=r"holds no surgery\.safetensors"):
         load(made)
-    (made / checkpoints.CONFIG).unlink()
+    (made / configs.CONFIG).unlink()
     with pytest.raises(CheckpointError, match=r"holds no surgery_config\.json"):
         load(made)
 
 
-@pytest.mark.parametrize("file", [checkpoints.CONFIG, checkpoints.TENSORS])
+@pytest.mark.parametrize("file", [configs.CONFIG, checkpoints.TENSORS])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_truncated_files(made: Path, file: str, share: float) -> None:
     content = (made / file).read_bytes()
@@ -263,10 +263,10 @@ def test_unconverted_models_are_not_saved(tmp_path: Path) -> None:
 def test_existing_directory_stays_unless_told(made: Path) -> None:
     gated = converted(subject("timm/test_resnet"))
     state_of(gated).budget = 0.3
-    before = (made / checkpoints.CONFIG).read_bytes()
+    before = (made / configs.CONFIG).read_bytes()
     with pytest.raises(OutputExists, match="overwrite=True"):
         checkpoints.save(gated, made)
-    assert (made / checkpoints.CONFIG).read_bytes() == before
+    assert (made / configs.CONFIG).read_bytes() == before
     checkpoints.save(gated, made, overwrite=True)
     assert state_of(load(made)).budget == 0.3
     assert [path.name for path in made.parent.iterdir()] == ["made"]
@@ -286,11 +286,11 @@ def test_a_failed_write_leaves_nothing_behind(made: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     target = made if overwrite else made.with_name("other")
-    before = (made / checkpoints.CONFIG).read_bytes()
+    before = (made / configs.CONFIG).read_bytes()
     with pytest.raises(CheckpointError, match="no space left.*nothing was written"):
         checkpoints.save(converted(subject("timm/test_resnet")), target, overwrite=overwrite)
     assert [path.name for path in made.parent.iterdir()] == ["made"]
-    assert (made / checkpoints.CONFIG).read_bytes() == before
+    assert (made / configs.CONFIG).read_bytes() == before
 
 
 def test_fingerprint_sees_names_shapes_and_values() -> None:
