@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from surgery.scripts import benchmark, convert, coverage, demo, doctor, export, score, show, sites
+from surgery.scripts import benchmark, convert, coverage, demo, doctor, export, record, replay, score, show, sites
 
 app = typer.Typer(
     name="surgery",
@@ -24,6 +24,8 @@ for page in (
     score.score,
     benchmark.benchmark,
     export.export,
+    record.record,
+    replay.replay,
     doctor.doctor,
     demo.demo,
     coverage.coverage,

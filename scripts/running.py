@@ -27,6 +27,7 @@ HINTS: Mapping[str, str] = {
     "BudgetError": "0.6 means 60 % of the dense compute; what is out of reach needs a conversion with more sites",
     "CheckpointError": "DIR is what `surgery convert` wrote; --model names what it was made from, if it does not say",
     "DataError": "`surgery convert --help` shows the forms that --data can have",
+    "LogError": "`surgery record DIR --data … --out LOG` writes a log; replay it with the same DIR and data",
     "NoSites": "`surgery sites MODEL` shows what was found, and why the rest was left alone",
     "OutputExists": "another --out leaves what is there as it is",
     "UnknownModel": "`surgery sites --help` shows the forms that MODEL can have",

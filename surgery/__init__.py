@@ -9,10 +9,13 @@ from surgery.conversion import UnmeasuredQuality, convert
 from surgery.exporting import Exported, export
 from surgery.finding import find_sites
 from surgery.fitting import fit_skip_paths
+from surgery.logs import Log, read_log
 from surgery.measurement import measure
 from surgery.overview import Status, status
 from surgery.pinning import pin
+from surgery.recording import Recorder, record
 from surgery.regression import regress_routers
+from surgery.replaying import Replay, replay
 from surgery.reports import Peer, Report
 from surgery.rewriting import insert_gates, remove, show
 from surgery.sites import Plan, Rejection, Site, SitePlan, Sites
@@ -23,10 +26,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Exported",
     "History",
+    "Log",
     "Options",
     "Peer",
     "Plan",
+    "Recorder",
     "Rejection",
+    "Replay",
     "Report",
     "Site",
     "SitePlan",
@@ -45,8 +51,11 @@ __all__ = [
     "load",
     "measure",
     "pin",
+    "read_log",
+    "record",
     "regress_routers",
     "remove",
+    "replay",
     "save",
     "set_budget",
     "show",

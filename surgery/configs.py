@@ -69,7 +69,7 @@ class Recorded:
 def encode(state: GatedState, base: Mapping[str, Any], **own: Any) -> dict[str, Any]:
     """JSON-ready form of everything that is not a tensor."""
     values = {field.name: getattr(state, field.name) for field in fields(state) if field.name != "base"}
-    content = {"format_version": FORMAT_VERSION, "versions": _versions(), **own, "base": base, **values}
+    content = {"format_version": FORMAT_VERSION, "versions": versions(), **own, "base": base, **values}
     return {key: _plain(value) for key, value in content.items()}
 
 
@@ -221,7 +221,8 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on."""
     found = {}
     for name in LIBRARIES:
         try:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Execution = Literal["dense", "mask", "skip", "cond", "static"]
 EXECUTIONS: tuple[str, ...] = get_args(Execution)
 Handler = Callable[..., Any]
+Recording = Callable[[Callable[[], Any], tuple[Any, ...], Mapping[str, Any]], Any]
+"""`recorder(run, args, kwargs)` runs one call of a gated model and returns its output."""
 
 
 @dataclass(slots=True)
@@ -80,6 +82,7 @@ class Overrides:
     tape: list[Event] | None = None
     handler: Handler | None = None
     thresholds: Mapping[str, float] | float | None = None
+    recorder: Recording | None = None
 
 
 @dataclass(slots=True)

@@ -78,6 +78,10 @@ class ExportError(SurgeryError):
     """A program cannot be written in the format asked for."""
 
 
+class LogError(SurgeryError):
+    """A log of decisions that cannot be written, is damaged, or is of another model."""
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise `SurgeryError` unless `value`, given for the argument `name`, is one of `choices`."""
     if value not in choices:

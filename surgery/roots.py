@@ -28,8 +28,13 @@ _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "input_values", "p
 def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """`model(...)` inside a scope of its own."""
     cls = base_class(self)
-    with context.entered(_scope_of(self, _arguments(cls, args, kwargs))):
-        return cls.__call__(self, *args, **kwargs)
+
+    def run() -> Any:
+        with context.entered(_scope_of(self, _arguments(cls, args, kwargs))):
+            return cls.__call__(self, *args, **kwargs)
+
+    recorder = context.overrides_of(context.state_of(self)).recorder
+    return run() if recorder is None else recorder(run, args, kwargs)
 
 
 def train(self: nn.Module, mode: bool = True) -> nn.Module:

@@ -49,7 +49,7 @@ def make():
 def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
-COMMANDS = ("sites", "show", "convert", "score", "benchmark", "export", "doctor", "demo")
+COMMANDS = ("sites", "show", "convert", "score", "benchmark", "export", "record", "replay", "doctor", "demo")
 
 
 def run(*arguments: Any, expect: int = 0) -> Any:
@@ -388,3 +388,19 @@ def test_export_writes_a_program(converted: Path, tmp_path: Path) -> None:
     assert "exists" in run("export", converted, "--out", out, "--data", "digits:8", expect=1).stderr
     text = run("export", converted, "--out", out, "--execution", "static", "--force", "--data", "digits:8").stdout
     assert "execution static" in text and "left out" in text
+
+
+# -- record and replay ------------------------------------------------------------------------------------------------
+
+
+def test_what_was_recorded_is_replayed_bit_for_bit(converted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    log, data = tmp_path / "log", ("--data", "digits", "--limit", 70)
+    assert read_json("record", converted, *data, "--out", log)["rows"] == 70
+    found = read_json("replay", log, "--from", converted, *data)
+    assert found["faithful"] and found["equal"] == 70
+    site = found["recorded_cost"] and read_json("score", converted, *data, "--no-peers")["active_rate"]
+    dearer = read_json("replay", log, "--from", converted, *data, "--open", next(iter(site)))
+    assert dearer["cost"] >= found["cost"]
+    assert "bit-equal: 70" in run("replay", log, "--from", converted, *data).stdout
+    assert "no site named" in run("replay", log, "--from", converted, *data, "--close", "x", expect=1).stderr

@@ -1,0 +1,59 @@
+"""`surgery record DIR --data … --out LOG`: run a converted model and write down what it decides for every input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgery.scripts import options
+from surgery.scripts.bars import progress_bars, waiting
+from surgery.scripts.loading import Machine
+from surgery.scripts.running import command, note, program, show_json
+
+
+@command
+def record(
+    directory: options.DirectoryArgument,
+    data: Annotated[str, typer.Option("--data", help=options.DATA_HELP)],
+    out: Annotated[Path, typer.Option("--out", help="Directory of the log; an older log there grows.")],
+    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "test",
+    base: options.Base = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
+    ] = None,
+    batch_size: options.BatchSize = 32,
+    limit: options.Limit = None,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Run a converted model on data and log every decision: what `replay`, `audit` and `report` read."""
+    import torch
+
+    from surgery.adapters import load_data
+    from surgery.calibration import set_budget
+    from surgery.calling import batches, call
+    from surgery.costs import place
+    from surgery.recording import record as recording
+
+    with waiting("loading the model"):
+        gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
+    if budget is not None:
+        set_budget(gated, budget)
+    rows = load_data(data, loaded, split=split, batch_size=batch_size, limit=limit, seed=seed)
+    with progress_bars() as progress, torch.no_grad(), recording(gated, out) as log:
+        for index, batch in enumerate(batches(rows)):
+            call(gated, place(batch, gated))
+            progress("recording", index + 1, len(rows))
+    found = {"log": str(out), "calls": log.calls, "rows": rows.samples}
+    if as_json:
+        show_json(found)
+    else:
+        note(f"{rows.samples:,} inputs in {log.calls:,} calls were added to {out}")
+        note(f"next: {program()} replay {out} --from {directory} --data {data} --split {split}")

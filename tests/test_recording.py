@@ -1,0 +1,218 @@
+"""The log: rows as decided, readable while growing and after a crash, replayed bit for bit, what-if, four threads."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from subjects import subject
+
+import surgery
+from surgery.context import state_of, tape
+from surgery.errors import ForceError, LogError
+from surgery.gates import iter_gates
+from surgery.recording import input_hashes
+
+pytest.importorskip("pyarrow", reason="logs are Arrow files")
+
+NAMES = ["timm/vit_pico", "timm/test_resnet", "transformers/bert"]
+
+
+def batches(name: str, sizes: tuple[int, ...] = (3, 2, 4)) -> list:
+    return [subject(name).entry.example(size, seed=seed) for seed, size in enumerate(sizes)]
+
+
+@torch.no_grad()
+def run(gated: torch.nn.Module, batch: object) -> None:
+    gated(**batch) if isinstance(batch, dict) else gated(batch)
+
+
+def recorded(name: str, path: Path, **options: object) -> surgery.Log:
+    gated = subject(name).gated
+    with surgery.execution(gated, "skip"), surgery.record(gated, path, **options):
+        for batch in batches(name):
+            run(gated, batch)
+    return surgery.read_log(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_hold_what_the_tape_saw(name: str, tmp_path: Path) -> None:
+    gated = subject(name).gated
+    calls = list(recorded(name, tmp_path).calls())
+    assert [len(rows) for rows in calls] == [3, 2, 4]
+    for rows, batch in zip(calls, batches(name), strict=True):
+        with surgery.execution(gated, "skip"), tape(gated) as events:
+            run(gated, batch)
+        for index, row in enumerate(rows):
+            (taken,) = row.passes
+            assert [one.site for one in taken] == [event.site for event in events]
+            for one, event in zip(taken, events, strict=True):
+                assert torch.equal(one.values, event.decisions[index])
+                assert torch.equal(one.scores, event.scores[index].float())
+            assert row.size == len(rows) and row.row == index and row.latency_ms > 0
+
+
+def test_cost_is_that_of_measure(tmp_path: Path) -> None:
+    name = "timm/vit_pico"
+    rows = list(recorded(name, tmp_path))
+    gated = subject(name).gated
+    with surgery.execution(gated, "skip"):
+        report = surgery.measure(gated, batches(name), dense=subject(name).model, speed=(), peers=False)
+    assert sum(row.cost for row in rows) / len(rows) == pytest.approx(report.cost, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_replay_is_bit_equal_on_the_same_batches(name: str, tmp_path: Path) -> None:
+    log = recorded(name, tmp_path)
+    found = surgery.replay(subject(name).gated, log, batches(name))
+    assert found.exact and found.faithful
+    assert found.rows == found.same_batches == found.equal == 9 and found.changed == 0
+
+
+def test_replay_of_regrouped_rows_is_close(tmp_path: Path) -> None:
+    log = recorded("timm/vit_pico", tmp_path)
+    rows = torch.cat(batches("timm/vit_pico"))
+    found = surgery.replay(subject("timm/vit_pico").gated, log, [rows[[8, 0, 5]], rows[[1, 2, 3, 4, 6, 7]]])
+    assert found.faithful and found.rows == found.close == 9 and found.same_batches == 0
+
+
+def test_replay_names_the_site_from_which_on_things_differ(tmp_path: Path) -> None:
+    log = recorded("timm/vit_pico", tmp_path)
+    gated = copy.deepcopy(subject("timm/vit_pico").gated)
+    names = state_of(gated).names
+    for parameter in dict(iter_gates(gated))[names[1]].skip_path.parameters():
+        parameter.data += 0.3
+    found = surgery.replay(gated, log, batches("timm/vit_pico"))
+    assert not found.exact and found.differing and {one.site for one in found.differing} == {names[2]}
+    assert names[2] in str(found)
+
+
+def test_what_if(tmp_path: Path) -> None:
+    log = recorded("timm/vit_pico", tmp_path)
+    gated = subject("timm/vit_pico").gated
+    dearest = max(state_of(gated).names, key=lambda name: state_of(gated).costs.sites[name].branch)
+    dearer = surgery.replay(gated, log, batches("timm/vit_pico"), opened=[dearest])
+    cheaper = surgery.replay(gated, log, batches("timm/vit_pico"), closed=[dearest])
+    assert cheaper.cost < cheaper.recorded_cost < dearer.cost
+    with pytest.raises(ForceError, match="no site named"):
+        surgery.replay(gated, log, batches("timm/vit_pico"), opened=["nosuch"])
+
+
+def test_replay_refuses_another_model_and_other_data(tmp_path: Path) -> None:
+    log = recorded("timm/vit_pico", tmp_path)
+    with pytest.raises(LogError, match="recorded from a model with the sites"):
+        surgery.replay(subject("timm/test_resnet").gated, log, batches("timm/test_resnet"))
+    with pytest.raises(LogError, match="none of the 9 recorded inputs"):
+        surgery.replay(subject("timm/vit_pico").gated, log, [subject("timm/vit_pico").entry.example(2, seed=99)])
+
+
+def test_recording_changes_no_output_and_dense_calls_stay_dense(tmp_path: Path) -> None:
+    one = subject("timm/vit_pico")
+    x = one.entry.example(2, seed=5)
+    with torch.no_grad(), surgery.record(one.gated, tmp_path):
+        with surgery.execution(one.gated, "dense"):
+            assert torch.equal(one.gated(x), one.model(x))
+        with surgery.force(one.gated, 0.5):
+            inside = one.gated(x)
+    with torch.no_grad(), surgery.force(one.gated, 0.5):
+        assert torch.equal(one.gated(x), inside)
+    dense, forced = surgery.read_log(tmp_path).calls()
+    assert all(row.passes == () and row.cost == 1 and row.execution == "dense" for row in dense)
+    assert all(decision.scores is None for row in forced for decision in row.passes[0])
+
+
+def test_padding_does_not_change_an_inputs_hash() -> None:
+    ids, mask = torch.tensor([[5, 6, 7, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])
+    long = surgery.calling.as_batch({"input_ids": ids, "attention_mask": mask})
+    short = surgery.calling.as_batch({"input_ids": ids[:, :3], "attention_mask": mask[:, :3]})
+    other = surgery.calling.as_batch({"input_ids": ids + 1, "attention_mask": mask})
+    assert input_hashes(long) == input_hashes(short) != input_hashes(other)
+
+
+def test_readable_while_growing_and_names_of_ones_own(tmp_path: Path) -> None:
+    one = subject("timm/vit_pico")
+    with torch.no_grad(), surgery.execution(one.gated, "skip"), surgery.record(one.gated, tmp_path) as log:
+        log.name_inputs(["a", "b"])
+        one.gated(one.entry.example(2, seed=1))
+        log.flush()
+        assert [row.input for row in surgery.read_log(tmp_path)] == ["a", "b"]
+        one.gated(one.entry.example(2, seed=1))
+    assert len(list(surgery.read_log(tmp_path))) == 4
+
+
+CRASH = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch, surgery
+from subjects import subject
+one = subject("timm/vit_pico")
+with torch.no_grad(), surgery.execution(one.gated, "skip"), surgery.record(one.gated, {path!r}) as log:
+    one.gated(one.entry.example(3, seed=1))
+    log.flush()
+    one.gated(one.entry.example(3, seed=2))
+    os._exit(9)
+"""
+
+
+def test_rows_on_disk_survive_a_crash(tmp_path: Path) -> None:
+    code = CRASH.format(tests=str(Path(__file__).parent), path=str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert len(list(surgery.read_log(tmp_path))) == 3
+    recorded("timm/vit_pico", tmp_path)  # a second process's file beside it
+    assert len(list(surgery.read_log(tmp_path))) == 12
+
+
+def test_a_group_cut_off_in_the_middle_is_left_out(tmp_path: Path) -> None:
+    (file,) = recorded("timm/vit_pico", tmp_path, rows=1).parts()
+    content = file.read_bytes()
+    counts = set()
+    for end in range(len(content) - 1, 0, -211):
+        file.write_bytes(content[:end])
+        counts.add(len(list(surgery.read_log(tmp_path))))
+    assert counts == {0, 3, 5, 9}
+
+
+def test_four_threads_lose_nothing(tmp_path: Path) -> None:
+    one = subject("timm/vit_pico")
+    per_thread = 20
+
+    with surgery.record(one.gated, tmp_path) as log:
+
+        def work(number: int) -> None:
+            with log.joined(), torch.no_grad(), surgery.force(one.gated, number / 3):
+                for index in range(per_thread):
+                    log.name_inputs([f"{number}/{index}"])
+                    one.gated(one.entry.example(1, seed=number))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    rows = list(surgery.read_log(tmp_path))
+    assert sorted(row.input for row in rows) == sorted(f"{n}/{i}" for n in range(4) for i in range(per_thread))
+    assert sorted(row.call for row in rows) == list(range(4 * per_thread))
+    for row in rows:  # what one thread forced no other saw
+        share = sum(row.rates().values()) / len(row.rates())
+        assert {"0": share == 0, "3": share == 1}.get(row.input[0], 0 < share < 1), (row.input, share)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(LogError, match="holds no part"):
+        surgery.read_log(tmp_path)
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(LogError, match="cannot write a log"),
+        surgery.record(subject("timm/vit_pico").gated, tmp_path / "file"),
+    ):
+        pass
+    with pytest.raises(LogError, match="2 names were given for 3 inputs|could not be written"):
+        one = subject("timm/vit_pico")
+        with torch.no_grad(), surgery.record(one.gated, tmp_path / "log") as log:
+            log.name_inputs(["a", "b"])
+            one.gated(one.entry.example(3, seed=1))
