@@ -30,6 +30,7 @@ from surgery.calling import Batch, device_of, read_output
 from surgery.context import Event, default_execution, override, overrides_of, state_of
 from surgery.errors import DataError, LogError, MissingDependency, check_choice
 from surgery.fingerprints import fingerprint
+from surgery.gates import iter_gates
 from surgery.state import CostModel, GatedState
 
 FORMAT_VERSION = 1
@@ -426,13 +427,13 @@ def _filled(event: Event) -> Tensor:
 
 def describe(gated: nn.Module, scores: str) -> dict[str, Any]:
     """What is the same for all rows: model, weights, gates, versions and the conditions of the run."""
-    from surgery.checkpoints import gate_tensors
     from surgery.configs import versions
 
     state = state_of(gated)
     digest = hashlib.sha256()
-    for name, tensor in sorted(gate_tensors(gated).items()):
-        digest.update(name.encode() + bytes_of(tensor))
+    for name, gate in iter_gates(gated):
+        for key, tensor in sorted(gate.state_dict().items()):
+            digest.update(f"{name}.{key}".encode() + bytes_of(tensor))
     plan = json.dumps(state.plan.to_dict(), sort_keys=True).encode()
     dtype = next((p.dtype for p in gated.parameters() if p.is_floating_point()), None)
     return {
