@@ -96,6 +96,12 @@ class Scope:
     samples: Tensor | None = None
     """int64 `(N,)` sample ids for forced decisions."""
     start: int = 0
+    rows: int = 0
+    """N, or 0 where it is unknown."""
+    whole: bool = False
+    """Whether attention weights are returned, so that attention runs for every token."""
+    decoder: Scope | None = None
+    """The decoder's tokens in an encoder-decoder, whose own mask and positions are then those of the encoder."""
     decided: dict[int, Any] = field(default_factory=dict)
 
 
@@ -130,6 +136,12 @@ def runs_dense(state: GatedState) -> bool:
 def scope() -> Scope | None:
     """The running call, or None outside of one."""
     return _scope.get()
+
+
+def whole_rows() -> bool:
+    """Whether attention must run for every token of this call, since its weights are returned."""
+    running = _scope.get()
+    return running is not None and running.whole
 
 
 @contextmanager

@@ -325,6 +325,8 @@ def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module]) -> 
         positions=positions,
         inputs=axes,
         query=claim.query,
+        shared=claim.shared,
+        folded=claim.folded,
     )
 
 

@@ -9,6 +9,7 @@ Axis letters: `N` samples, `T` tokens, `C` channels, `K` active rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from surgery import context
-from surgery.context import Event, Forced, Overrides
+from surgery.context import Event, Forced, Overrides, Scope
 from surgery.errors import ForceError
 from surgery.queries import ActiveQueries, worth_gathering
 from surgery.routers import Router, make_router
@@ -24,6 +25,11 @@ from surgery.sites import RegionInput, SitePlan
 from surgery.skip_paths import SkipPath, make_skip_path
 from surgery.slices import cheaper_than_gathering, may_slice, slices_of
 from surgery.state import GatedState
+
+Owners = tuple[tuple[nn.Module, str] | None, ...]
+"""Module and name of the parameters that make queries and project the output; None where one is unknown; () without
+roles.
+"""
 
 
 class Branch(Protocol):
@@ -43,6 +49,31 @@ class Branch(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Unfolded:
+    """A branch on rows `(N * T, C)`, called with `(N, T, C)`."""
+
+    branch: Branch
+    axes: tuple[RegionInput, ...] | None
+    escapes: int = 0
+    stateful: bool = False
+    inplace: bool = False
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        """Fold, run, unfold."""
+        lead = next(value.shape[:2] for value in inputs if isinstance(value, Tensor) and value.dim() == 3)
+        folded = [v.flatten(0, 1) if isinstance(v, Tensor) and v.dim() == 3 else v for v in inputs]
+        output: Tensor = self.branch(*folded)
+        return output.unflatten(0, lead)
+
+
+def unfold(value: Any, samples: int, rows: int) -> Any:
+    """`(N * T, C)` -> `(N, T, C)`; anything else stays."""
+    if isinstance(value, Tensor) and value.dim() == 2 and len(value) == rows:
+        return value.unflatten(0, (samples, rows // samples))
+    return value
+
+
 class Gate(nn.Module):
     """Decides one site and executes the decision.
 
@@ -57,13 +88,14 @@ class Gate(nn.Module):
         planned: SitePlan,
         state: GatedState,
         *,
-        query: tuple[tuple[nn.Module, str], ...] = (),
+        query: Owners = (),
     ) -> None:
         super().__init__()
         site = planned.site
         self.planned = planned
         self.site = site
         self.state = state
+        self.decodes = "decoder" in site.name.split(".")
         self.query = query  # in a tuple, so that the modules do not become children
         self.router: Router = make_router(site.layout, site.channels, planned.granularity, planned.hidden)
         self.skip_path: SkipPath = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
@@ -95,6 +127,12 @@ class Gate(nn.Module):
         mode = context.default_execution(self.state, over)
         if mode == "dense":
             return self.open(branch, left, inputs)
+        if self.site.folded and residual.dim() == 2:
+            running, rows = context.scope(), len(residual)
+            samples = running.rows if running is not None and running.rows and rows % running.rows == 0 else rows
+            values = [unfold(value, samples, rows) for value in (left, residual, *inputs)]
+            merged: Tensor = self(Unfolded(branch, branch.axes), *values)
+            return merged.flatten(0, 1)
         if over.forced is not None and over.tape is None and mode != "mask":
             constant = over.forced.constant(self.site.name)
             if constant or (constant is False and not branch.stateful):
@@ -136,10 +174,15 @@ class Gate(nn.Module):
 
     def padding(self, residual: Tensor) -> Tensor | None:
         """The call's attention mask, bool `(N, T)`, if it fits the residual stream here."""
-        scope = context.scope()
+        scope = self._scope()
         if scope is None or scope.mask is None or residual.dim() != 3 or scope.mask.shape != residual.shape[:2]:
             return None
         return scope.mask
+
+    def _scope(self) -> Scope | None:
+        """The running call, as the half of the model sees it that this gate is in."""
+        scope = context.scope()
+        return scope.decoder if scope is not None and scope.decoder is not None and self.decodes else scope
 
     def _shape(self, residual: Tensor) -> torch.Size:
         return residual.shape[:-1] if self.per_token else residual.shape[:1]
@@ -154,7 +197,7 @@ class Gate(nn.Module):
             if constant is not None:
                 return self._constant(residual, constant)
             samples = _sample_ids(forced, shape[0]).to(residual.device)
-            positions = _positions(shape, residual.device) if self.per_token else None
+            positions = _positions(self._scope(), shape, residual.device) if self.per_token else None
             flat = context.draw(forced.rate, forced.seed, name, samples, positions)
             return flat.view(shape)
         if name not in forced.values:
@@ -250,8 +293,7 @@ class Gate(nn.Module):
         if count == 0 and not branch.stateful:
             return self.closed(branch, left, residual)
         if self.query:
-            value = self._skip_queries(branch, left, residual, inputs, decisions)
-            return (value, *(None,) * branch.escapes) if branch.escapes else value
+            return self._skip_queries(branch, left, residual, inputs, decisions)
         if branch.axes is None:
             return self.mask(branch, left, residual, inputs, decisions)
         if self.per_token:
@@ -313,16 +355,21 @@ class Gate(nn.Module):
 
     def _skip_queries(
         self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
-    ) -> Tensor:
-        if not worth_gathering(decisions):
-            value, _ = _split(branch, branch(*inputs))
-        else:
-            query, *output = (getattr(module, name) for module, name in self.query)
-            assert self.site.query is not None
-            with ActiveQueries(self.site.query, query, output[0] if output else None, decisions):
-                value, _ = _split(branch, branch(*inputs))
+    ) -> Any:
+        if not worth_gathering(decisions) or context.whole_rows():
+            return self.mask(branch, left, residual, inputs, decisions)
+        assert self.site.query is not None
+        query, output = self.query_parameters()
+        with ActiveQueries(self.site.query, query, output, decisions) as mode:
+            value, escaped = _split(branch, branch(*inputs))
         value = torch.where(self.expand(decisions, value), value, self.skip_path(residual))
-        return value if left is None else left + value
+        value = value if left is None else left + value
+        return (value, *map(mode.restore, escaped)) if branch.escapes else value
+
+    def query_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        """The parameters that make queries and project the output, where they are known."""
+        query, output = (None if found is None else getattr(*found) for found in self.query)
+        return query, output
 
     def _merge(self, left: Tensor | None, residual: Tensor, decisions: Tensor, active: Tensor, value: Tensor) -> Tensor:
         """`left` plus the branch at active rows and the skip path at the others."""
@@ -395,8 +442,7 @@ def _sample_ids(forced: Forced, rows: int) -> Tensor:
     raise ForceError(f"`samples` names {len(ids)} samples, the batch has {rows} rows")
 
 
-def _positions(shape: torch.Size, device: torch.device) -> Tensor:
-    scope = context.scope()
+def _positions(scope: Scope | None, shape: torch.Size, device: torch.device) -> Tensor:
     if scope is not None and scope.positions is not None and scope.positions.shape == shape:
         return scope.positions.to(device)
     count = int(torch.Size(shape[1:]).numel())

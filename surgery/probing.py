@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.counting import flop_counter
-from surgery.gates import Branch, Gate, take_samples, take_tokens
+from surgery.gates import Branch, Gate, Unfolded, take_samples, take_tokens, unfold
 from surgery.queries import QueryRoles, find_roles
 from surgery.sites import Kind, Layout, RegionInput
 from surgery.tracing import CACHE_NAMES
@@ -43,6 +43,9 @@ class Claim:
     per_token: str = ""
     cached: bool = False
     query: QueryRoles | None = None
+    shared: bool = False
+    """Whether a further output is read outside."""
+    folded: bool = False
 
 
 @dataclass(slots=True)
@@ -62,6 +65,9 @@ class Probe:
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
         """Run the branch; see `Claim`."""
+        if residual.dim() == 2 and not branch.escapes and len(residual) > self.size and len(residual) % self.size == 0:
+            values = [unfold(value, self.size, len(residual)) for value in (left, residual, *inputs)]
+            return self(gate, Unfolded(branch, branch.axes), values[0], values[1], values[2:]).flatten(0, 1)
         name = gate.site.name
         names = self.input_names[name]
         claim = Claim([_shape(v) for v in inputs], residual.shape, names, samples=residual.shape[0])
@@ -79,8 +85,6 @@ class Probe:
         value, *escaped = output if branch.escapes else (output,)
         if versions != [v._version for v in _tensors((residual, *inputs))]:
             claim.problem = "it changes its input in place"
-        elif any(item is not None for item in escaped):
-            claim.problem = "a second output of its module is used outside the branch"
         elif (
             not isinstance(value, Tensor)
             or value.shape != residual.shape
@@ -95,6 +99,8 @@ class Probe:
             claim.problem = claim.problem or "its host runs more than once per call"
         elif claim.samples != self.size:
             claim.problem = claim.problem or "the first axis of the residual stream is not the batch"
+        claim.folded = isinstance(branch, Unfolded)
+        claim.shared = any(item is not None for item in escaped)
         claim.layout = layout_of(residual, self.modules[name])
         if self.earlier is not None and name in self.earlier and not claim.problem:
             axes = self.axes[name] = batch_axes(claim, self.earlier[name])
@@ -104,21 +110,36 @@ class Probe:
                 claim.per_sample = claim.per_token = (
                     "it writes a key/value cache, which skipping would leave incomplete"
                 )
+            elif claim.shared:
+                claim.per_sample = claim.per_token = "a second output of its module is used outside the branch"
             else:
                 claim.per_sample = _reason(lambda: _separable_by_sample(branch, value, inputs, axes))
                 claim.per_token = _reason(
                     lambda: _separable_by_token(branch, value, residual, inputs, axes, claim.layout)
                 )
             if claim.per_token and claim.layout == "NTC":
-                claim.per_token = _reason(lambda: self._queries(claim, gate, branch, value, again))
+                claim.per_token = _reason(lambda: self._queries(claim, gate, branch, value, again, escaped))
         self.claims[name] = claim
         result = value if left is None else left + value
         return (result, *escaped) if branch.escapes else result
 
-    def _queries(self, claim: Claim, gate: Gate, branch: Branch, value: Tensor, inputs: Callable[[], list[Any]]) -> str:
+    def _queries(
+        self,
+        claim: Claim,
+        gate: Gate,
+        branch: Branch,
+        value: Tensor,
+        inputs: Callable[[], list[Any]],
+        escaped: Sequence[Any],
+    ) -> str:
         """Whether the branch can run for some query tokens only; sets `claim.query`."""
         parameters = self.parameters[gate.site.name]
-        roles = find_roles(lambda: _first(branch, branch(*inputs())), value, parameters)
+
+        def run() -> tuple[Tensor, Sequence[Any]]:
+            first, *further = branch(*inputs()) if branch.escapes else (branch(*inputs()),)
+            return first, further
+
+        roles = find_roles(run, value, parameters, escaped)
         if isinstance(roles, str):
             return f"{claim.per_token}, and {roles}"
         claim.query = roles

@@ -34,13 +34,14 @@ from surgery import roots
 from surgery.context import runs_dense, state_of
 from surgery.copying import share
 from surgery.errors import AlreadyConverted, PlanMismatch, TraceError, UnsupportedModel
-from surgery.gates import Gate
+from surgery.gates import Gate, Owners
 from surgery.queries import owner
 from surgery.regions import Region, find_regions
 from surgery.sites import Plan, RegionInput, SitePlan, Sites
 from surgery.state import CostModel, GatedState, SiteCost
 from surgery.tracing import (
     CACHE_NAMES,
+    DTYPE,
     GATES,
     INPLACE,
     Pattern,
@@ -52,6 +53,7 @@ from surgery.tracing import (
     remove_dead_code,
     signature_of,
     trace,
+    weights_dtype,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ class Gates(nn.Module):
         super().__init__()
         self.state = state
 
-    def hang(self, planned: SitePlan, host: str, query: tuple[tuple[nn.Module, str], ...] = ()) -> str:
+    def hang(self, planned: SitePlan, host: str, query: Owners = ()) -> str:
         """Add the gate of one site; returns its name here."""
         key = _key(planned.site.name, host, self)
         self.add_module(key, Gate(planned, self.state, query=query))
@@ -79,6 +81,7 @@ class Marked:
     key: str
     anchor: tuple[str, ...]
     axes: Mapping[str, RegionInput] | None
+    shared: bool = False
 
 
 @dataclass(slots=True)
@@ -93,12 +96,19 @@ class Programs:
     numbers: bool = False
     compiled: dict[Pattern, Callable[..., Any] | None] = field(default_factory=dict)
     sources: dict[Pattern, str] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+    """The weights' dtype that decided what some program does, or None."""
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the program of this call's pattern; generate it when the pattern is new. Dense calls run the
         original.
         """
         if runs_dense(module._modules[GATES].state):  # type: ignore[union-attr, arg-type]
+            return self.base.forward(module, *args, **kwargs)
+        if self.dtype is not None and (self.dtype != weights_dtype(module) or torch.is_autocast_enabled()):
+            logger.warning(
+                "%s: this call runs dense, since its weights were %s when gates were inserted", self.name, self.dtype
+            )
             return self.base.forward(module, *args, **kwargs)
         values, extra, rest = self.signature.bind(args, kwargs)
         names = sorted(rest)
@@ -137,6 +147,7 @@ class Programs:
             logger.warning("%s: this call runs dense, since it cannot be traced: %s", self.name or "model", error)
             self.compiled[pattern] = None
             return None
+        self.dtype = graph.output_node().meta.get(DTYPE, self.dtype)
         matched = _match(find_regions(graph, module).regions, self.marked)
         missing = [m.site for m in self.marked if m not in [mark for mark, _ in matched]]
         if missing and strict:
@@ -155,7 +166,7 @@ class Programs:
             function: Any = functions[_branch_name(mark.key, index)]
             function.escapes = len(region.escapes)
             function.axes = _axes(mark, region)
-            function.stateful = any(node.name in CACHE_NAMES for node in region.inputs)
+            function.stateful = any(node.name in CACHE_NAMES for node in region.inputs) or mark.shared
             function.inplace = region.add.meta.get(INPLACE, False) and region.add.args[0] is region.term
             setattr(cls, function.__name__, function)
         self.sources[pattern] = source
@@ -297,7 +308,8 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
     for one in planned:
         key = gates.hang(one, host, _query_owners(gated, one))
         axes = {i.name: i for i in one.site.inputs} if not one.site.restriction else None
-        marked.append(Marked(one.site.name, key, tuple(a[len(prefix) :] for a in one.site.anchor), axes))
+        anchor = tuple(a[len(prefix) :] for a in one.site.anchor)
+        marked.append(Marked(one.site.name, key, anchor, axes, one.site.shared))
     base = base_class(module)
     inlined = frozenset(n[len(prefix) :] for n in plan.inlined if n.startswith(prefix))
     patterns = [Pattern.from_list(p) for p in plan.patterns[host]]
@@ -311,12 +323,12 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
         programs.add(module, pattern, strict=pattern == patterns[0])
 
 
-def _query_owners(gated: nn.Module, planned: SitePlan) -> tuple[tuple[nn.Module, str], ...]:
+def _query_owners(gated: nn.Module, planned: SitePlan) -> Owners:
     """Modules and names of the parameters that make queries and project the output."""
     roles = planned.site.query
     if roles is None or planned.granularity != "token":
         return ()
-    return tuple(owner(gated, name) for name in (roles.query, roles.output) if name)
+    return tuple(owner(gated, name) if name else None for name in (roles.query, roles.output))
 
 
 def _make_root(gated: nn.Module, state: GatedState) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery import context
-from surgery.context import Scope
+from surgery.context import Forced, Scope
 from surgery.gates import Gate
-from surgery.tracing import Signature, base_class, signature_of
+from surgery.tracing import CACHE_NAMES, Signature, base_class, signature_of
 
 _generation: ContextVar[tuple[int, int] | None] = ContextVar("surgery_generation", default=None)
-_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "input_values", "pixel_values")
+_INPUTS = ("input_ids", "inputs_embeds", "input_values", "input_features", "pixel_values")
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
 def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -50,15 +51,17 @@ def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """`model.generate(...)`, all steps of which hold the same samples."""
     cls: Any = base_class(self)
     forced = context.overrides_of(context.state_of(self)).forced
-    if forced is None:
-        return cls.generate(self, *args, **kwargs)
     rows = next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1), 1)
-    token = _generation.set((forced.count, rows))
+    given = {"input_ids": next((a for a in args[:1] if isinstance(a, Tensor)), kwargs.get("inputs")), **kwargs}
+    start = 0 if forced is None else forced.count
+    token = _generation.set((start, rows))
     try:
-        return cls.generate(self, *args, **kwargs)
+        with context.entered(_tokens(given, forced, rows)):  # of an encoder, which `generate` calls by itself
+            return cls.generate(self, *args, **kwargs)
     finally:
         _generation.reset(token)
-        forced.count += rows
+        if forced is not None:
+            forced.count += rows
 
 
 def namespace(cls: type[nn.Module]) -> dict[str, Any]:
@@ -132,27 +135,43 @@ def _arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
 
 def padding_of(given: Mapping[str, Any]) -> Tensor | None:
     """The attention mask of a call's arguments, bool `(N, T)`, or None."""
-    main, mask = _main(given), given.get("attention_mask")
+    main, mask = _first(given, _INPUTS), given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or main is None or main.dim() < 2:
         return None
     return mask[:, -main.shape[1] :].bool()
 
 
-def _main(given: Mapping[str, Any]) -> Tensor | None:
-    return next((given[n] for n in _INPUTS if isinstance(given.get(n), Tensor)), None)
+def _first(given: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:
+    return next((given[n] for n in names if isinstance(given.get(n), Tensor)), None)
 
 
 def _scope_of(model: nn.Module, arguments: Mapping[str, Any]) -> Scope:
-    main, mask = _main(arguments), arguments.get("attention_mask")
-    padding = padding_of(arguments)
-    if padding is None:
-        mask = None
-    length = 0 if main is None or main.dim() < 2 else main.shape[1]
     forced = context.overrides_of(context.state_of(model)).forced
-    scope = Scope(mask=padding)
+    main, decoded = _first(arguments, _INPUTS), _first(arguments, _DECODER_INPUTS)
+    rows = len(main) if main is not None else len(decoded) if decoded is not None else _rows(arguments)
+    scope = _tokens(arguments, forced, rows)
+    scope.whole = _wants_attentions(model, arguments)
+    if decoded is not None:
+        own = {
+            "input_ids": decoded,
+            "attention_mask": arguments.get("decoder_attention_mask"),
+            "position_ids": arguments.get("decoder_position_ids"),
+            "cache": _cache_of(arguments),
+        }
+        scope.decoder = _tokens(own, forced, rows)
+        scope.decoder.whole = scope.whole
+    if forced is not None and _generation.get() is None:
+        forced.count += rows
+    return scope
+
+
+def _tokens(arguments: Mapping[str, Any], forced: Forced | None, rows: int) -> Scope:
+    """Mask, positions and sample ids of one sequence of tokens."""
+    main, mask = _first(arguments, _INPUTS), arguments.get("attention_mask")
+    padding = padding_of(arguments)
+    scope = Scope(mask=padding, rows=rows)
     if forced is None:
         return scope
-    rows = len(main) if main is not None else _rows(arguments)
     running = _generation.get()
     if running is not None:
         start, count = running
@@ -161,9 +180,20 @@ def _scope_of(model: nn.Module, arguments: Mapping[str, Any]) -> Scope:
         scope.start = start
     else:
         scope.start = forced.count
-        forced.count += rows
-    scope.positions = _token_positions(arguments, mask, main, length)
+    length = 0 if main is None or main.dim() < 2 else main.shape[1]
+    scope.positions = _token_positions(arguments, None if padding is None else mask, main, length)
     return scope
+
+
+def _cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The key/value cache among a call's arguments, or None."""
+    return next((arguments[n] for n in CACHE_NAMES if hasattr(arguments.get(n), "get_seq_length")), None)
+
+
+def _wants_attentions(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether the call returns attention weights: by argument, else by configuration (transformers)."""
+    wanted = arguments.get("output_attentions")
+    return bool(getattr(getattr(model, "config", None), "output_attentions", False) if wanted is None else wanted)
 
 
 def _rows(arguments: Mapping[str, Any]) -> int:
@@ -180,6 +210,6 @@ def _token_positions(
         return given.expand(len(main), -1)
     if mask is not None:
         return (mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
-    past = arguments.get("past_key_values")
-    start = 0 if past is None or not hasattr(past, "get_seq_length") else int(past.get_seq_length())
+    past = _cache_of(arguments)
+    start = 0 if past is None else int(past.get_seq_length())
     return torch.arange(start, start + length, device=main.device).expand(len(main), length)

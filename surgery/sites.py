@@ -60,6 +60,9 @@ class Site:
         modules: Names of the modules that the branch calls.
         anchor: Names of the modules and tensors that it uses, which identify it in another trace.
         query: How attention runs for some query tokens only, or None.
+        shared: Whether a further output of the branch is read outside (T5's position bias), so that it runs whatever is
+            decided.
+        folded: Whether samples and tokens share the first axis of the residual stream here, `(N * T, C)` (OPT).
     """
 
     name: str
@@ -77,6 +80,8 @@ class Site:
     modules: tuple[str, ...] = ()
     anchor: tuple[str, ...] = ()
     query: QueryRoles | None = None
+    shared: bool = False
+    folded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from surgery.errors import TraceError
 
+DTYPE = "dtype"  # key in the metadata of an output node: the dtype that decided what `forward` does
 INPLACE = "inplace"  # key in the metadata of sums that were written `a += b`
 GATES = "surgery_gates"  # name of the child that holds a host's gates; invisible to tracing
 CACHE_NAMES = frozenset({"past_key_value", "past_key_values", "layer_past", "cache_params", "cache"})
@@ -177,6 +178,8 @@ def trace(module: nn.Module, pattern: Pattern, inlined: Collection[str] = ()) ->
         IndexError,
     ) as error:
         raise TraceError(f"{cls.__name__}.forward cannot be traced ({_where(error)}): {_first_line(error)}") from error
+    if tracer.asked:
+        tracer.graph.output_node().meta[DTYPE] = tracer.dtype
     _remove_dropout(tracer.graph)
     remove_dead_code(tracer.graph)
     return tracer.graph
@@ -185,6 +188,11 @@ def trace(module: nn.Module, pattern: Pattern, inlined: Collection[str] = ()) ->
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The module's own class, looking through the subclass that a conversion gives it."""
     return getattr(type(module), "_surgery_base", type(module))
+
+
+def weights_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the module's first floating-point parameter."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def _remove_dropout(graph: fx.Graph) -> None:
@@ -242,13 +250,31 @@ def new_graph() -> fx.Graph:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that remembers which sums were written `a += b`."""
+    """A proxy that remembers which sums were written `a += b`, and answers `x.dtype == torch.float16`."""
+
+    @property
+    def dtype(self) -> Any:
+        return _Dtype(self, "dtype")
 
     def __iadd__(self, other: Any) -> Any:
         result = self + other
         if isinstance(result, fx.Proxy):
             result.node.meta[INPLACE] = True
         return result
+
+
+class _Dtype(fx.proxy.Attribute):
+    """A value's dtype. Asked whether it is a floating-point dtype other than the weights', it says no."""
+
+    __hash__ = fx.proxy.Attribute.__hash__
+
+    def __eq__(self, other: Any) -> Any:
+        tracer = self.tracer
+        assert isinstance(tracer, _Tracer)
+        if isinstance(other, torch.dtype) and other.is_floating_point and tracer.dtype not in (None, other):
+            tracer.asked = True
+            return False
+        return super().__eq__(other)
 
 
 class _Tracer(fx.proxy.TracerBase):
@@ -261,6 +287,8 @@ class _Tracer(fx.proxy.TracerBase):
         self.trace_asserts = False
         self.proxy_buffer_attributes = True
         self._attributes: dict[str, fx.Proxy] = {}
+        self.dtype = weights_dtype(module)
+        self.asked = False
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
@@ -303,7 +331,7 @@ class _Tracer(fx.proxy.TracerBase):
         return super().create_arg(a)
 
 
-class _Argument(fx.Proxy):
+class _Argument(_Proxy):
     """A tensor argument, whose rank belongs to the call pattern and may therefore decide what `forward` does."""
 
     is_nested = False

@@ -34,6 +34,21 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         transformers.Gemma3TextConfig(head_dim=8, sliding_window=4, **GROUPED)
     ),
     "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**GROUPED)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(head_dim=8, sliding_window=4, attn_logit_softcapping=2.0, **GROUPED)
+    ),
+    "olmo2": lambda: transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**GROUPED)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(num_local_experts=4, experts_implementation="eager", **GROUPED)
+    ),
+    "falcon": lambda: transformers.FalconForCausalLM(
+        transformers.FalconConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, bos_token_id=1, eos_token_id=2
+        )
+    ),
+    "gptj": lambda: transformers.GPTJForCausalLM(
+        transformers.GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=100)
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES)),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, bos_token_id=1, eos_token_id=2)
@@ -49,7 +64,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         )
     ),
 }
-WITH_ATTENTION = ("llama", "qwen3", "gemma3", "phi3", "opt")
 IDS = torch.tensor([[11, 12, 13, 14, 15, 16, 17], [0, 0, 21, 22, 23, 24, 25], [0, 0, 0, 31, 32, 33, 34]])
 MASK = (IDS > 0).long()
 
@@ -108,7 +122,7 @@ def test_left_padding_and_batch_mates_change_nothing(name: str, built: Any) -> N
         assert torch.equal(alone[0], together[row]), f"row {row}"
 
 
-@pytest.mark.parametrize("name", WITH_ATTENTION)
+@pytest.mark.parametrize("name", MODELS)
 def test_attention_of_a_cached_decoder_is_decided_per_token(name: str, built: Any) -> None:
     model, gated = built(name)
     attention = [p for p in surgery.context.state_of(gated).plan.sites if p.site.kind == "attention"]
@@ -148,3 +162,168 @@ def test_decoding_one_token_runs_no_query_projection_when_it_is_skipped(
     with surgery.force(gated, 0.0):
         generate(gated, slice(0, 1))
     assert rows and set(rows) == {0}
+
+
+# -- what generation can be asked for ---------------------------------------------------------------------------------
+
+
+def sampled(model: Any, seed: int = 0, **options: Any) -> torch.Tensor:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return model.generate(IDS, attention_mask=MASK, max_new_tokens=NEW, pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "top_k": 20},
+        {"cache_implementation": "static", "do_sample": False},
+        {"num_beams": 2, "do_sample": False, "num_return_sequences": 2},
+    ],
+    ids=["sampling", "static cache", "beams"],
+)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2"])
+def test_kinds_of_generation(name: str, options: dict[str, Any], built: Any) -> None:
+    _, gated = built(name)
+    with surgery.force(gated, 0.5, seed=1):
+        cached = sampled(gated, **options)
+    plain = {k: v for k, v in options.items() if k != "cache_implementation"}
+    with surgery.force(gated, 0.5, seed=1), surgery.execution(gated, "mask"):
+        uncached = sampled(gated, **plain, use_cache=False)
+    assert torch.equal(cached, uncached)
+
+
+def test_assisted_decoding_gives_what_greedy_decoding_gives(built: Any) -> None:
+    model, gated = built("llama")
+    ids, mask = IDS[:1], MASK[:1]
+    with torch.no_grad(), surgery.force(gated, 0.5, seed=1, samples=[0]):
+        alone = gated.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        assisted = gated.generate(
+            ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0, assistant_model=model
+        )
+    assert torch.equal(alone, assisted)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_implementation_of_attention_skips(attention: str, built: Any) -> None:
+    model, gated = built("llama")
+    was = model.config._attn_implementation
+    gated.set_attn_implementation(attention)
+    try:
+        with torch.no_grad(), surgery.force(gated, 0.5, seed=1, samples=[0, 1, 2]):
+            skipped = gated(input_ids=IDS, attention_mask=MASK).logits
+            with surgery.execution(gated, "mask"):
+                masked = gated(input_ids=IDS, attention_mask=MASK).logits
+    finally:
+        gated.set_attn_implementation(was)
+    torch.testing.assert_close(skipped[MASK.bool()], masked[MASK.bool()])
+
+
+def test_returned_attention_weights_are_those_of_every_token(built: Any) -> None:
+    model, gated = built("llama")
+    was = model.config._attn_implementation
+    gated.set_attn_implementation("eager")
+    try:
+        with torch.no_grad(), surgery.force(gated, 0.5, seed=1, samples=[0, 1, 2]):
+            skipped = gated(input_ids=IDS, attention_mask=MASK, output_attentions=True).attentions
+            with surgery.execution(gated, "mask"):
+                masked = gated(input_ids=IDS, attention_mask=MASK, output_attentions=True).attentions
+    finally:
+        gated.set_attn_implementation(was)
+    assert len(skipped) == len(masked) == 2
+    for mine, reference in zip(skipped, masked, strict=True):
+        torch.testing.assert_close(mine, reference, equal_nan=True)  # padding attends to nothing
+
+
+# -- encoder-decoders -------------------------------------------------------------------------------------------------
+
+PAIR: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+PAIRS: dict[str, Callable[[], nn.Module]] = {
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+        )
+    ),
+    "bart": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(**PAIR, max_position_embeddings=64, forced_eos_token_id=None)
+    ),
+    "whisper": lambda: transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            **PAIR, num_mel_bins=16, max_source_positions=20, max_target_positions=32,
+            suppress_tokens=None, begin_suppress_tokens=None,
+        )
+    ),
+}  # fmt: skip
+RIGHT = torch.tensor([[11, 12, 13, 14, 15], [21, 22, 23, 0, 0], [31, 32, 33, 34, 0]])
+
+
+def source(name: str) -> dict[str, torch.Tensor]:
+    if name == "whisper":
+        return {"input_features": torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0)).double()}
+    return {"input_ids": RIGHT, "attention_mask": (RIGHT > 0).long()}
+
+
+@pytest.fixture(scope="module")
+def paired() -> Callable[[str], nn.Module]:
+    cache: dict[str, nn.Module] = {}
+
+    def build(name: str) -> nn.Module:
+        if name not in cache:
+            torch.manual_seed(0)
+            model = PAIRS[name]().eval()
+            for parameter in model.parameters():
+                parameter.data += 0.05 * torch.randn_like(parameter)
+            model = model.double()
+            example = {**source(name), "decoder_input_ids": torch.tensor([[1, 5, 6], [1, 7, 8], [1, 9, 10]])}
+            cache[name] = surgery.insert_gates(model, surgery.find_sites(model, example).expect(10))
+        return cache[name]
+
+    return build
+
+
+def write(gated: Any, inputs: dict[str, torch.Tensor], *, cache: bool = True, beams: int = 1) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = gated.generate(
+            **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=cache, num_beams=beams
+        )
+    return out
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("name", PAIRS)
+def test_encoder_decoders_generate_the_same_with_and_without_a_cache(name: str, beams: int, paired: Any) -> None:
+    gated = paired(name)
+    sites = [planned.site for planned in surgery.context.state_of(gated).plan.sites]
+    assert all("token" in site.granularities for site in sites)
+    assert sum(site.query is not None for site in sites) == 6
+    results = []
+    for cache, mode in ((True, "skip"), (False, "skip"), (False, "mask")):
+        with surgery.force(gated, 0.5, seed=1, samples=[0, 1, 2]), surgery.execution(gated, mode):
+            results.append(write(gated, source(name), cache=cache, beams=beams))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_batch_mates_of_an_encoder_decoder_change_nothing(name: str, paired: Any) -> None:
+    gated = paired(name)
+    with surgery.force(gated, 0.5, seed=1, samples=[0, 1, 2]):
+        together = write(gated, source(name))
+    for row in range(3):
+        inputs = {key: value[row : row + 1] for key, value in source(name).items()}
+        if "attention_mask" in inputs:
+            inputs = {key: value[:, inputs["attention_mask"][0].bool()] for key, value in inputs.items()}
+        with surgery.force(gated, 0.5, seed=1, samples=[row]):
+            assert torch.equal(write(gated, inputs)[0], together[row]), f"row {row}"

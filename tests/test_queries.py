@@ -56,7 +56,7 @@ def test_active_rows_equal_the_full_result(fused: bool, causal: bool) -> None:
     parameters = dict(attention.named_parameters())
     with torch.no_grad():
         full = attention(x)
-        roles = find_roles(lambda: attention(x), full, parameters)
+        roles = find_roles(lambda: (attention(x), ()), full, parameters)
         assert isinstance(roles, QueryRoles)
         assert (roles.query, roles.first, roles.last) == ("qkv.weight" if fused else "q.weight", 0, 8)
         assert roles.output == "proj.weight"
@@ -68,12 +68,14 @@ def test_active_rows_equal_the_full_result(fused: bool, causal: bool) -> None:
     torch.testing.assert_close(part[decisions], full[decisions])
 
 
-def test_interleaved_projections_are_refused_with_the_reason() -> None:
+def test_interleaved_projections_make_every_query_and_attend_with_active_ones() -> None:
     x = torch.randn(3, 5, 8)
     attention = Attention(fused=True, causal=False, interleaved=True)
     with torch.no_grad():
-        reason = find_roles(lambda: attention(x), attention(x), dict(attention.named_parameters()))
-    assert reason == "the query columns are interleaved with others"
+        roles = find_roles(lambda: (attention(x), ()), attention(x), dict(attention.named_parameters()))
+    assert isinstance(roles, QueryRoles) and (roles.query, roles.output) == ("", "proj.weight")
+    # per token: 2 * 8 * 8 output + 4 * 2 heads * 5 keys * 4
+    assert roles.flops == 5 * (128 + 160) and roles.core == 32
 
 
 def test_skip_equals_mask_and_costs_what_it_says() -> None:
