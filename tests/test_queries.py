@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import surgery
 from surgery.context import state_of
 from surgery.costs import observe
+from surgery.counting import flop_counter
 from surgery.queries import ActiveQueries, QueryRoles, find_roles
 
 
@@ -87,7 +87,7 @@ def test_skip_equals_mask_and_costs_what_it_says() -> None:
     with torch.no_grad(), surgery.force(gated, 0.5, seed=3, samples=[0, 1]):
         with surgery.execution(gated, "mask"):
             reference = gated(x)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             output = gated(x)
         usage = observe(gated, [x])
     torch.testing.assert_close(output, reference)
