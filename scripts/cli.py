@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from surgery.scripts import benchmark, convert, coverage, demo, doctor, export, record, replay, score, show, sites
+from surgery.scripts import (
+    benchmark,
+    convert,
+    coverage,
+    demo,
+    doctor,
+    export,
+    pull,
+    push,
+    record,
+    replay,
+    score,
+    show,
+    sites,
+)
 
 app = typer.Typer(
     name="surgery",
@@ -26,6 +40,8 @@ for page in (
     export.export,
     record.record,
     replay.replay,
+    push.push,
+    pull.pull,
     doctor.doctor,
     demo.demo,
     coverage.coverage,

@@ -29,6 +29,11 @@ DATA_HELP = (
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 DirectoryArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `surgery convert` wrote.")]
+RepositoryArgument = Annotated[str, typer.Argument(metavar="REPO", help="Repository on the Hub: user/name.")]
+Token = Annotated[
+    str | None,
+    typer.Option("--token", help="By default HF_TOKEN, or what `hf auth login` stored.", rich_help_panel="Hub"),
+]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Revision of a model on the Hub.", rich_help_panel="Model")
 ]

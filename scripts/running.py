@@ -28,6 +28,7 @@ HINTS: Mapping[str, str] = {
     "CheckpointError": "DIR is what `surgery convert` wrote; --model names what it was made from, if it does not say",
     "DataError": "`surgery convert --help` shows the forms that --data can have",
     "LogError": "`surgery record DIR --data … --out LOG` writes a log; replay it with the same DIR and data",
+    "HubError": "`hf auth whoami` shows who you are there; the same command goes on where it was cut off",
     "NoSites": "`surgery sites MODEL` shows what was found, and why the rest was left alone",
     "OutputExists": "another --out leaves what is there as it is",
     "UnknownModel": "`surgery sites --help` shows the forms that MODEL can have",

@@ -25,6 +25,9 @@ def score(
     speed: Annotated[
         list[int] | None, typer.Option("--speed", min=1, help="Also time at this batch size; repeatable.")
     ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Write the result into DIR, for its model card.", rich_help_panel="Output")
+    ] = False,
     batch_size: options.BatchSize = 32,
     limit: options.Limit = None,
     revision: options.Revision = None,
@@ -38,6 +41,7 @@ def score(
     """Score a converted model on labelled data against the dense one and against policies that ignore the input."""
     from surgery.adapters import load_data
     from surgery.calibration import set_budget
+    from surgery.checkpoints import keep_report
     from surgery.measurement import measure
 
     with waiting("loading the model"):
@@ -51,6 +55,8 @@ def score(
         report = measure(
             gated, batches, dense=loaded.model, speed=tuple(speed or ()), peers=peers, seed=seed, progress=progress
         )
+    if keep:
+        keep_report(gated, directory)
     if as_json:
         show_json({"directory": str(directory), **report.to_dict()})
     else:

@@ -9,6 +9,7 @@ from surgery.conversion import UnmeasuredQuality, convert
 from surgery.exporting import Exported, export
 from surgery.finding import find_sites
 from surgery.fitting import fit_skip_paths
+from surgery.hub import pull, push, push_to_hub
 from surgery.logs import Log, read_log
 from surgery.measurement import measure
 from surgery.overview import Status, status
@@ -51,6 +52,9 @@ __all__ = [
     "load",
     "measure",
     "pin",
+    "pull",
+    "push",
+    "push_to_hub",
     "read_log",
     "record",
     "regress_routers",

@@ -81,6 +81,7 @@ def calibrate(
         if low + 0.005 <= goal <= high or goal == budget:
             search.solve(goal, _GOAL if goal == budget else _GRID_GOAL, _TRIES if goal == budget else 2)
     state.table = search.filled(_monotone(search.points(budget)))
+    state.report = {}  # what was measured was measured at other thresholds
     if cost == "latency":
         from surgery.latency import correct_table
 

@@ -17,7 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from surgery import consent
-from surgery.configs import CONFIG, Recorded, decode, encode, is_checkpoint, native_config, read_config
+from surgery.configs import (
+    CONFIG,
+    NATIVE_CONFIG,
+    Recorded,
+    decode,
+    encode,
+    is_checkpoint,
+    native_config,
+    plain,
+    read_config,
+)
 from surgery.context import state_of
 from surgery.directories import written_directory
 from surgery.errors import BaseMismatch, CheckpointError, PlanMismatch, SurgeryError, UnknownModel
@@ -154,6 +164,28 @@ def load(
     return gated if device is None else gated.to(device)
 
 
+def keep_report(gated: nn.Module, directory: str | Path) -> None:
+    """Write what `measure` found about a gated model into the checkpoint that it was loaded from; nothing else changes.
+
+    Raises:
+        CheckpointError: If the directory is no checkpoint, or cannot be written.
+    """
+    place = Path(directory).expanduser()
+    check_files(place)
+    file = place / (CONFIG if (place / CONFIG).is_file() else NATIVE_CONFIG)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    ours = content if file.name == CONFIG else content["quantization_config"]
+    ours["report"] = {**ours.get("report", {}), **plain(state_of(gated).report)}
+    temporary = file.with_name(f".{file.name}.new")
+    try:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {file}: {error}; it is as it was") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def own_tensors(gated: nn.Module) -> dict[str, Tensor]:
     """What hangs under a `surgery_gates`, under its name in the state dict; a gate with two names is listed once."""
     return {
@@ -254,7 +286,24 @@ def directory_of(source: str | Path, *, revision: str | None = None, token: str 
     place = Path(source).expanduser()
     if place.exists():
         return place
+    from surgery.hub import cached, is_repository
+
+    if isinstance(source, str) and is_repository(source):
+        return cached(source, revision=revision, token=token)
     return place
+
+
+def check_files(place: Path) -> None:
+    """Check a directory as `load` does; nothing is built.
+
+    Raises:
+        CheckpointError: By the name of what is wrong.
+    """
+    config = read_config(place)
+    if native_config_is_used(place):
+        _decode(place / NATIVE_CONFIG, config)
+    else:
+        _read(place, config)
 
 
 def native_config_is_used(place: Path) -> bool:
@@ -267,10 +316,7 @@ def native_config_is_used(place: Path) -> bool:
 
 def _read(place: Path, config: Mapping[str, Any]) -> Recorded:
     """Check everything that is in the two files; nothing is built."""
-    try:
-        recorded = decode(config)
-    except CheckpointError as error:
-        raise damaged(place / CONFIG, str(error)) from error
+    recorded = _decode(place / CONFIG, config)
     file = place / TENSORS
     if not file.is_file():
         raise CheckpointError(f"{place} holds no {TENSORS}; expected a directory that surgery.save wrote")
@@ -278,6 +324,13 @@ def _read(place: Path, config: Mapping[str, Any]) -> Recorded:
     if recorded.tensors_sha256 is not None and (found := _sha256(file)) != recorded.tensors_sha256:
         raise damaged(file, f"sha256 {found}, {CONFIG} says {recorded.tensors_sha256}")
     return recorded
+
+
+def _decode(file: Path, config: Mapping[str, Any]) -> Recorded:
+    try:
+        return decode(config)
+    except CheckpointError as error:
+        raise damaged(file, str(error)) from error
 
 
 def _build_base(place: Path, base: Mapping[str, Any], spec: str, device: torch.device | str | None) -> nn.Module:
@@ -301,10 +354,7 @@ def _load_native(
         raise SurgeryError(f"{place} holds its base; load it without model=")
     from surgery.adapters import huggingface_native
 
-    try:
-        decode(config)
-    except CheckpointError as error:
-        raise damaged(place / "config.json", str(error)) from error
+    _decode(place / NATIVE_CONFIG, config)
     return huggingface_native.load_native(place, dtype=dtype, device_map=device_map)
 
 

@@ -70,7 +70,7 @@ def encode(state: GatedState, base: Mapping[str, Any], **own: Any) -> dict[str, 
     """JSON-ready form of everything that is not a tensor."""
     values = {field.name: getattr(state, field.name) for field in fields(state) if field.name != "base"}
     content = {"format_version": FORMAT_VERSION, "versions": versions(), **own, "base": base, **values}
-    return {key: _plain(value) for key, value in content.items()}
+    return {key: plain(value) for key, value in content.items()}
 
 
 def decode(config: Mapping[str, Any]) -> Recorded:
@@ -206,18 +206,18 @@ def _check_numbers(found: Mapping[str, Any]) -> None:
         raise CheckpointError(f"policy must be routed or static, got {found['policy'][:60]!r}")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What strict JSON can hold: infinities become text that is read back, NaN null, what is no JSON value text."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None if math.isnan(value) else str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value)
 
 

@@ -54,6 +54,10 @@ class BaseMismatch(CheckpointError):
     """The base weights are not those that the checkpoint was made from."""
 
 
+class HubError(SurgeryError):
+    """The Hugging Face Hub refuses, has no such repository, or cannot be reached."""
+
+
 class OutputExists(SurgeryError, FileExistsError):
     """The output directory exists and overwriting was not asked for."""
 

@@ -65,6 +65,8 @@ def measure(
     Raises:
         DataError: If the data yields nothing, can be read only once, changes its order, or its labels do not fit.
         NotConverted: If the model has no gates.
+
+    The report is also kept in the gated model under its budget, so that a checkpoint and its model card can say it.
     """
     if iter(data) is data:
         raise DataError("the data is an iterator that can be read once; pass a list or a DataLoader")
@@ -80,7 +82,7 @@ def measure(
             notes += _verdict(run.name or f"agreement ({run.agreed})", others)
         times, untimed = _times(gated, reference, data, speed, repeats, progress)
     active = run.ours.decided.active(run.names)
-    return Report(
+    report = Report(
         data=run.description,
         samples=len(run.ours.agreement.values),
         metric={} if run.name is None else {run.name: run.ours.score.mean},
@@ -100,6 +102,8 @@ def measure(
         peers=others,
         notes=(*notes, *untimed),
     )
+    state.report = {**state.report, "dense" if state.budget is None else f"{state.budget:g}": report.to_dict()}
+    return report
 
 
 def entropy(rate: float) -> float:

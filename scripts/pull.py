@@ -1,0 +1,34 @@
+"""`surgery pull REPO DIR`: a converted model from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgery.scripts import options
+from surgery.scripts.bars import waiting
+from surgery.scripts.running import command, note, program, show_json
+
+
+@command
+def pull(
+    repository: options.RepositoryArgument,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to write.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older conversion in DIR.")] = False,
+    token: options.Token = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Fetch the converted model REPO (user/name) into DIR, which appears in full or not at all."""
+    from surgery.hub import pull as fetch
+
+    with waiting("downloading"):
+        fetch(repository, directory, revision=revision, token=token, overwrite=force)
+    if as_json:
+        show_json({"repository": repository, "directory": str(directory)})
+    else:
+        note(f"written to {directory}; next: {program()} score {shlex.quote(str(directory))} --data …")
