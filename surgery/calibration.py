@@ -113,7 +113,7 @@ def set_budget(gated: nn.Module, budget: float) -> None:
         )
     point = _interpolate(state.table, budget)
     state.budget, state.threshold = budget, point.threshold
-    state.static = {name: name in point.static for name in state.names}
+    state.static = {name: name in point.static for name in state.units}
 
 
 def budget_range(gated: nn.Module) -> tuple[float, float]:
@@ -125,7 +125,7 @@ def budget_range(gated: nn.Module) -> tuple[float, float]:
 def current_point(state: GatedState) -> BudgetPoint:
     """The table's point at the current budget, interpolated."""
     if state.budget is None or state.budget >= 1 or not state.table:
-        return BudgetPoint(-math.inf, 1.0, dict.fromkeys(state.names, 1.0), state.names)
+        return BudgetPoint(-math.inf, 1.0, dict.fromkeys(state.units, 1.0), state.units)
     return _interpolate(state.table, state.budget)
 
 
@@ -185,6 +185,11 @@ class _Curve:
         """Take the scores of one batch."""
         for event in events:
             assert event.scores is not None
+            units = event.gate.site.units
+            if len(units) > 1:
+                for name, scores in zip(units, event.scores.unbind(1), strict=True):
+                    self.scores.setdefault(name, []).append(scores.cpu())
+                continue
             scores = event.scores.flatten()
             kept = scores if event.weights is None else scores[event.weights.flatten()]
             self.scores.setdefault(event.site, []).append(kept.cpu())
@@ -221,7 +226,7 @@ class _Search:
         self.state = state_of(gated)
         self.curves: dict[float, _Curve] = {}
         self.passes = 0
-        names, costs = self.state.names, self.state.costs
+        names, costs = self.state.units, self.state.costs
         closed, opened = (costs.cost(dict.fromkeys(names, rate)) for rate in (0.0, 1.0))
         self.seen = [
             BudgetPoint(math.inf, closed, dict.fromkeys(names, 0.0)),

@@ -189,13 +189,14 @@ def _check_base(base: Mapping[str, Any]) -> None:
 
 def _check_numbers(found: Mapping[str, Any]) -> None:
     """What belongs to a site belongs to a site of the plan; costs and budgets are possible ones."""
-    names = set(found["plan"].names)
-    owners = {"gates": found["gates"], "costs.sites": found["costs"].sites}
+    names = set(found["plan"].units)  # gates go by sites, all else by what is decided
+    decoding.check_keys(found["gates"], sites := set(found["plan"].names), sites, "gates")
+    owners = {"costs.sites": found["costs"].sites}
     subsets: dict[str, Any] = {"static": found.get("static", ())}
     for index, point in enumerate(found["table"]):
         owners[f"table[{index}].active_rate"], subsets[f"table[{index}].static"] = point.active_rate, point.static
-    for where, sites in owners.items():
-        decoding.check_keys(sites, names, names, where)
+    for where, values in owners.items():
+        decoding.check_keys(values, names, names, where)
     for where, some in subsets.items():
         decoding.check_keys(dict.fromkeys(some), names, (), where)
     if found["costs"].unit not in ("flops", "seconds") or not 0 < found["costs"].dense < math.inf:

@@ -38,7 +38,7 @@ class Event:
     site: str
     gate: Gate
     decisions: Tensor
-    """bool, `(N,)` or `(N, *positions)`."""
+    """bool, `(N,)`, `(N, *positions)`, or `(N, H)` of heads."""
     scores: Tensor | None
     """Router scores, like `decisions`; None where no router ran."""
     weights: Tensor | None
@@ -55,6 +55,13 @@ class Event:
             return active.mean(1)
         weights = self.weights.float().flatten(1)
         return (active * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
+
+    def by_unit(self) -> dict[str, Tensor]:
+        """Active share per sample `(N,)` of the site, or of each of its heads."""
+        units = self.gate.site.units
+        if len(units) == 1:
+            return {self.site: self.rates()}
+        return dict(zip(units, self.decisions.float().unbind(1), strict=True))
 
 
 @dataclass(slots=True)

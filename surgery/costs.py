@@ -24,8 +24,8 @@ class Usage:
     """What a gated model did on some data.
 
     Args:
-        names: Site names.
-        rates: Active share per sample and site, `(N, S)`.
+        names: Names of sites, and of heads where they are decided one by one.
+        rates: Active share per sample and name, `(N, S)`.
         weights: How much each sample counts (its real tokens where gates decide per token, else 1), `(N,)`.
         outputs: The model's logits or embeddings, one tensor per batch, on the CPU in fp32.
         labels: Labels, one tensor per batch, or None.
@@ -72,7 +72,7 @@ def observe(
     Raises:
         DataError: If the data yields nothing.
     """
-    names = state_of(gated).names
+    names = state_of(gated).units
     rates, weights, kept, labels = [], [], [], []
     total = length_of(data)
     with torch.no_grad():
@@ -115,7 +115,8 @@ def rates_of(events: Sequence[Event], names: Sequence[str], size: int) -> Tensor
     """Active share per sample and site, `(N, S)`; 1 where a gate made no decision."""
     result = torch.ones(size, len(names))
     for event in events:
-        result[:, names.index(event.site)] = event.rates().cpu()
+        for name, active in event.by_unit().items():
+            result[:, names.index(name)] = active.cpu()
     return result
 
 

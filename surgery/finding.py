@@ -81,7 +81,7 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
         hosts, rejections = _trace_all(model, patterns)
         hosts, nested = _without_nested(model, hosts)
         rejections += nested
-        sites, failed, inlined = _probe(model, batch, hosts, tensors(output))
+        sites, heads, failed, inlined = _probe(model, batch, hosts, tensors(output))
     rejections += failed
     covered = {module for site in sites for module in site.modules}
     kept = {host.name: [p.to_list() for p in host.patterns] for host in hosts}
@@ -90,6 +90,8 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
     return Sites(
         [replace(site, share=site.flops / max(flops, 1)) for site in sites],
         _relevant(rejections, covered),
+        heads=[replace(site, share=site.flops / max(flops, 1)) for site in heads if isinstance(site, Site)],
+        heads_rejections=[site for site in heads if isinstance(site, Rejection)],
         model_name=type(model).__name__,
         model_flops=flops,
         model_parameters=sum(p.numel() for p in model.parameters()),
@@ -213,7 +215,7 @@ def _weight(model: nn.Module, names: list[str]) -> int:
 
 def _probe(
     model: nn.Module, batch: Batch, hosts: list[Host], reference: list[Tensor]
-) -> tuple[list[Site], list[Rejection], list[str]]:
+) -> tuple[list[Site], list[Site | Rejection], list[Rejection], list[str]]:
     rejections: list[Rejection] = []
     while hosts:
         named = _name(model, hosts)
@@ -249,8 +251,9 @@ def _probe(
             rejections += found
             continue
         sites, failed = _judge(named, second, modules)
-        return sites, rejections + failed, inlined
-    return [], rejections, []
+        heads = [one for site in sites if (one := _heads(site, second.claims[site.name])) is not None]
+        return sites, heads, rejections + failed, inlined
+    return [], [], rejections, []
 
 
 def _narrow(
@@ -327,6 +330,21 @@ def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module]) -> 
         query=claim.query,
         shared=claim.shared,
         folded=claim.folded,
+    )
+
+
+def _heads(branch: Site, claim: Claim) -> Site | Rejection | None:
+    """The site of kind `heads` in a branch, or why there is none; None where nobody would look for heads."""
+    name = f"{branch.name}.heads"
+    if branch.shared or branch.folded:
+        return Rejection(
+            name, "samples and tokens share an axis, or the branch gives more than one output that is read"
+        )
+    if isinstance(claim.heads, str):
+        return Rejection(name, claim.heads) if claim.heads and branch.kind == "attention" else None
+    flops = claim.heads.count * claim.heads.flops
+    return replace(
+        branch, name=name, kind="heads", flops=flops, granularities=("sample",), query=None, heads=claim.heads
     )
 
 

@@ -24,6 +24,7 @@ from surgery.context import handled, scope, state_of
 from surgery.costs import place, run
 from surgery.errors import DataError
 from surgery.gates import Branch, Gate, iter_gates
+from surgery.head_gates import HeadGate
 from surgery.progress import Progress, silent
 from surgery.sites import Layout
 from surgery.skip_paths import AffineSkip, LinearSkip, LowRankSkip, SkipPath
@@ -93,6 +94,9 @@ class _TwinPass:
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
         n = self.count
+        if isinstance(gate, HeadGate):  # an inactive head leaves nothing to fit
+            active = torch.cat((torch.ones_like(first := self._decide(gate, residual)), first))
+            return gate.mask(branch, left, residual, inputs, active)
         output = branch(*inputs)
         value, *escaped = output if branch.escapes else (output,)
         base = torch.zeros_like(value) if left is None else left
@@ -115,7 +119,7 @@ class _TwinPass:
             return gate.decide(residual)[0][n:]
         if self.levels is None:
             self.levels = 0.2 + 0.8 * torch.rand(n, generator=self.generator)
-        shape = residual[n:].shape[:-1] if gate.per_token else torch.Size([n])
+        shape = gate.shape_of(residual[n:])
         levels = self.levels.view(n, *(1,) * (len(shape) - 1))
         return (torch.rand(shape, generator=self.generator) < levels).to(residual.device)
 

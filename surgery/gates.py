@@ -97,7 +97,9 @@ class Gate(nn.Module):
         self.state = state
         self.decodes = "decoder" in site.name.split(".")
         self.query = query  # in a tuple, so that the modules do not become children
-        self.router: Router = make_router(site.layout, site.channels, planned.granularity, planned.hidden)
+        self.router: Router = make_router(
+            site.layout, site.channels, planned.granularity, planned.hidden, len(site.units)
+        )
         self.skip_path: SkipPath = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
         self.offset = 0.0  # log of the cost saved by skipping, subtracted from the predicted log harm
 
@@ -135,13 +137,13 @@ class Gate(nn.Module):
             return merged.flatten(0, 1)
         if over.forced is not None and over.tape is None and mode != "mask":
             constant = over.forced.constant(self.site.name)
-            if constant or (constant is False and not branch.stateful):
+            if constant or (constant is False and self.leaves_out(branch)):
                 return self.open(branch, left, inputs) if constant else self.closed(branch, left, residual)
         if mode == "static" and over.forced is None:
-            is_open = self.state.static.get(self.site.name, True)
-            if over.tape is None and (is_open or not branch.stateful):
-                return self.open(branch, left, inputs) if is_open else self.closed(branch, left, residual)
-            decisions, scores = self._constant(residual, is_open), None
+            kept = [self.state.static.get(unit, True) for unit in self.site.units]
+            if over.tape is None and (all(kept) or (not any(kept) and self.leaves_out(branch))):
+                return self.open(branch, left, inputs) if all(kept) else self.closed(branch, left, residual)
+            decisions, scores = self._constant(residual, *kept), None
         else:
             decisions, scores = self.decide(residual, over)
         if over.tape is not None:
@@ -184,20 +186,35 @@ class Gate(nn.Module):
         scope = context.scope()
         return scope.decoder if scope is not None and scope.decoder is not None and self.decodes else scope
 
-    def _shape(self, residual: Tensor) -> torch.Size:
+    def shape_of(self, residual: Tensor) -> torch.Size:
+        """Shape of this gate's decisions."""
         return residual.shape[:-1] if self.per_token else residual.shape[:1]
 
-    def _constant(self, residual: Tensor, value: bool) -> Tensor:
-        return torch.full(self._shape(residual), value, dtype=torch.bool, device=residual.device)
+    def leaves_out(self, branch: Branch) -> bool:
+        """Whether the branch is not called at all where everything is inactive."""
+        return not branch.stateful
+
+    def saving(self) -> float:
+        """What skipping everything here saves per sample, in the unit of the cost model."""
+        costs = [self.state.costs.sites[unit] for unit in self.site.units]
+        return sum(cost.branch - cost.skip for cost in costs)
+
+    def _constant(self, residual: Tensor, *values: bool) -> Tensor:
+        """The same for all samples: one decision, or one per head."""
+        if len(values) == 1:
+            return torch.full(self.shape_of(residual), values[0], dtype=torch.bool, device=residual.device)
+        return torch.tensor(values, device=residual.device).expand(self.shape_of(residual))
 
     def _forced(self, residual: Tensor, forced: Forced) -> Tensor | None:
-        name, shape = self.site.name, self._shape(residual)
+        name, shape = self.site.name, self.shape_of(residual)
         if forced.rate is not None:
             constant = forced.constant(name)
             if constant is not None:
                 return self._constant(residual, constant)
             samples = _sample_ids(forced, shape[0]).to(residual.device)
             positions = _positions(self._scope(), shape, residual.device) if self.per_token else None
+            if len(shape) == 2 and not self.per_token:
+                positions = torch.arange(shape[1], device=residual.device).expand(shape)  # heads count as positions
             flat = context.draw(forced.rate, forced.seed, name, samples, positions)
             return flat.view(shape)
         if name not in forced.values:
@@ -208,18 +225,18 @@ class Gate(nn.Module):
         value = value.to(residual.device)
         if value.shape == shape:
             return value
-        if self.per_token and value.shape == shape[:1]:
+        if len(shape) > 1 and value.shape == shape[:1]:
             return value.view(-1, *(1,) * (len(shape) - 1)).expand(shape)
         raise ForceError(
             f"{name}: forced decisions have shape {tuple(value.shape)}, expected {tuple(shape)}"
-            + (f" or {tuple(shape[:1])}" if self.per_token else "")
+            + (f" or {tuple(shape[:1])}" if len(shape) > 1 else "")
         )
 
     # -- executing ------------------------------------------------------------------------------------------------
 
     def open(self, branch: Branch, left: Tensor | None, inputs: Sequence[Any]) -> Any:
         """The original computation."""
-        value, escaped = _split(branch, branch(*inputs))
+        value, escaped = split_outputs(branch, branch(*inputs))
         if left is not None:
             value = value.add_(left) if branch.inplace else left + value
         return (value, *escaped) if branch.escapes else value
@@ -238,7 +255,7 @@ class Gate(nn.Module):
         self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
     ) -> Any:
         """Everything runs, decisions select: the reference for every other execution."""
-        value, escaped = _split(branch, branch(*inputs))
+        value, escaped = split_outputs(branch, branch(*inputs))
         value = torch.where(self.expand(decisions, value), value, self.skip_path(residual))
         value = value if left is None else left + value
         return (value, *escaped) if branch.escapes else value
@@ -266,13 +283,13 @@ class Gate(nn.Module):
                 value = self.open(branch, own_left, own)
             else:
                 value = self.mask(branch, own_left, own_residual, own, decisions)
-            return _split(branch, value)[0]
+            return split_outputs(branch, value)[0]
 
         def passive(*tensors: Tensor) -> Tensor:
             own_left, own_residual, _ = rebuild(tensors)
             if own_left is own_residual:
                 return self.skip_path.added(own_residual)
-            return _split(branch, self.closed(branch, own_left, own_residual))[0]
+            return split_outputs(branch, self.closed(branch, own_left, own_residual))[0]
 
         value = choose(decisions.any(), active, passive, operands)
         return (value, *(None,) * branch.escapes) if branch.escapes else value
@@ -321,8 +338,8 @@ class Gate(nn.Module):
         runs = slices_of(decisions) if may_slice(residual, left) else None
         if runs is not None and cheaper_than_gathering(runs, residual, self.site.parameters):
             values = [branch(*(take_samples(v, axes, run, size) for v, axes in whole)) for run in runs.active]
-            return runs.merge(left, residual, [_split(branch, value)[0] for value in values], self.skip_path)
-        value, _ = _split(branch, branch(*(take_samples(v, axes, active, size) for v, axes in whole)))
+            return runs.merge(left, residual, [split_outputs(branch, value)[0] for value in values], self.skip_path)
+        value, _ = split_outputs(branch, branch(*(take_samples(v, axes, active, size) for v, axes in whole)))
         if runs is not None:
             return runs.merge(
                 left, residual, value.split([run.stop - run.start for run in runs.active]), self.skip_path
@@ -342,7 +359,7 @@ class Gate(nn.Module):
         cut = [
             take_tokens(value, axes, active, decisions.dim()) for value, axes in zip(inputs, branch.axes, strict=True)
         ]
-        value, _ = _split(branch, branch(*cut))
+        value, _ = split_outputs(branch, branch(*cut))
         rows = decisions.dim() - 1
         merged = self._merge(
             None if left is None else left.flatten(0, rows),
@@ -361,7 +378,7 @@ class Gate(nn.Module):
         assert self.site.query is not None
         query, output = self.query_parameters()
         with ActiveQueries(self.site.query, query, output, decisions) as mode:
-            value, escaped = _split(branch, branch(*inputs))
+            value, escaped = split_outputs(branch, branch(*inputs))
         value = torch.where(self.expand(decisions, value), value, self.skip_path(residual))
         value = value if left is None else left + value
         return (value, *map(mode.restore, escaped)) if branch.escapes else value
@@ -423,7 +440,8 @@ def iter_gates(gated: nn.Module) -> Iterator[tuple[str, Gate]]:
     return iter([(name, found[name]) for name in state.names])
 
 
-def _split(branch: Branch, output: Any) -> tuple[Tensor, tuple[Any, ...]]:
+def split_outputs(branch: Branch, output: Any) -> tuple[Tensor, tuple[Any, ...]]:
+    """A branch's value, and its further outputs."""
     if branch.escapes:
         return output[0], tuple(output[1:])
     return output, ()

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from surgery.calling import Batch, read_output
 from surgery.context import handled
 from surgery.costs import run
-from surgery.gates import Branch, Gate
+from surgery.gates import Branch, Gate, split_outputs
+from surgery.head_gates import HeadGate
 from surgery.objectives import margin
 from surgery.routers import SampleRouter
 
@@ -30,7 +31,7 @@ class HarmLabels:
 
     Args:
         features: Router inputs before standardisation: pooled `(N, F)`, or normalised tokens `(N, *positions, C)`.
-        harm: `(N,)` or `(N, *positions)`.
+        harm: `(N,)`, `(N, *positions)`, or `(N, H)` of heads.
         weights: False at padding, like `harm`; None where everything counts.
     """
 
@@ -62,7 +63,8 @@ def label_harm(gated: nn.Module, batch: Batch, generator: torch.Generator | None
 class _Seen:
     gate: Gate
     probe: Tensor
-    difference: Tensor
+    difference: Tensor | None
+    """What goes where the branch is skipped; None where the probe is a factor per head, `(N, R, H, 1)`."""
     features: Tensor
     weights: Tensor | None
 
@@ -74,22 +76,36 @@ class _Collector:
     sites: list[_Seen] = field(default_factory=list)
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
-        output = branch(*inputs)
-        value, *escaped = output if branch.escapes else (output,)
-        probe = torch.zeros_like(value, requires_grad=True)
         stream = residual.detach()
+        difference = None
+        if isinstance(gate, HeadGate):
+            probes: list[Tensor] = []
+            value, escaped = gate.weighed(branch, inputs, len(residual), lambda x: _scaled(x, probes))
+            probe = probes[0]
+        else:
+            value, escaped = split_outputs(branch, branch(*inputs))
+            probe = torch.zeros_like(value, requires_grad=True)
+            with torch.no_grad():
+                difference = value.detach() - gate.skip_path(stream)
+            value = value + probe
         with torch.no_grad():
-            difference = value.detach() - gate.skip_path(stream)
             padding = gate.padding(stream)
             router = gate.router
             features = router.pool(stream, padding) if isinstance(router, SampleRouter) else router.extract(stream)
         self.sites.append(_Seen(gate, probe, difference, features, padding if gate.per_token else None))
-        value = value + probe
         result = value if left is None else left + value
         return (result, *escaped) if branch.escapes else result
 
 
+def _scaled(x: Tensor, probes: list[Tensor]) -> Tensor:
+    """`x` `(N, R, H, D)` times a one per head, at which gradients are taken."""
+    probes.append(torch.ones_like(x[..., :1], requires_grad=True))
+    return x * probes[-1]
+
+
 def _harm(site: _Seen, gradient: Tensor | None) -> Tensor:
+    if site.difference is None:  # the effect of a head, unsigned per position
+        return torch.zeros_like(site.probe[:, 0, :, 0]) if gradient is None else gradient.float().abs().sum((1, 3))
     if gradient is None:  # the branch does not reach the output
         shape = site.difference.shape[:-1] if site.gate.per_token else site.difference.shape[:1]
         return torch.zeros(shape, device=site.difference.device)

@@ -21,6 +21,7 @@ from surgery.context import execution, handled, override, state_of
 from surgery.costs import place
 from surgery.errors import BudgetError
 from surgery.gates import Branch, Gate
+from surgery.head_gates import HeadGate
 from surgery.progress import Progress, silent
 from surgery.state import BudgetPoint, CostModel, SiteCost
 from surgery.timing import compare
@@ -52,7 +53,7 @@ def measure_costs(gated: nn.Module, batch: Batch, *, progress: Progress | None =
             report("timing sites", index + 1, _PASSES + 2)
     sites = {
         name: SiteCost(*(statistics.median(part) for part in zip(*timer.seen[name], strict=True)))
-        for name in state_of(gated).names
+        for name in state_of(gated).units
     }
     dense = max(statistics.median(whole), sum(site.branch for site in sites.values()))
     return CostModel("seconds", dense, sites)
@@ -112,7 +113,7 @@ def correct_table(gated: nn.Module, data: Iterable[Any], budget: float, *, progr
             share = (budget - below.cost) / (above.cost - below.cost) if above.cost != below.cost else 0.5
             threshold = below.threshold + share * (above.threshold - below.threshold)
             rates = {
-                n: below.active_rate[n] + share * (above.active_rate[n] - below.active_rate[n]) for n in state.names
+                n: below.active_rate[n] + share * (above.active_rate[n] - below.active_rate[n]) for n in state.units
             }
             measured.append(BudgetPoint(threshold, measure_ratio(gated, data, threshold), rates, below.static))
             report("timing budgets", len(measured), None)
@@ -150,10 +151,31 @@ class _Timer:
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
         result: list[Any] = []
+        opened = self.clock(lambda: result.append(gate.open(branch, left, inputs)))
+        if isinstance(gate, HeadGate):
+            self._heads(gate, branch, left, residual, inputs, opened)
+            return result[0]
         times = (
-            self.clock(lambda: result.append(gate.open(branch, left, inputs))),
+            opened,
             0.0 if gate.skip_path.is_identity else self.clock(lambda: gate.skip_path(residual)),
             self.clock(lambda: bool(gate.decide(residual)[0].any())),
         )
         self.seen.setdefault(gate.site.name, []).append(times)
         return result[0]
+
+    def _heads(
+        self,
+        gate: HeadGate,
+        branch: Branch,
+        left: Tensor | None,
+        residual: Tensor,
+        inputs: Sequence[Any],
+        opened: float,
+    ) -> None:
+        """Each head's share of what the branch takes longer with all heads than with none."""
+        none = torch.zeros(gate.shape_of(residual), dtype=torch.bool, device=residual.device)
+        closed = self.clock(lambda: bool(gate.skip(branch, left, residual, inputs, none) is None))
+        router = self.clock(lambda: bool(gate.decide(residual)[0].any()))
+        count = len(gate.site.units)
+        for unit in gate.site.units:
+            self.seen.setdefault(unit, []).append((max(opened - closed, 0.0) / count, 0.0, router / count))

@@ -155,7 +155,7 @@ class _Run:
     ) -> None:
         self.gated, self.reference, self.data, self.seed, self.progress = gated, reference, data, seed, progress
         self.state = state_of(gated)
-        self.names = self.state.names
+        self.names = self.state.units
         self.name: str | None = None
         self.agreed = "argmax"
         self.ours, self.shuffled, self.dense = _Parts(), _Parts(), _Parts()
@@ -289,13 +289,13 @@ class _Run:
             self.distinct.add(b"")
             return
         shapes = {event.decisions.shape for event in events}
-        self.per_token = len(shapes) == 1 and events[0].decisions.dim() > 1
+        self.per_token = len(shapes) == 1 and events[0].gate.per_token
         if self.per_token:
             rows = torch.stack([event.decisions.flatten() for event in events], 1).cpu()  # N*T S
             mask = events[0].weights
             rows = rows if mask is None else rows[mask.flatten().bool().cpu()]
         else:
-            rows = torch.stack([event.rates().cpu() for event in events], 1)  # N S
+            rows = torch.stack([rates.cpu() for event in events for rates in event.by_unit().values()], 1)  # N S
         self.decisions += len(rows)
         self.distinct.update(row.numpy().tobytes() for row in rows.unique(dim=0))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ class SiteStatus:
         granularity: sample, token or prefill.
         skip_path: identity, affine, low-rank or linear.
         threshold: Scores above it keep the branch; None where no router runs.
-        active_rate: Share of calibration inputs (or tokens) for which the branch ran; None before calibration.
+        active_rate: Share of calibration inputs (or tokens, or heads) for which the branch ran; None before calibration.
         cost_share: What branch, skip path and router cost at that rate, as a fraction of the dense model.
     """
 
@@ -124,8 +124,8 @@ def status(gated: nn.Module) -> Status:
                 granularity=planned.granularity,
                 skip_path=planned.skip,
                 threshold=gate.threshold if runs == "routed" else None,
-                active_rate=None if rates is None else rates[name],
-                cost_share=None if rates is None else _cost_share(state, name, rates[name], routed=runs == "routed"),
+                active_rate=None if rates is None else sum(rates[unit] for unit in site.units) / len(site.units),
+                cost_share=None if rates is None else _cost_share(state, site.units, rates, routed=runs == "routed"),
             )
         )
     costs = [point.cost for point in state.table]
@@ -150,9 +150,9 @@ def _runs(state: GatedState) -> str:
 def _rates(state: GatedState, runs: str) -> Mapping[str, float] | None:
     """Active rates of the current setting on calibration data, or None where they are not known."""
     if runs == "dense":
-        return dict.fromkeys(state.names, 1.0)
+        return dict.fromkeys(state.units, 1.0)
     if runs == "static":
-        return {name: float(state.static.get(name, True)) for name in state.names}
+        return {name: float(state.static.get(name, True)) for name in state.units}
     if not state.table:
         return None
     from surgery.calibration import current_point
@@ -160,15 +160,16 @@ def _rates(state: GatedState, runs: str) -> Mapping[str, float] | None:
     return current_point(state).active_rate
 
 
-def _cost_share(state: GatedState, name: str, rate: float, *, routed: bool) -> float:
-    cost = state.costs.sites[name]
-    return (rate * cost.branch + (1 - rate) * cost.skip + routed * cost.router) / state.costs.dense
+def _cost_share(state: GatedState, units: Sequence[str], rates: Mapping[str, float], *, routed: bool) -> float:
+    total = 0.0
+    for unit in units:
+        cost, rate = state.costs.sites[unit], rates[unit]
+        total += rate * cost.branch + (1 - rate) * cost.skip + routed * cost.router
+    return total / state.costs.dense
 
 
 def _cost(state: GatedState, rates: Mapping[str, float], *, routed: bool) -> float:
-    return state.costs.fixed / state.costs.dense + sum(
-        _cost_share(state, name, rates[name], routed=routed) for name in state.names
-    )
+    return state.costs.fixed / state.costs.dense + _cost_share(state, state.units, rates, routed=routed)
 
 
 def _listed(pair: tuple[float, float] | None) -> list[float] | None:

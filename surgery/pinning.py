@@ -116,11 +116,18 @@ def pin(
 
     Raises:
         NotConverted: If the model has no gates.
-        PinError: If a module with gates is called in several ways during one call, or in one that cannot be traced.
+        PinError: If a module with gates is called in several ways during one call, or in one that cannot be traced, or
+            sites decide heads.
     """
     check_choice("execution", execution, EXECUTIONS)
     check_choice("tokens", tokens, TOKENS)
     state = state_of(gated)
+    heads = [planned.site.name for planned in state.plan.sites if planned.site.heads is not None]
+    if heads:
+        raise PinError(
+            f"{heads[0]} and {len(heads) - 1} other sites decide heads, whose number differs from call to call; a graph holds "
+            "one program: convert with sites=['attention', 'mlp'] to pin or export"
+        )
     patterns, nested = _rehearse(gated, example)
     twin = share(gated).eval()
     running = Running()

@@ -63,7 +63,7 @@ def _granularity(site: Site, wanted: Granularity | Literal["auto"]) -> Granulari
 
 
 def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity) -> SkipKind:
-    if site.layout == "other":
+    if site.layout == "other" or site.kind == "heads":
         return "identity"
     if wanted != "auto":
         return wanted

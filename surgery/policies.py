@@ -18,6 +18,7 @@ from surgery import context
 from surgery.context import Event, handled
 from surgery.costs import weights_of
 from surgery.gates import Branch, Gate
+from surgery.head_gates import HeadGate
 from surgery.state import CostModel
 
 Choose = Callable[[Gate, Tensor], Tensor]
@@ -44,7 +45,8 @@ def constant(kept: Sequence[str]) -> Choose:
     names = frozenset(kept)
 
     def choose(gate: Gate, residual: Tensor) -> Tensor:
-        return torch.full(_shape(gate, residual), gate.site.name in names, dtype=torch.bool, device=residual.device)
+        kept = torch.tensor([unit in names for unit in gate.site.units], device=residual.device)
+        return kept.expand(gate.shape_of(residual))
 
     return choose
 
@@ -53,8 +55,12 @@ def random(rates: Mapping[str, float], seed: int, start: int) -> Choose:
     """Every site is open at its rate, drawn per input or token; `start` is the running number of the first input."""
 
     def choose(gate: Gate, residual: Tensor) -> Tensor:
-        shape = _shape(gate, residual)
+        shape = gate.shape_of(residual)
         samples = torch.arange(start, start + shape[0])
+        units = gate.site.units
+        if len(units) > 1:
+            drawn = [context.draw(rates[unit], seed, unit, samples, None) for unit in units]
+            return torch.stack(drawn, 1).to(residual.device)
         count = shape[1:].numel()
         positions = torch.arange(count).expand(shape[0], count) if len(shape) > 1 else None
         return (
@@ -77,6 +83,9 @@ def shuffled(events: Sequence[Event], seed: int) -> Choose:
 
     def choose(gate: Gate, residual: Tensor) -> Tensor:
         event = left[gate.site.name].pop(0)
+        if len(gate.site.units) > 1:
+            order = torch.randperm(len(event.decisions), generator=torch.Generator().manual_seed(seed))
+            return event.decisions[order.to(event.decisions.device)]
         flat = event.decisions.flatten().clone()
         real = torch.arange(len(flat), device=flat.device)
         if event.weights is not None:
@@ -93,7 +102,7 @@ class Importance:
     """Gate handler that leaves all gates open and notes how far each branch turns the residual stream.
 
     The score is `1 - cosine(stream before, stream after)` (block influence, Men et al. 2024, ShortGPT), mean over
-    inputs and positions.
+    inputs and positions; heads share their branch's score by the energy of what they contribute to its output.
     """
 
     total: dict[str, float] = field(default_factory=dict)
@@ -101,22 +110,37 @@ class Importance:
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
         """Execute one gate."""
-        result = gate.open(branch, left, inputs)
-        value = result[0] if branch.escapes else result
+        shares: list[Tensor] = []
+        if isinstance(gate, HeadGate):
+            output = gate.weighed(branch, inputs, len(residual), lambda x: _noted(x, gate, shares))
+            value, *escaped = output[0] if left is None else left + output[0], *output[1]
+            result: Any = (value, *escaped) if branch.escapes else value
+        else:
+            result = gate.open(branch, left, inputs)
+            value = result[0] if branch.escapes else result
         change = value if left is None else value - left
         axis = 1 if gate.site.layout == "NCHW" else -1
         scores = 1 - F.cosine_similarity(residual.float(), (residual + change).float(), dim=axis)
         padding = gate.padding(residual)
         scores = scores if padding is None or padding.shape != scores.shape else scores[padding]
-        name = gate.site.name
-        self.total[name] = self.total.get(name, 0.0) + float(scores.double().sum())
-        self.count[name] = self.count.get(name, 0) + scores.numel()
+        total = float(scores.double().sum())
+        for name, share in zip(gate.site.units, shares[0].tolist() if shares else [1.0], strict=True):
+            self.total[name] = self.total.get(name, 0.0) + total * share
+            self.count[name] = self.count.get(name, 0) + scores.numel()
         return result
 
     @property
     def scores(self) -> dict[str, float]:
         """Mean score per site."""
         return {name: total / max(self.count[name], 1) for name, total in self.total.items()}
+
+
+def _noted(x: Tensor, gate: HeadGate, shares: list[Tensor]) -> Tensor:
+    """Append every head's share of the energy after the output projection, `(H,)`; `x` `(N, R, H, D)` passes unchanged."""
+    blocks = gate.output_weight.split(x.shape[3], 1)  # C D each
+    energy = torch.stack([F.linear(x[:, :, head], block).double().square().sum() for head, block in enumerate(blocks)])
+    shares.append(energy / energy.sum().clamp_min(1e-30))
+    return x
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +190,11 @@ class Decided:
         rates, calls = torch.zeros(size, len(names)), torch.zeros(len(names))
         routed = torch.zeros(len(names), dtype=torch.bool)
         for event in events:
-            site = names.index(event.site)
-            rates[:, site] += event.rates().cpu()
-            calls[site] += 1  # a module that is used several times has one gate
-            routed[site] |= event.scores is not None
+            for name, active in event.by_unit().items():
+                site = names.index(name)
+                rates[:, site] += active.cpu()
+                calls[site] += 1  # a module that is used several times has one gate
+                routed[site] |= event.scores is not None
         rates = torch.where(calls > 0, rates / calls.clamp_min(1), torch.ones(()))
         return cls(rates, weights_of(events, size), routed)
 
@@ -195,7 +220,3 @@ class Decided:
                 active[name] * site.branch + (1 - active[name]) * site.skip + bool(self.routed[index]) * site.router
             )
         return total / costs.dense
-
-
-def _shape(gate: Gate, residual: Tensor) -> torch.Size:
-    return residual.shape[:-1] if gate.per_token else residual.shape[:1]

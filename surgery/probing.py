@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from surgery.counting import flop_counter
 from surgery.gates import Branch, Gate, Unfolded, take_samples, take_tokens, unfold
+from surgery.head_finding import find_heads
+from surgery.heads import HeadRoles
 from surgery.queries import QueryRoles, find_roles
 from surgery.sites import Kind, Layout, RegionInput
 from surgery.tracing import CACHE_NAMES
@@ -46,6 +48,8 @@ class Claim:
     shared: bool = False
     """Whether a further output is read outside."""
     folded: bool = False
+    heads: HeadRoles | str = ""
+    """Where its heads are, or why they cannot be decided; "" where nothing was looked for."""
 
 
 @dataclass(slots=True)
@@ -119,6 +123,8 @@ class Probe:
                 )
             if claim.per_token and claim.layout == "NTC":
                 claim.per_token = _reason(lambda: self._queries(claim, gate, branch, value, again, escaped))
+            if not claim.problem and _attends(claim.operations):
+                claim.heads = self._heads(gate, branch, value, again, claim)
         self.claims[name] = claim
         result = value if left is None else left + value
         return (result, *escaped) if branch.escapes else result
@@ -144,6 +150,24 @@ class Probe:
             return f"{claim.per_token}, and {roles}"
         claim.query = roles
         return ""
+
+    def _heads(
+        self, gate: Gate, branch: Branch, value: Tensor, inputs: Callable[[], list[Any]], claim: Claim
+    ) -> HeadRoles | str:
+        """Where the heads of the branch are, or why they cannot be decided."""
+        found: list[HeadRoles | str] = []
+
+        def look() -> str:
+            run = lambda: _first(branch, branch(*inputs()))  # noqa: E731  (it is passed on at once)
+            found.append(find_heads(run, value, self.parameters[gate.site.name], keep_keys=claim.cached))
+            return ""
+
+        return _reason(look) or found[0]
+
+
+def _attends(operations: frozenset[str]) -> bool:
+    """Whether there is an attention product among the operations that the FLOP counter saw."""
+    return any("attention" in op or "bmm" in op for op in operations)
 
 
 class _Again:

@@ -74,7 +74,9 @@ def regress_routers(
     for batch in batches(data):
         batch = place(batch, gated)
         for name, label in label_harm(gated, batch, generator).items():
-            rows, harm = _flatten(label.features, label.harm, label.weights)
+            rows, harm = label.features.float(), label.harm.float()  # N F, N H
+            if rows.dim() != 2 or harm.dim() != 2:
+                rows, harm = _flatten(label.features, label.harm, label.weights)
             if len(rows) > _ROWS_PER_BATCH:
                 chosen = torch.randperm(len(rows), generator=generator)[:_ROWS_PER_BATCH].to(rows.device)
                 rows, harm = rows[chosen], harm[chosen]
@@ -100,9 +102,8 @@ def regress_routers(
 def set_offset(gate: Gate) -> None:
     """Make the gate's scores comparable across sites: subtract the log of the cost that one skipped decision saves."""
     costs = gate.state.costs
-    site = costs.sites[gate.site.name]
-    saving = max(site.branch - site.skip, _TINY * costs.dense) / costs.dense
-    gate.offset = math.log(saving / (gate.site.positions if gate.per_token else 1))
+    saving = max(gate.saving(), _TINY * costs.dense) / costs.dense
+    gate.offset = math.log(saving / (gate.site.positions if gate.per_token else len(gate.site.units)))
 
 
 def _fit(gate: Gate, rows: Tensor, harm: Tensor, seed: int) -> Predictability:
@@ -113,11 +114,11 @@ def _fit(gate: Gate, rows: Tensor, harm: Tensor, seed: int) -> Predictability:
         _initialise(router, generator)
         with torch.no_grad():
             router.up.weight.zero_()
-            router.up.bias.fill_(float(target.mean()))
+            router.up.bias.copy_(target.mean(0))
         return Predictability(0.0, 0.0, len(rows))
     order = torch.randperm(len(rows), generator=generator).to(rows.device)
     held, used = order[: len(order) // 5], order[len(order) // 5 :]
-    centre, spread = target[used].mean(), target[used].std().clamp_min(1e-6)
+    centre, spread = target[used].mean(0), target[used].std(0).clamp_min(1e-6)  # of every head, where there are some
     x, y = rows[used], (target[used] - centre) / spread
     _initialise(router, generator)
     optimiser = torch.optim.AdamW(router.parameters(), lr=5e-3, weight_decay=1e-2)
@@ -133,12 +134,12 @@ def _fit(gate: Gate, rows: Tensor, harm: Tensor, seed: int) -> Predictability:
     with torch.no_grad():
         predicted, actual = router.score(rows[held]), (target[held] - centre) / spread
         correlation, slope = _correlation(predicted, actual)
-        shrinkage = min(max(slope, _TIE_BREAK), 1.0)
-        middle = predicted.mean()
+        shrinkage = slope.clamp(_TIE_BREAK, 1.0)
+        middle = predicted.mean(0)
         # score = centre + spread * (middle + shrinkage * (prediction - middle))
-        router.up.weight.mul_(shrinkage * spread)
+        router.up.weight.mul_((shrinkage * spread).view(-1, 1))
         router.up.bias.sub_(middle).mul_(shrinkage * spread).add_(middle * spread + centre)
-    return Predictability(correlation, shrinkage, len(used))
+    return Predictability(float(correlation.mean()), float(shrinkage.mean()), len(used))
 
 
 def _initialise(router: nn.Module, generator: torch.Generator) -> None:
@@ -152,15 +153,17 @@ def _initialise(router: nn.Module, generator: torch.Generator) -> None:
 
 def _floor(harm: Tensor) -> Tensor:
     """A small share of the typical harm, so that exact zeros have a finite logarithm."""
-    return 1e-3 * harm.mean() + _TINY
+    return 1e-3 * harm.mean(0) + _TINY
 
 
-def _correlation(predicted: Tensor, actual: Tensor) -> tuple[float, float]:
-    a, b = predicted - predicted.mean(), actual - actual.mean()
-    covariance, variance = (a * b).mean(), a.square().mean()
-    if variance < 1e-12:
-        return 0.0, 0.0
-    return float(covariance / (variance * b.square().mean()).sqrt().clamp_min(1e-12)), float(covariance / variance)
+def _correlation(predicted: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
+    """Pearson correlation, and slope of truth on prediction; 0 where the prediction is constant. Of every column."""
+    a, b = predicted - predicted.mean(0), actual - actual.mean(0)
+    covariance, variance = (a * b).mean(0), a.square().mean(0)
+    known = variance >= 1e-12
+    correlation = covariance / (variance * b.square().mean(0)).sqrt().clamp_min(1e-12)
+    slope = covariance / variance.clamp_min(1e-12)
+    return torch.where(known, correlation, 0.0), torch.where(known, slope, 0.0)
 
 
 def _flatten(features: Tensor, harm: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ from surgery.context import runs_dense, state_of
 from surgery.copying import share
 from surgery.errors import AlreadyConverted, PlanMismatch, TraceError, UnsupportedModel
 from surgery.gates import Gate, Owners
+from surgery.head_gates import HeadGate
 from surgery.queries import owner
 from surgery.regions import Region, find_regions
 from surgery.sites import Plan, RegionInput, SitePlan, Sites
@@ -66,10 +67,13 @@ class Gates(nn.Module):
         super().__init__()
         self.state = state
 
-    def hang(self, planned: SitePlan, host: str, query: Owners = ()) -> str:
-        """Add the gate of one site; returns its name here."""
+    def hang(self, planned: SitePlan, host: str, owners: Owners = ()) -> str:
+        """Add the gate of one site; returns its name here. `owners` hold what it finds inside attention."""
         key = _key(planned.site.name, host, self)
-        self.add_module(key, Gate(planned, self.state, query=query))
+        if planned.site.heads is not None:
+            self.add_module(key, HeadGate(planned, self.state, owners=owners))
+        else:
+            self.add_module(key, Gate(planned, self.state, query=owners))
         return key
 
 
@@ -272,12 +276,16 @@ def flop_costs(plan: Plan) -> CostModel:
     from surgery.routers import make_router
     from surgery.skip_paths import make_skip_path
 
-    sites = {}
+    sites: dict[str, SiteCost] = {}
     with torch.device("meta"):
         for planned in plan.sites:
             site = planned.site
             per_token = planned.granularity == "token"
-            router = make_router(site.layout, site.channels, planned.granularity, planned.hidden)
+            router = make_router(site.layout, site.channels, planned.granularity, planned.hidden, len(site.units))
+            if site.heads is not None:
+                share = SiteCost(float(site.heads.flops), 0.0, router.flops(1) / site.heads.count)
+                sites |= dict.fromkeys(site.units, share)
+                continue
             skip = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
             saved = site.query.flops if site.query is not None and per_token else site.flops
             sites[site.name] = SiteCost(
@@ -306,7 +314,7 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
     gates = Gates(state)
     marked = []
     for one in planned:
-        key = gates.hang(one, host, _query_owners(gated, one))
+        key = gates.hang(one, host, _owners(gated, one))
         axes = {i.name: i for i in one.site.inputs} if not one.site.restriction else None
         anchor = tuple(a[len(prefix) :] for a in one.site.anchor)
         marked.append(Marked(one.site.name, key, anchor, axes, one.site.shared))
@@ -323,8 +331,10 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
         programs.add(module, pattern, strict=pattern == patterns[0])
 
 
-def _query_owners(gated: nn.Module, planned: SitePlan) -> Owners:
-    """Modules and names of the parameters that make queries and project the output."""
+def _owners(gated: nn.Module, planned: SitePlan) -> Owners:
+    """Modules and names of the parameters that a gate looks for while its attention runs."""
+    if planned.site.heads is not None:
+        return tuple(owner(gated, name) for name in planned.site.heads.names)
     roles = planned.site.query
     if roles is None or planned.granularity != "token":
         return ()

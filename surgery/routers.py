@@ -1,9 +1,9 @@
-"""Routers: residual stream -> one score per sample or per token.
+"""Routers: residual stream -> one score per sample, per token, or per sample and head.
 
 A score estimates how much is lost by skipping; the gate is open where it exceeds the threshold. Router inputs are
 *normalised*, because pooled features share a large common part and a router on raw ones collapses to a static policy.
 
-Axis letters: `N` samples, `T` tokens, `C` channels, `F` features.
+Axis letters: `N` samples, `T` tokens, `C` channels, `F` features, `H` heads.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from surgery.sites import Layout
 class Router(nn.Module):
     """Features -> bottleneck -> score. Parameters stay fp32 whatever dtype the model is moved to."""
 
-    def __init__(self, features: int, hidden: int) -> None:
+    def __init__(self, features: int, hidden: int, heads: int = 1) -> None:
         super().__init__()
         self.features = features
         self.down = nn.Linear(features, hidden)
-        self.up = nn.Linear(hidden, 1)
+        self.up = nn.Linear(hidden, heads)
         nn.init.normal_(self.up.weight, std=1e-3)
         nn.init.zeros_(self.up.bias)
 
     def score(self, features: Tensor) -> Tensor:
-        """`(..., F)` -> `(...)`."""
+        """`(..., F)` -> `(...)`, or `(..., H)` where there are several heads to decide."""
         hidden = F.gelu(self.down(features), approximate="tanh")  # called as modules: offloading hooks their calls
         return self.up(hidden).squeeze(-1)
 
@@ -77,9 +77,9 @@ class SampleRouter(Router):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: int, hidden: int, layout: Layout) -> None:
+    def __init__(self, channels: int, hidden: int, layout: Layout, heads: int = 1) -> None:
         features = channels if layout == "NC" else 2 * channels
-        super().__init__(features, hidden)
+        super().__init__(features, hidden, heads)
         self.layout = layout
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("std", torch.ones(features))
@@ -112,7 +112,7 @@ class SampleRouter(Router):
         self.std.copy_(pooled.std(0, correction=0).clamp_min(1e-3 * pooled.std().clamp_min(1e-6)))
 
     def forward(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Residual stream -> scores `(N,)`."""
+        """Residual stream -> scores `(N,)` or `(N, H)`."""
         return self.score(self.extract(residual, mask))
 
 
@@ -121,8 +121,8 @@ def router_features(layout: Layout, channels: int, granularity: str) -> int:
     return channels if granularity == "token" or layout == "NC" else 2 * channels
 
 
-def make_router(layout: Layout, channels: int, granularity: str, hidden: int) -> Router:
-    """The router for a site."""
+def make_router(layout: Layout, channels: int, granularity: str, hidden: int, heads: int = 1) -> Router:
+    """The router for a site; `heads` is its number of scores per sample."""
     if granularity == "token":
         return TokenRouter(channels, hidden)
-    return SampleRouter(channels, hidden, layout)
+    return SampleRouter(channels, hidden, layout, heads)

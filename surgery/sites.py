@@ -16,6 +16,7 @@ from typing import Any, Literal, overload
 
 from surgery import decoding
 from surgery.errors import CheckpointError, NoSites, PlanMismatch, SitesMismatch
+from surgery.heads import HeadRoles
 from surgery.queries import QueryRoles
 
 Kind = Literal["block", "attention", "mlp", "heads"]
@@ -63,6 +64,7 @@ class Site:
         shared: Whether a further output of the branch is read outside (T5's position bias), so that it runs whatever is
             decided.
         folded: Whether samples and tokens share the first axis of the residual stream here, `(N * T, C)` (OPT).
+        heads: Where the heads are that a site of kind `heads` decides, else None.
     """
 
     name: str
@@ -82,6 +84,12 @@ class Site:
     query: QueryRoles | None = None
     shared: bool = False
     folded: bool = False
+    heads: HeadRoles | None = None
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Names of what is decided for one sample or token: the site, or each of its heads (`blocks.3.attn.heads.0`)."""
+        return (self.name,) if self.heads is None else tuple(f"{self.name}.{i}" for i in range(self.heads.count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,9 @@ class Sites(Sequence[Site]):
     """What can be skipped in one model: a sequence of `Site` that prints as a table.
 
     `model_flops` is the dense model's FLOPs per sample at the example's shape. `signature` records the example's names,
-    shapes, dtypes and Nones; `patterns` how each host was called; `inlined` which modules were traced through.
+    shapes, dtypes and Nones; `patterns` how each host was called; `inlined` which modules were traced through. `heads` are
+    the sites of kind `heads`, which are chosen only where they are asked for (`sites.filter(kind="heads")`) and then take
+    the place of the attention branch that they are in; `heads_rejections` says where there are none and why.
     """
 
     def __init__(
@@ -115,6 +125,8 @@ class Sites(Sequence[Site]):
         sites: Iterable[Site],
         rejections: Iterable[Rejection] = (),
         *,
+        heads: Iterable[Site] = (),
+        heads_rejections: Iterable[Rejection] = (),
         model_name: str = "",
         model_flops: int = 0,
         model_parameters: int = 0,
@@ -124,6 +136,8 @@ class Sites(Sequence[Site]):
     ) -> None:
         self._sites = tuple(sites)
         self.rejections = tuple(rejections)
+        self.heads = tuple(heads)
+        self.heads_rejections = tuple(heads_rejections)
         self.model_name = model_name
         self.model_flops = model_flops
         self.model_parameters = model_parameters
@@ -145,7 +159,7 @@ class Sites(Sequence[Site]):
         if isinstance(key, slice):
             return self._with(self._sites[key])
         if isinstance(key, str):
-            for site in self._sites:
+            for site in (*self._sites, *self.heads):
                 if site.name == key:
                     return site
             raise KeyError(f"no site named {key!r}; there are: {', '.join(self.names)}")
@@ -159,19 +173,29 @@ class Sites(Sequence[Site]):
     def filter(self, *patterns: str, kind: Kind | Iterable[Kind] | None = None) -> Sites:
         """Keep the sites of the given kinds whose name matches one of the glob `patterns`.
 
+        Without `kind`, sites of kind `heads` are kept only where a pattern that ends in `heads` matches. Where the heads
+        of an attention are kept, the branch around them is not: one attention has one gate.
+
         Raises:
             NoSites: If nothing is left.
         """
         kinds = {kind} if isinstance(kind, str) else set(kind or KINDS)
-        kept = [
-            site
-            for site in self._sites
-            if site.kind in kinds and (not patterns or any(fnmatch.fnmatchcase(site.name, p) for p in patterns))
-        ]
+
+        def wanted(site: Site) -> bool:
+            if site.kind != "heads" or kind is not None:
+                asked, by_default = list(patterns), not patterns
+            else:
+                asked, by_default = [p for p in patterns if p.endswith("heads")], False
+            return site.kind in kinds and (by_default or any(fnmatch.fnmatchcase(site.name, p) for p in asked))
+
+        inside = {(site.host, site.anchor): site for site in self.heads if wanted(site)}
+        chosen = [inside.get((site.host, site.anchor), site) for site in self._sites]
+        kept = [site for site in chosen if (site.host, site.anchor) in inside or wanted(site)]
         if not kept:
             raise NoSites(
                 f"no site of {self.model_name} is of kind {sorted(kinds)} and matches {list(patterns) or ['*']}; "
-                f"found: {', '.join(f'{s.name} ({s.kind})' for s in self._sites) or 'none'}"
+                f"found: {', '.join(f'{s.name} ({s.kind})' for s in (*self._sites, *self.heads)) or 'none'}"
+                + "".join(f"; {r.where}: {r.reason}" for r in self.heads_rejections if "heads" in kinds)
             )
         return self._with(kept)
 
@@ -221,6 +245,8 @@ class Sites(Sequence[Site]):
         return Sites(
             sites,
             self.rejections,
+            heads=self.heads,
+            heads_rejections=self.heads_rejections,
             model_name=self.model_name,
             model_flops=self.model_flops,
             model_parameters=self.model_parameters,
@@ -237,6 +263,8 @@ class Sites(Sequence[Site]):
             "model_parameters": self.model_parameters,
             "sites": [dataclasses.asdict(site) for site in self._sites],
             "rejections": [dataclasses.asdict(r) for r in self.rejections],
+            "heads": [dataclasses.asdict(site) for site in self.heads],
+            "heads_rejections": [dataclasses.asdict(r) for r in self.heads_rejections],
         }
 
     def __rich__(self) -> Any:
@@ -280,6 +308,11 @@ class Plan:
     def names(self) -> tuple[str, ...]:
         """Site names in the order of execution."""
         return tuple(planned.site.name for planned in self.sites)
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Names of everything that is decided, in the order of execution: sites, and heads one by one."""
+        return tuple(unit for planned in self.sites for unit in planned.site.units)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form."""

@@ -10,7 +10,7 @@ from surgery.sites import Plan
 
 @dataclass(frozen=True, slots=True)
 class SiteCost:
-    """Costs at one site per sample, in the unit of the model's `CostModel`."""
+    """Costs of one site (or of one head) per sample, in the unit of the model's `CostModel`."""
 
     branch: float
     skip: float
@@ -73,3 +73,8 @@ class GatedState:
     def names(self) -> tuple[str, ...]:
         """Site names in order of execution."""
         return self.plan.names
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Names of what is decided, in order of execution: sites, and heads one by one. Costs and rates go by them."""
+        return self.plan.units

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.gates import Branch, Gate
+from surgery.gates import Branch, Gate, split_outputs
+from surgery.head_gates import HeadGate
 from surgery.sites import Layout
 from surgery.state import CostModel
 
@@ -64,17 +65,20 @@ class SoftGates:
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
         """Execute one gate."""
-        output = branch(*inputs)
-        value, *escaped = output if branch.escapes else (output,)
         scores = gate.scores(residual.detach())
         leaf = scores.detach().requires_grad_()
         logits = leaf - self.threshold + self._noise(leaf)
         probability = torch.sigmoid(logits)
         active = logits > 0
-        skipped = gate.skip_path(residual)
-        term = torch.where(gate.expand(active, value), value, skipped)
-        gradient_only = gate.expand(probability - probability.detach(), value).to(value.dtype)
-        term = term + gradient_only * (value - skipped).detach()
+        if isinstance(gate, HeadGate):
+            weights = (active + probability - probability.detach())[:, None, :, None]  # N 1 H 1
+            term, escaped = gate.weighed(branch, inputs, len(residual), lambda x: x * weights.to(x.dtype))
+        else:
+            value, escaped = split_outputs(branch, branch(*inputs))
+            skipped = gate.skip_path(residual)
+            term = torch.where(gate.expand(active, value), value, skipped)
+            gradient_only = gate.expand(probability - probability.detach(), value).to(value.dtype)
+            term = term + gradient_only * (value - skipped).detach()
         padding = gate.padding(residual) if gate.per_token else None
         self.decided.append(Decided(gate, scores, leaf, probability.detach(), active, padding))
         result = term if left is None else left + term
@@ -121,8 +125,7 @@ def prices(decided: Sequence[Decided], costs: CostModel) -> tuple[list[Tensor], 
     total = constant * weights.sum()
     each = []
     for one in decided:
-        site = costs.sites[one.gate.site.name]
-        saving = (site.branch - site.skip) / costs.dense
+        saving = one.gate.saving() / costs.dense
         if one.padding is not None:
             price = saving * one.padding.float()
         else:

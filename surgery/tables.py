@@ -66,6 +66,12 @@ def sites_table(sites: Sites) -> RenderableType:
     restricted = [(site.name, site.restriction) for site in sites if site.restriction]
     if restricted:
         parts.append(_reasons("Restricted", restricted))
+    offered = [site for site in sites.heads if site.name not in sites.names]
+    if offered:
+        heads = sum(len(site.units) for site in offered)
+        parts.append(Text(f"Heads: {len(offered)} sites with {heads} heads can be had instead, with --sites heads"))
+    if sites.heads_rejections:
+        parts.append(_reasons("No heads to decide", [(r.where, r.reason) for r in sites.heads_rejections]))
     if sites.rejections:
         parts.append(_reasons("Left alone", [(r.where or "(the model itself)", r.reason) for r in sites.rejections]))
     return Group(*parts)

@@ -104,6 +104,8 @@ def _names(site: Site) -> Iterator[str]:
     yield from (site.name, site.host, *site.modules, *site.anchor, *(one.name for one in site.inputs))
     if site.query is not None:
         yield from (site.query.query, site.query.output)
+    if site.heads is not None:
+        yield from site.heads.names
 
 
 def _vet_name(name: str, where: str) -> None:
