@@ -62,6 +62,16 @@ class Loader:
         """Number of rows."""
         return len(self._order)
 
+    def column(self, name: str) -> list[Any]:
+        """The values of one column in the order of the batches.
+
+        Raises:
+            DataError: If there is no such column.
+        """
+        if name not in self._table.features:
+            raise DataError(f"there is no column {name!r}; there are: {', '.join(self._table.features)}")
+        return list(self._table[self._order][name])
+
     def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(self._seed + 7919 * self._passes)
         self._passes += 1

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from surgery.scripts import (
+    audit,
     benchmark,
     convert,
     coverage,
@@ -39,6 +40,7 @@ for page in (
     benchmark.benchmark,
     export.export,
     record.record,
+    audit.audit,
     replay.replay,
     push.push,
     pull.pull,

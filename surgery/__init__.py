@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from surgery.auditing import Audit, audit
 from surgery.calibration import budget_range, calibrate, set_budget
 from surgery.checkpoints import load, save
 from surgery.context import execution, force, tape
@@ -10,6 +11,7 @@ from surgery.exporting import Exported, export
 from surgery.finding import find_sites
 from surgery.fitting import fit_skip_paths
 from surgery.hub import pull, push, push_to_hub
+from surgery.guarding import Guard, Health
 from surgery.logs import Log, read_log
 from surgery.measurement import measure
 from surgery.overview import Status, status
@@ -25,7 +27,10 @@ from surgery.training import History, Options, train_routers
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "Exported",
+    "Guard",
+    "Health",
     "History",
     "Log",
     "Options",
@@ -40,6 +45,7 @@ __all__ = [
     "Sites",
     "Status",
     "UnmeasuredQuality",
+    "audit",
     "budget_range",
     "calibrate",
     "convert",

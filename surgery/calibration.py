@@ -102,6 +102,17 @@ def set_budget(gated: nn.Module, budget: float) -> None:
     if budget == 1:
         state.budget, state.threshold, state.static = 1.0, -math.inf, {}
         return
+    point = point_at(state, budget)
+    state.budget, state.threshold = budget, point.threshold
+    state.static = {name: name in point.static for name in state.units}
+
+
+def point_at(state: GatedState, budget: float) -> BudgetPoint:
+    """The table's point at a budget below 1.0, interpolated; nothing is set.
+
+    Raises:
+        BudgetError: If the budget is outside the table; names the attainable range.
+    """
     if not state.table:
         raise BudgetError(
             "this model was never calibrated, so no budget but 1.0 can be set; run surgery.calibrate first"
@@ -111,9 +122,7 @@ def set_budget(gated: nn.Module, budget: float) -> None:
         raise BudgetError(
             f"budget {budget:g} is outside the calibrated range [{low:.3f}, {high:.3f}] (or 1.0 for dense)"
         )
-    point = _interpolate(state.table, budget)
-    state.budget, state.threshold = budget, point.threshold
-    state.static = {name: name in point.static for name in state.units}
+    return _interpolate(state.table, budget)
 
 
 def budget_range(gated: nn.Module) -> tuple[float, float]:

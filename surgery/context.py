@@ -295,6 +295,11 @@ def draw(rate: float, seed: int, site: str, samples: Tensor, positions: Tensor |
     return uniform < rate
 
 
+def draw_unit(seed: int, number: int) -> float:
+    """A number in [0, 1) of the same generator, keyed by (seed, number)."""
+    return (_mix_int(_mix_int(seed & _WORD) + number) & 0xFFFFFF) / 0x1000000
+
+
 def _mix(value: Tensor) -> Tensor:
     """A 64-bit finaliser (Steele et al. 2014, SplitMix), with arithmetic shifts masked to logical ones."""
     value = value + -7046029254386353131

@@ -49,7 +49,7 @@ def make():
 def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
-COMMANDS = ("sites", "show", "convert", "score", "benchmark", "export", "record", "replay", "doctor", "demo")
+COMMANDS = ("sites", "show", "convert", "score", "benchmark", "export", "record", "replay", "audit", "doctor", "demo")
 
 
 def run(*arguments: Any, expect: int = 0) -> Any:
@@ -404,3 +404,13 @@ def test_what_was_recorded_is_replayed_bit_for_bit(converted: Path, tmp_path: Pa
     assert dearer["cost"] >= found["cost"]
     assert "bit-equal: 70" in run("replay", log, "--from", converted, *data).stdout
     assert "no site named" in run("replay", log, "--from", converted, *data, "--close", "x", expect=1).stderr
+
+
+def test_audit_by_class_and_group(converted: Path) -> None:
+    found = read_json("audit", converted, "--data", "digits", "--limit", 100, "--group", "label")
+    assert found["inputs"] == 100 and len(found["sites"]) == 4
+    assert [row["group"] for row in found["groups"]] == [str(digit) for digit in range(10)]
+    assert (
+        "Errors introduced" in run("audit", converted, "--data", "digits", "--limit", 100).stdout or not found["errors"]
+    )
+    assert "no column" in run("audit", converted, "--data", "digits", "--group", "x", expect=1).stderr

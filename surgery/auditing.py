@@ -1,0 +1,487 @@
+"""`audit`: what the routing does to whom. Which inputs get less compute, which sites decide, what skipping broke.
+
+Axis letters: `N` samples, `S` sites, `K` classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.calling import Batch, batches, call, length_of, read_output
+from surgery.context import Event, runs_dense, state_of, tape
+from surgery.costs import place, rates_of, weights_of
+from surgery.errors import DataError
+from surgery.progress import Progress, silent
+from surgery.recording import costs_of, input_hashes
+from surgery.rewriting import remove
+from surgery.scoring import is_logits
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+NEAR = 0.1
+"""Scores this close to the threshold are near it: they are logs, so 0.1 is a tenth of harm per cost saved."""
+NOISE = 0.05
+"""Standard deviation of the noise, as a share of the inputs' own."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteAudit:
+    """One gate.
+
+    Args:
+        site: Its name.
+        active_rate: Share of inputs (or tokens) for which the branch ran.
+        entropy: Of the mean decision, in bits; 0 for a gate that treats everything alike.
+        class_information: Mutual information of decision and class in bits, corrected for the sample size; None without
+            classes.
+        near_rate: Share of decisions whose score is near the threshold; None where no router ran.
+        noise_rate: Share of decisions that small noise on the input flips; None where it was not tried.
+    """
+
+    site: str
+    active_rate: float
+    entropy: float
+    class_information: float | None
+    near_rate: float | None
+    noise_rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupAudit:
+    """The inputs of one class or group.
+
+    Args:
+        group: Its name.
+        inputs: How many.
+        cost: Mean cost as a fraction of dense.
+        low: Lower end of the cost's 95 % interval.
+        high: Upper end of the same.
+        accuracy: Of the gated model; None without labels.
+        dense_accuracy: Of the dense model; None without labels.
+        agreement: Share of inputs for which both predict the same; None without classes.
+    """
+
+    group: str
+    inputs: int
+    cost: float
+    low: float
+    high: float
+    accuracy: float | None
+    dense_accuracy: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """An input that the dense model gets right and the gated one wrong.
+
+    Args:
+        index: Its place in the data.
+        input: Hash of its content, as in a log.
+        label: What it is.
+        predicted: What the gated model says.
+        cost: What it was given, as a fraction of dense.
+        shown: The input as people see it (a text), or "".
+    """
+
+    index: int
+    input: str
+    label: str
+    predicted: str
+    cost: float
+    shown: str = ""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Everything kept by input; what the report draws.
+
+    Args:
+        names: Site names.
+        rates: Active share per input and site, `(N, S)`.
+        costs: As a fraction of dense, `(N,)`.
+        weights: How much each input counts for a rate, `(N,)`.
+        hashes: Of every input's content.
+        labels: `(N,)`, or None.
+        predicted: Of the gated model, `(N,)`, or None where the output is an embedding.
+        dense: Of the dense model, likewise.
+        decisions: Per input the decisions of every site: `(positions,)` bool, padding left out.
+    """
+
+    names: tuple[str, ...]
+    rates: Tensor
+    costs: Tensor
+    weights: Tensor
+    hashes: list[str]
+    labels: Tensor | None
+    predicted: Tensor | None
+    dense: Tensor | None
+    decisions: list[dict[str, Tensor]] = field(repr=False, default_factory=list)
+
+    @property
+    def policies(self) -> Counter[bytes]:
+        """How many inputs (or tokens) each distinct set of decisions was made for."""
+        found: Counter[bytes] = Counter()
+        for one in self.decisions:
+            if not one:
+                found[b""] += 1
+                continue
+            longest = max(len(values) for values in one.values())
+            alike = [values if len(values) == longest else values[:1].expand(longest) for values in one.values()]
+            for row in torch.stack(alike, 1).numpy():
+                found[row.tobytes()] += 1
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What an audit found; prints as tables.
+
+    Args:
+        inputs: How many were run.
+        policies: Distinct sets of decisions.
+        decided: What these were made for: inputs, or tokens.
+        input_information: Mutual information of policy and input in bits: decisions are deterministic, so it is the
+            entropy of the policies.
+        cost: Mean cost as a fraction of dense.
+        sites: One row a gate.
+        classes: One row a class; empty without labels.
+        groups: One row a value of the group column; empty without one.
+        errors: Inputs that dense gets right and gated wrong.
+        repaired: Number of inputs that gated gets right and dense wrong.
+        flipped: Share of predictions that small noise on the input changes; None where it was not tried.
+        dense_flipped: The same for the dense model.
+        notes: What to know before believing the numbers.
+    """
+
+    inputs: int
+    policies: int
+    decided: str
+    input_information: float
+    cost: float
+    sites: tuple[SiteAudit, ...]
+    classes: tuple[GroupAudit, ...]
+    groups: tuple[GroupAudit, ...]
+    errors: tuple[Mistake, ...]
+    repaired: int
+    flipped: float | None
+    dense_flipped: float | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready form."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        from surgery.tables import percent, rows_table
+
+        lines = [
+            f"{self.policies:,} policies for {self.decided}: {self.input_information:.2f} bits about the input; "
+            f"mean cost {percent(self.cost)} of dense",
+            f"errors introduced (dense right, gated wrong): {len(self.errors):,}; repaired: {self.repaired:,}",
+        ]
+        if self.flipped is not None and self.dense_flipped is not None:
+            lines.append(
+                f"noise of {percent(NOISE, 0)} of the inputs' own spread changes {percent(self.flipped)} of predictions "
+                f"(dense: {percent(self.dense_flipped)})"
+            )
+        parts: list[Any] = [*map(Text, lines), rows_table("Sites (information in bits)", self.sites)]
+        for title, rows in (("Classes", self.classes), ("Groups", self.groups)):
+            if rows:
+                parts.append(rows_table(f"{title} (cost with its 95 % interval)", [_shown(row) for row in rows]))
+        if self.errors:
+            shown = [{**asdict(one), "index": str(one.index), "input": one.input[:12]} for one in self.errors[:_SHOWN]]
+            parts.append(rows_table(f"Errors introduced (first {len(shown)})", shown))
+        return Group(*parts, *(Text(f"note: {note}") for note in self.notes))
+
+    def __str__(self) -> str:
+        from surgery.tables import render
+
+        return render(self.__rich__())
+
+
+def audit(
+    gated: nn.Module,
+    data: Iterable[Any],
+    *,
+    dense: nn.Module | None = None,
+    groups: Sequence[Any] | None = None,
+    label_names: Sequence[str] = (),
+    shown: Sequence[str] = (),
+    noise: float = NOISE,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Audit:
+    """Run `gated` and the dense model on data and say what the routing does to whom.
+
+    Args:
+        gated: A gated model, as it is set now.
+        data: Batches, read once.
+        dense: The original model; None takes the gates out of a copy of `gated`.
+        groups: For every input the group that it belongs to, such as a language or a camera.
+        label_names: Names of the classes.
+        shown: For every input how people see it (its text), to show beside errors.
+        noise: Standard deviation of noise on the inputs as a share of their own; 0 tries none. Inputs of integers (texts)
+            get none.
+        seed: Of the noise.
+        progress: Called after every batch.
+
+    Raises:
+        DataError: If the data yields nothing, or `groups` has another length than the data.
+        NotConverted: If the model has no gates.
+    """
+    return audited(gated, data, dense, groups, label_names, shown, noise, seed, progress or silent)[0]
+
+
+def audited(
+    gated: nn.Module,
+    data: Iterable[Any],
+    dense: nn.Module | None,
+    groups: Sequence[Any] | None,
+    label_names: Sequence[str],
+    shown: Sequence[str],
+    noise: float,
+    seed: int,
+    progress: Progress,
+) -> tuple[Audit, Observed]:
+    """The audit, and what it was made from."""
+    state = state_of(gated)
+    reference = remove(gated).eval() if dense is None else dense
+    run = _Run(gated, reference, noise, seed)
+    total = length_of(data)
+    with torch.no_grad():
+        for index, batch in enumerate(batches(data)):
+            run.add(place(batch, gated))
+            progress("auditing", index + 1, total)
+    seen = run.observed()
+    if groups is not None and len(groups) != len(seen.costs):
+        raise DataError(f"{len(groups)} groups were given for {len(seen.costs)} inputs; give one for each, in order")
+    notes = ["every call ran dense: set a budget below 1"] if run.dense_calls else []
+    if noise and not run.noised and not run.dense_calls:
+        notes.append("inputs are integers, so no noise was tried on them")
+    policies = seen.policies
+    count = sum(policies.values())
+    classes = _grouped(seen, _named(seen.labels.tolist(), label_names)) if seen.labels is not None else ()
+    wrong = _mistakes(seen, label_names, shown)
+    both = seen.labels is not None and seen.predicted is not None and seen.dense is not None
+    repaired = 0
+    if both:
+        assert seen.labels is not None and seen.predicted is not None and seen.dense is not None
+        repaired = int(((seen.predicted == seen.labels) & (seen.dense != seen.labels)).sum())
+    per_token = any(len(values) > 1 for one in seen.decisions[:8] for values in one.values())
+    return Audit(
+        inputs=len(seen.costs),
+        policies=len(policies),
+        decided=f"{count:,} {'tokens' if per_token else 'inputs'}",
+        input_information=_entropy([number / count for number in policies.values()]),
+        cost=float(seen.costs.mean()),
+        sites=tuple(run.site(index, name, seen) for index, name in enumerate(state.names)),
+        classes=classes,
+        groups=() if groups is None else _grouped(seen, [str(one) for one in groups]),
+        errors=tuple(wrong),
+        repaired=repaired,
+        flipped=run.flipped / run.noised if run.noised else None,
+        dense_flipped=run.dense_flipped / run.noised if run.noised else None,
+        notes=tuple(notes),
+    ), seen
+
+
+class _Run:
+    """One pass over the data."""
+
+    def __init__(self, gated: nn.Module, reference: nn.Module, noise: float, seed: int) -> None:
+        self.gated, self.reference, self.noise = gated, reference, noise
+        self.state = state_of(gated)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.parts: dict[str, list[Any]] = {
+            name: [] for name in ("rates", "costs", "weights", "hashes", "labels", "predicted", "dense", "decisions")
+        }
+        self.near: Counter[str] = Counter()
+        self.scored: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()
+        self.tried: Counter[str] = Counter()
+        self.noised = self.flipped = self.dense_flipped = 0
+        self.dense_calls = False
+
+    def add(self, batch: Batch) -> None:
+        """Run one batch, and once more with noise."""
+        names, size = self.state.names, batch.size
+        if runs_dense(self.state):
+            self.dense_calls = True
+        with tape(self.gated) as events:
+            output = call(self.gated, batch)
+        reference = call(self.reference, batch)
+        classes = is_logits(self.reference, batch, reference) and read_output(reference).dim() == 2
+        labels = batch.labels if batch.labels is not None and batch.labels.dim() == 1 else None
+        found = {
+            "rates": rates_of(events, names, size),
+            "costs": costs_of(events, names, self.state.costs, size),
+            "weights": weights_of(events, size),
+            "labels": None if labels is None or labels.is_floating_point() else labels.cpu(),
+            "predicted": read_output(output).argmax(-1).cpu() if classes else None,
+            "dense": read_output(reference).argmax(-1).cpu() if classes else None,
+        }
+        for name, value in found.items():
+            self.parts[name].append(value)
+        self.parts["hashes"] += input_hashes(batch)
+        self.parts["decisions"] += _decisions(events, size)
+        for event in events:
+            if event.scores is None:
+                continue
+            near = (event.scores - self.state.threshold).abs() < NEAR
+            real = torch.ones_like(near) if event.weights is None else event.weights.bool()
+            self.near[event.site] += int((near & real).sum())
+            self.scored[event.site] += int(real.sum())
+        if self.noise and events:
+            self._disturb(batch, events, found["predicted"], found["dense"])
+
+    def _disturb(self, batch: Batch, events: Sequence[Event], mine: Tensor | None, dense: Tensor | None) -> None:
+        floats = [t for t in batch.tensors if t.is_floating_point() and t.dim() > 1]
+        if not floats:
+            return
+        noisy = batch.filled([self._noisy(t) if any(t is f for f in floats) else t for t in batch.tensors])
+        with tape(self.gated) as others:
+            output = call(self.gated, noisy)
+        for event, other in zip(events, others, strict=True):
+            real = torch.ones_like(event.decisions) if event.weights is None else event.weights.bool()
+            self.moved[event.site] += int(((event.decisions != other.decisions) & real).sum())
+            self.tried[event.site] += int(real.sum())
+        if mine is not None and dense is not None:
+            self.noised += batch.size
+            self.flipped += int((read_output(output).argmax(-1).cpu() != mine).sum())
+            self.dense_flipped += int((read_output(call(self.reference, noisy)).argmax(-1).cpu() != dense).sum())
+
+    def _noisy(self, value: Tensor) -> Tensor:
+        drawn = torch.randn(value.shape, generator=self.generator).to(value.device, value.dtype)
+        return value + self.noise * value.std() * drawn
+
+    def observed(self) -> Observed:
+        """All batches, one after the other."""
+
+        def joined(name: str) -> Tensor | None:
+            return None if any(one is None for one in self.parts[name]) else torch.cat(self.parts[name])
+
+        return Observed(
+            self.state.names,
+            torch.cat(self.parts["rates"]),
+            torch.cat(self.parts["costs"]),
+            torch.cat(self.parts["weights"]),
+            self.parts["hashes"],
+            joined("labels"),
+            joined("predicted"),
+            joined("dense"),
+            self.parts["decisions"],
+        )
+
+    def site(self, index: int, name: str, seen: Observed) -> SiteAudit:
+        """The row of one gate."""
+        weights = seen.weights / seen.weights.sum()
+        rate = float((seen.rates[:, index] * weights).sum())
+        return SiteAudit(
+            name,
+            rate,
+            _entropy([rate, 1 - rate]),
+            None if seen.labels is None else _information(seen.rates[:, index], seen.weights, seen.labels),
+            self.near[name] / self.scored[name] if self.scored[name] else None,
+            self.moved[name] / self.tried[name] if self.tried[name] else None,
+        )
+
+
+def _decisions(events: Sequence[Event], size: int) -> list[dict[str, Tensor]]:
+    rows: list[dict[str, Tensor]] = [{} for _ in range(size)]
+    for event in events:
+        values = event.decisions.reshape(size, -1).cpu()
+        real = None if event.weights is None else event.weights.reshape(size, -1).bool().cpu()
+        for index, row in enumerate(rows):
+            row[event.site] = values[index] if real is None else values[index][real[index]]
+    return rows
+
+
+def _information(rates: Tensor, weights: Tensor, labels: Tensor) -> float:
+    """Of a decision and the class, in bits, less the bias that few samples bring (Miller and Madow)."""
+    total = float(weights.sum())
+    overall = float((rates * weights).sum()) / total
+    known, classes = 0.0, labels.unique()
+    for one in classes:
+        chosen = labels == one
+        share = float(weights[chosen].sum()) / total
+        rate = float((rates[chosen] * weights[chosen]).sum() / weights[chosen].sum().clamp_min(1e-12))
+        known += share * _entropy([rate, 1 - rate])
+    # inputs are the independent samples, however many tokens each holds
+    bias = (len(classes) - 1) / (2 * len(labels) * math.log(2)) if 0 < overall < 1 else 0.0
+    return max(0.0, _entropy([overall, 1 - overall]) - known - bias)
+
+
+def _entropy(shares: Iterable[float]) -> float:
+    return -sum(share * math.log2(share) for share in shares if share > 0) + 0.0
+
+
+def _named(values: Iterable[int], names: Sequence[str]) -> list[str]:
+    return [names[value] if 0 <= value < len(names) else str(value) for value in values]
+
+
+def _grouped(seen: Observed, groups: Sequence[str]) -> tuple[GroupAudit, ...]:
+    rows = []
+    for name in sorted(set(groups)):
+        chosen = torch.tensor([group == name for group in groups])
+        costs = seen.costs[chosen]
+        half = 1.96 * float(costs.std()) / math.sqrt(len(costs)) if len(costs) > 1 else math.nan
+
+        def share(a: Tensor | None, b: Tensor | None, chosen: Tensor = chosen) -> float | None:
+            return None if a is None or b is None else float((a == b)[chosen].float().mean())
+
+        mean = float(costs.mean())
+        rows.append(
+            GroupAudit(
+                name,
+                len(costs),
+                mean,
+                mean - half if math.isfinite(half) else 0.0,
+                mean + half if math.isfinite(half) else 1.0,
+                share(seen.predicted, seen.labels),
+                share(seen.dense, seen.labels),
+                share(seen.predicted, seen.dense),
+            )
+        )
+    return tuple(rows)
+
+
+def _mistakes(seen: Observed, names: Sequence[str], shown: Sequence[str]) -> list[Mistake]:
+    if seen.labels is None or seen.predicted is None or seen.dense is None:
+        return []
+    wrong = ((seen.dense == seen.labels) & (seen.predicted != seen.labels)).nonzero().flatten().tolist()
+    labels, predicted = _named(seen.labels.tolist(), names), _named(seen.predicted.tolist(), names)
+    return [
+        Mistake(i, seen.hashes[i], labels[i], predicted[i], float(seen.costs[i]), shown[i] if i < len(shown) else "")
+        for i in wrong
+    ]
+
+
+def _shown(row: GroupAudit) -> Mapping[str, Any]:
+    from surgery.tables import percent
+
+    def share(value: float | None) -> str:
+        return "" if value is None else percent(value)
+
+    return {
+        "group": row.group,
+        "inputs": row.inputs,
+        "cost": f"{percent(row.cost)} ({percent(row.low)} … {percent(row.high)})",
+        "accuracy": share(row.accuracy),
+        "dense accuracy": share(row.dense_accuracy),
+        "agreement": share(row.agreement),
+    }
+
+
+_SHOWN = 20

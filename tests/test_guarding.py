@@ -1,0 +1,168 @@
+"""The guard: intervals by hand, steps up to dense with a reason, four threads, metrics."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import Residual
+
+import surgery
+from surgery.context import state_of
+from surgery.errors import BudgetError, SurgeryError
+from surgery.guarding import stability, wilson
+
+
+class Net(nn.Module):
+    """Three residual maps and a head of five classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(Residual(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))) for _ in range(3))
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+@pytest.fixture(scope="module")
+def converted() -> nn.Module:
+    torch.manual_seed(0)
+    data = [torch.randn(64, 8) for _ in range(20)]
+    return surgery.convert(Net().eval(), 0.6, data=data, tune="oneshot")
+
+
+def test_wilson_interval() -> None:
+    low, high = wilson(5, 100)  # Newcombe 1998 gives 0.0215 to 0.1118
+    assert (low, high) == (pytest.approx(0.0215, abs=1e-4), pytest.approx(0.1118, abs=1e-4))
+    assert wilson(0, 0) == (0, 1) and wilson(0, 50)[0] == 0 and wilson(50, 50)[1] == 1
+
+
+def test_stability_index() -> None:
+    assert stability(0.5, 0.5, 100) == 0
+    assert stability(0.8, 0.5, 100) == pytest.approx(0.3 * 0.470004 + 0.3 * 0.916291, abs=1e-5)
+    assert 0 < stability(1.0, 0.5, 100) < 10
+
+
+def test_nothing_moves_while_all_is_well(converted: nn.Module) -> None:
+    guard = surgery.Guard(converted, dense_fraction=1.0, max_disagreement=1.0, max_drift=100)
+    x = torch.randn(40, 8)
+    with torch.no_grad():
+        assert torch.equal(guard(x), converted(x))
+    health = guard.health()
+    assert (health.calls, health.inputs, health.compared, health.steps) == (1, 40, 40, ())
+    assert health.low <= health.disagreement <= health.high and set(health.drift) == set(state_of(converted).names)
+    with torch.no_grad(), surgery.execution(converted, "dense"):
+        dense = converted(x).argmax(1)
+    with torch.no_grad():
+        assert health.disagreement == pytest.approx(float((converted(x).argmax(1) != dense).float().mean()))
+
+
+def test_disagreement_raises_the_budget_step_by_step_to_dense(
+    converted: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    gated = copy.deepcopy(converted)
+    for module in gated.modules():  # skip paths that ruin everything that is skipped
+        if type(module).__name__ == "Gate":
+            for parameter in module.skip_path.parameters():
+                parameter.data += 3.0
+    before = state_of(gated).budget, state_of(gated).threshold
+    guard = surgery.Guard(gated, dense_fraction=1.0, max_disagreement=0.05, max_drift=1e9, least=30)
+    budgets = [guard.budget]
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        for _ in range(30):
+            output = guard(x := torch.randn(50, 8))
+            budgets.append(guard.budget)
+    steps = guard.health().steps
+    assert budgets == sorted(budgets) and budgets[-1] == 1.0 and len(steps) >= 2
+    assert [step.new for step in steps][:1] == [pytest.approx(0.7)]
+    assert "disagreement" in steps[0].reason and "above 5 %" in caplog.text
+    with torch.no_grad(), surgery.execution(gated, "dense"):
+        assert torch.equal(output, gated(x))
+    assert (state_of(gated).budget, state_of(gated).threshold) == before, "the model itself is left as it is"
+    guard.reset(0.6)
+    assert guard.budget == 0.6 and guard.health().steps[-1].reason == "set by hand"
+
+
+def test_drift_raises_the_budget_and_names_the_site(converted: nn.Module) -> None:
+    guard = surgery.Guard(converted, dense_fraction=0.0, max_drift=0.25)
+    with torch.no_grad():
+        for _ in range(10):
+            guard(torch.randn(50, 8))
+        calm = guard.health()
+        for _ in range(60):
+            guard(torch.zeros(50, 8) + torch.tensor([9.0, -9, 9, -9, 9, -9, 9, -9]))
+    assert calm.steps == () and max(calm.drift.values()) < 0.25
+    reasons = [step.reason for step in guard.health().steps]
+    assert reasons and any(name in reasons[0] for name in state_of(converted).names) and "drift at" in reasons[0]
+
+
+def test_four_threads_lose_nothing_and_agree(converted: nn.Module) -> None:
+    pytest.importorskip("prometheus_client")
+    from prometheus_client import CollectorRegistry
+
+    registry = CollectorRegistry()
+    guard = surgery.Guard(
+        converted, dense_fraction=0.25, max_disagreement=1.0, max_drift=1e9, window=10_000, metrics=registry
+    )
+    inputs = [torch.randn(3, 8) for _ in range(4)]
+    with torch.no_grad():
+        expected = [converted(x) for x in inputs]
+        dense = []
+        for x in inputs:
+            with surgery.execution(converted, "dense"):
+                dense.append(converted(x))
+    failures: list[Any] = []
+
+    def work(number: int) -> None:
+        with torch.no_grad():
+            for index in range(100):
+                if number == 0 and index % 25 == 24:
+                    guard.reset(1.0 if guard.budget < 1 else 0.6)
+                found = guard(inputs[number])
+                if not (torch.equal(found, expected[number]) or torch.equal(found, dense[number])):
+                    failures.append((number, index))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    health = guard.health()
+    assert not failures and (health.calls, health.inputs) == (400, 1200) and len(health.steps) == 4
+    assert registry.get_sample_value("surgery_calls_total") == 400
+    assert registry.get_sample_value("surgery_inputs_total") == 1200
+    compared = registry.get_sample_value("surgery_compared_inputs_total")
+    assert compared and 0 < compared < 1200
+    assert registry.get_sample_value("surgery_latency_seconds_count") == 400
+    assert registry.get_sample_value("surgery_cost_fraction_count") == 1200
+    assert registry.get_sample_value("surgery_budget") == health.budget
+    site = state_of(converted).names[0]
+    assert registry.get_sample_value("surgery_active_rate", {"site": site}) == pytest.approx(health.active_rate[site])
+
+
+def test_sampled_share(converted: nn.Module) -> None:
+    guard = surgery.Guard(converted, dense_fraction=0.3, max_disagreement=1.0, max_drift=1e9)
+    with torch.no_grad():
+        for _ in range(400):
+            guard(torch.randn(1, 8))
+    assert abs(guard.health().compared / 400 - 0.3) < 4 * (0.3 * 0.7 / 400) ** 0.5
+
+
+def test_refusals(converted: nn.Module) -> None:
+    with pytest.raises(SurgeryError, match="dense_fraction is a share"):
+        surgery.Guard(converted, dense_fraction=2)
+    with pytest.raises(SurgeryError, match="window >= least"):
+        surgery.Guard(converted, window=5)
+    model = Net().eval()
+    with pytest.raises(BudgetError, match="never calibrated"):
+        surgery.Guard(surgery.insert_gates(model, surgery.find_sites(model, torch.randn(2, 8))))
+    with pytest.raises(BudgetError, match="outside the calibrated range"):
+        surgery.Guard(converted).reset(0.001)
