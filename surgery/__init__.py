@@ -10,8 +10,8 @@ from surgery.conversion import UnmeasuredQuality, convert
 from surgery.exporting import Exported, export
 from surgery.finding import find_sites
 from surgery.fitting import fit_skip_paths
-from surgery.hub import pull, push, push_to_hub
 from surgery.guarding import Guard, Health
+from surgery.hub import pull, push, push_to_hub
 from surgery.logs import Log, read_log
 from surgery.measurement import measure
 from surgery.overview import Status, status
