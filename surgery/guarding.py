@@ -287,8 +287,7 @@ class _Rates:
     def __init__(self, window: int, sites: int) -> None:
         self._window: deque[tuple[Tensor, float]] = deque()
         self._most = window
-        self._zero = torch.zeros(sites, dtype=torch.float64)
-        self.clear()
+        self._sum, self._weight = torch.zeros(sites, dtype=torch.float64), 0.0
 
     def __len__(self) -> int:
         return len(self._window)
@@ -310,7 +309,7 @@ class _Rates:
     def clear(self) -> None:
         """Forget all."""
         self._window.clear()
-        self._sum, self._weight = self._zero.clone(), 0.0
+        self._sum, self._weight = torch.zeros_like(self._sum), 0.0
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
