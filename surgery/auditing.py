@@ -286,7 +286,7 @@ def audited(
         decided=f"{count:,} {'tokens' if per_token else 'inputs'}",
         input_information=_entropy([number / count for number in policies.values()]),
         cost=float(seen.costs.mean()),
-        sites=tuple(run.site(index, name, seen) for index, name in enumerate(state.names)),
+        sites=tuple(run.site(index, name, seen) for index, name in enumerate(state.units)),
         classes=classes,
         groups=() if groups is None else _grouped(seen, [str(one) for one in groups]),
         errors=tuple(wrong),
@@ -316,7 +316,7 @@ class _Run:
 
     def add(self, batch: Batch) -> None:
         """Run one batch, and once more with noise."""
-        names, size = self.state.names, batch.size
+        names, size = self.state.units, batch.size
         if runs_dense(self.state):
             self.dense_calls = True
         with tape(self.gated) as events:
@@ -326,7 +326,7 @@ class _Run:
         labels = batch.labels if batch.labels is not None and batch.labels.dim() == 1 else None
         found = {
             "rates": rates_of(events, names, size),
-            "costs": costs_of(events, names, self.state.costs, size),
+            "costs": costs_of(events, self.state.costs, size),
             "weights": weights_of(events, size),
             "labels": None if labels is None or labels.is_floating_point() else labels.cpu(),
             "predicted": read_output(output).argmax(-1).cpu() if classes else None,
@@ -340,9 +340,9 @@ class _Run:
             if event.scores is None:
                 continue
             near = (event.scores - self.state.threshold).abs() < NEAR
-            real = torch.ones_like(near) if event.weights is None else event.weights.bool()
-            self.near[event.site] += int((near & real).sum())
-            self.scored[event.site] += int(real.sum())
+            for unit, part, real in _by_unit(event, near):
+                self.near[unit] += int((part & real).sum())
+                self.scored[unit] += int(real.sum())
         if self.noise and events:
             self._disturb(batch, events, found["predicted"], found["dense"])
 
@@ -354,9 +354,9 @@ class _Run:
         with tape(self.gated) as others:
             output = call(self.gated, noisy)
         for event, other in zip(events, others, strict=True):
-            real = torch.ones_like(event.decisions) if event.weights is None else event.weights.bool()
-            self.moved[event.site] += int(((event.decisions != other.decisions) & real).sum())
-            self.tried[event.site] += int(real.sum())
+            for unit, part, real in _by_unit(event, event.decisions != other.decisions):
+                self.moved[unit] += int((part & real).sum())
+                self.tried[unit] += int(real.sum())
         if mine is not None and dense is not None:
             self.noised += batch.size
             self.flipped += int((read_output(output).argmax(-1).cpu() != mine).sum())
@@ -373,7 +373,7 @@ class _Run:
             return None if any(one is None for one in self.parts[name]) else torch.cat(self.parts[name])
 
         return Observed(
-            self.state.names,
+            self.state.units,
             torch.cat(self.parts["rates"]),
             torch.cat(self.parts["costs"]),
             torch.cat(self.parts["weights"]),
@@ -401,11 +401,22 @@ class _Run:
 def _decisions(events: Sequence[Event], size: int) -> list[dict[str, Tensor]]:
     rows: list[dict[str, Tensor]] = [{} for _ in range(size)]
     for event in events:
-        values = event.decisions.reshape(size, -1).cpu()
-        real = None if event.weights is None else event.weights.reshape(size, -1).bool().cpu()
-        for index, row in enumerate(rows):
-            row[event.site] = values[index] if real is None else values[index][real[index]]
+        for unit, values, real in _by_unit(event, event.decisions):
+            for index, row in enumerate(rows):
+                row[unit] = values[index][real[index]]
     return rows
+
+
+def _by_unit(event: Event, values: Tensor) -> list[tuple[str, Tensor, Tensor]]:
+    """For the site, or each of its heads: `values` `(N, positions)`, and which of these are no padding."""
+    units = event.gate.site.units
+    flat = values.reshape(len(values), -1).cpu()
+    if len(units) > 1:
+        return [(unit, flat[:, i : i + 1], torch.ones(len(flat), 1).bool()) for i, unit in enumerate(units)]
+    real = (
+        torch.ones_like(flat).bool() if event.weights is None else event.weights.reshape(len(values), -1).bool().cpu()
+    )
+    return [(event.site, flat, real)]
 
 
 def _information(rates: Tensor, weights: Tensor, labels: Tensor) -> float:

@@ -10,7 +10,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch.nn import functional as F
 
 from surgery.calibration import budget_range, point_at
 from surgery.calling import Batch, call, read_output
-from surgery.context import Event, Forced, draw_unit, override, state_of, tape
+from surgery.context import Event, draw_unit, override, state_of, tape
 from surgery.costs import rates_of, weights_of
 from surgery.errors import BudgetError, MissingDependency, SurgeryError
+from surgery.policies import constant, decided
 from surgery.recording import costs_of
 from surgery.scoring import is_logits
 
@@ -145,11 +147,11 @@ class Guard:
         self._budget = self.state.budget or 1.0
         self._calls = self._inputs = 0
         self._disagreed: deque[bool] = deque(maxlen=window)
-        self._rates = _Rates(window, len(self.state.names))
+        self._rates = _Rates(window, len(self.state.units))
         self._costs: deque[float] = deque(maxlen=window)
         self._steps: list[Step] = []
         self._seed = seed
-        self._metrics = None if metrics is None else _Metrics(metrics, self.state.names)
+        self._metrics = None if metrics is None else _Metrics(metrics, self.state.units)
         self._report()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,12 +161,15 @@ class Guard:
             budget = self._budget
         batch = Batch(args, kwargs)
         start = time.perf_counter()
-        with override(self.state, **self._setting(budget)), tape(self.gated) as events:
+        with self._running(budget) as events:
             output = call(self.gated, batch)
         seconds = time.perf_counter() - start
         compared = None
         if budget < 1 and draw_unit(self._seed, number) < self.dense_fraction:
-            with torch.no_grad(), override(self.state, execution="dense", forced=None, tape=None, recorder=None):
+            with (
+                torch.no_grad(),
+                override(self.state, execution="dense", forced=None, tape=None, handler=None, recorder=None),
+            ):
                 reference = call(self.gated, batch)
             compared = _disagreements(self.gated, batch, output, reference)
         self._note(batch.size, budget, events, compared, seconds)
@@ -193,21 +198,25 @@ class Guard:
 
     # -- deciding -------------------------------------------------------------------------------------------------
 
-    def _setting(self, budget: float) -> dict[str, Any]:
+    @contextmanager
+    def _running(self, budget: float) -> Iterator[list[Event]]:
         """Overrides of one call: the shared state stays as it is."""
         if budget >= 1:
-            return {"execution": "dense"}
-        point = point_at(self.state, budget)
-        if self.state.policy == "static":
-            values: dict[str, bool | Tensor] = {name: name in point.static for name in self.state.names}
-            return {"execution": "skip", "forced": Forced(None, values, 0, None)}
-        return {"execution": "skip", "thresholds": point.threshold}
+            with override(self.state, execution="dense"):
+                yield []
+        elif self.state.policy == "static":
+            with decided(self.gated, constant(point_at(self.state, budget).static)) as events:
+                yield events
+        else:
+            threshold = point_at(self.state, budget).threshold
+            with override(self.state, execution="skip", thresholds=threshold), tape(self.gated) as events:
+                yield events
 
     def _note(
         self, size: int, budget: float, events: Sequence[Event], compared: Sequence[bool] | None, seconds: float
     ) -> None:
-        rates, weights = rates_of(events, self.state.names, size), weights_of(events, size)
-        costs = costs_of(events, self.state.names, self.state.costs, size).tolist()
+        rates, weights = rates_of(events, self.state.units, size), weights_of(events, size)
+        costs = costs_of(events, self.state.costs, size).tolist()
         with self._lock:
             self._inputs += size
             if budget == self._budget:  # what began before a change of the budget says nothing about the new one
@@ -256,7 +265,7 @@ class Guard:
     def _health(self) -> Health:
         count, wrong = len(self._disagreed), sum(self._disagreed)
         low, high = wilson(wrong, count)
-        names = self.state.names
+        names = self.state.units
         active = dict(zip(names, self._rates.means(), strict=True)) if len(self._rates) else {}
         drift = {}
         if active and self._budget < 1 and self.state.policy != "static":

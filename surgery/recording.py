@@ -216,16 +216,19 @@ def passes_of(events: Sequence[Event], size: int) -> list[tuple[list[int], list[
     return [(list(range(size)), list(events))] if events else []
 
 
-def costs_of(events: Sequence[Event], names: Sequence[str], costs: CostModel, size: int) -> Tensor:
+def costs_of(events: Sequence[Event], costs: CostModel, size: int) -> Tensor:
     """Cost of each sample of one pass as a fraction of dense, float64 `(N,)`; a router counts where it ran."""
     total = torch.full((size,), costs.fixed, dtype=torch.float64)
-    grouped: dict[str, list[Event]] = {}
+    rates: dict[str, list[Tensor]] = {}
+    routed = set()
     for event in events:
-        grouped.setdefault(event.site, []).append(event)
-    for name in names:
-        site, own = costs.sites[name], grouped.get(name, ())
-        rate = torch.stack([e.rates().double().cpu() for e in own]).mean(0) if own else torch.ones(size).double()
-        total += rate * site.branch + (1 - rate) * site.skip + any(e.scores is not None for e in own) * site.router
+        for unit, active in event.by_unit().items():
+            rates.setdefault(unit, []).append(active.double().cpu())
+            if event.scores is not None:
+                routed.add(unit)
+    for unit, site in costs.sites.items():
+        rate = torch.stack(rates[unit]).mean(0) if unit in rates else torch.ones(size, dtype=torch.float64)
+        total += rate * site.branch + (1 - rate) * site.skip + (unit in routed) * site.router
     return total / costs.dense
 
 
@@ -397,7 +400,7 @@ def _rows_of(call: Call, size: int, state: GatedState, scores: str) -> dict[str,
         **{name: [value] * size for name, value in same.items()},
         "row": list(range(size)),
         "input": ids,
-        "cost": costs_of(call.events, names, state.costs, size).tolist(),
+        "cost": costs_of(call.events, state.costs, size).tolist(),
         "prediction": [int(one.argmax()) if predicted else None for one in parts],
         **passes,
         "output_hash": [output_hash(one) for one in parts],

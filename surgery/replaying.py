@@ -21,6 +21,7 @@ from surgery.errors import LogError
 from surgery.gates import Branch, Gate
 from surgery.logs import Log, Row
 from surgery.recording import costs_of, input_hashes, output_hash
+from surgery.sites import Plan
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -218,7 +219,7 @@ class _Run:
         same = [row.row for row in rows] == list(range(first.size)) and len({(row.part, row.call) for row in rows}) == 1
         output, events, places = self._run(batch, rows)
         outputs = list(output.cpu()) if output.shape[:1] == (size,) else [output.cpu()] * size
-        costs = costs_of(events, self.state.names, self.state.costs, size).tolist()
+        costs = costs_of(events, self.state.costs, size).tolist()
         self.rows, self.same = self.rows + size, self.same + size * same
         for index, (row, value) in enumerate(zip(rows, outputs, strict=True)):
             self.cost, self.recorded = self.cost + costs[index], self.recorded + row.cost
@@ -226,7 +227,7 @@ class _Run:
 
     def _run(self, batch: Batch, rows: list[Row]) -> tuple[Tensor, list[Event], list[str]]:
         if self.what_if:
-            forced = {**_forced(rows, self.state.names, _length(batch)), **self.what_if}
+            forced = {**_forced(rows, self.state.plan, _length(batch)), **self.what_if}
             with force(self.gated, forced), tape(self.gated) as events:
                 output = read_output(call(self.gated, batch))
             return output, events, [next(name for name in self.state.names if name in self.what_if)] * batch.size
@@ -268,7 +269,7 @@ class _Player:
         if all(one is None for one in own):  # the call was dense
             return gate.open(branch, left, inputs)
         scores = gate.scores(residual) if any(one is not None and one.scores is not None for one in own) else None
-        length = residual.shape[1] if residual.dim() == 3 else None
+        length = residual.shape[1] if gate.per_token and residual.dim() == 3 else None
         decisions = torch.stack([_widened(one and one.values, own, length) for one in own]).to(residual.device)
         if scores is not None:
             for index, one in enumerate(own):
@@ -295,17 +296,18 @@ def _widened(value: Tensor | None, own: Sequence[Any], length: int | None) -> Te
     return torch.cat([value, value.new_zeros(max(0, length - len(value)))])[:length]
 
 
-def _forced(rows: list[Row], names: Sequence[str], length: int | None) -> dict[str, bool | Tensor]:
+def _forced(rows: list[Row], plan: Plan, length: int | None) -> dict[str, bool | Tensor]:
     """Recorded decisions of a batch by site; sites that decided more than once in a call are left to the routers."""
     result: dict[str, bool | Tensor] = {}
-    for name in names:
+    for planned in plan.sites:
+        name, tokens = planned.site.name, planned.granularity == "token"
         own = [[d for taken in row.passes for d in taken if d.site == name] for row in rows]
         if all(not found for found in own):
             result[name] = True  # the call was dense
         elif all(len(found) == 1 for found in own):
             values = [found[0] for found in own]
             longest = max((len(one.values) for one in values if one.values.dim() == 1), default=None)
-            fits = length if any(one.values.dim() == 1 for one in values) and length is not None else longest
+            fits = (longest if length is None else length) if tokens else None
             result[name] = torch.stack([_widened(one.values, values, fits) for one in values])
     return result
 
