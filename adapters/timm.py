@@ -173,6 +173,34 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
+def create_gated(name: str, **options: Any) -> nn.Module:
+    """The gated model that timm's own name of a place holds, where `timm.create_model(name)` gives the dense one.
+
+    Args:
+        name: `hf-hub:user/name`, `hf-hub:user/name@revision` or `local-dir:path`, as in timm.
+        options: As of `surgery.load`.
+
+    Raises:
+        UnknownModel: If it is none of these forms.
+        CheckpointError, BaseMismatch, HubError: As `surgery.load` does.
+    """
+    from surgery.checkpoints import load
+
+    form, _, where = name.partition(":")
+    if form == "local-dir":
+        return load(where, **options)
+    if form not in ("hf-hub", "hf_hub") or not where:
+        raise UnknownModel(f"{name!r}: expected hf-hub:user/name, hf-hub:user/name@revision or local-dir:path")
+    repository, _, revision = where.partition("@")
+    return load(repository, revision=revision or None, **options)
+
+
+def evaluation_transform(model: nn.Module) -> Callable[[Any], Tensor]:
+    """timm's evaluation transform for a dense or gated model: a PIL picture -> `(C, H, W)`."""
+    transform: Callable[[Any], Tensor] = timm.data.create_transform(**data_config(model), is_training=False)
+    return transform
+
+
 def near_names(name: str, count: int = 5) -> list[str]:
     """Names of timm architectures that look like `name`."""
     names = timm.list_models()

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import surgery
 from surgery import checkpoints, configs
+from surgery.adapters.timm import create_gated
 from surgery.context import state_of
 from surgery.errors import CheckpointError, HubError, OutputExists
 from surgery.scripts.cli import app
@@ -72,6 +73,7 @@ def test_a_pushed_base_is_all_that_is_needed(hub: Hub, model: nn.Module, tmp_pat
     surgery.push_to_hub(model, "me/whole", base=True)
     example = subject("timm/test_resnet").example
     assert_equal(outputs(surgery.load("me/whole"), example), outputs(model, example))
+    assert_equal(outputs(create_gated("hf-hub:me/whole@main"), example), outputs(model, example))
     dense = timm.create_model("hf-hub:me/whole", pretrained=True).eval()
     assert_equal(outputs(dense, example), outputs(subject("timm/test_resnet").model, example))
 

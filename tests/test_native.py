@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import timm
 import torch
@@ -22,8 +23,9 @@ from torch import nn
 import surgery
 import surgery.adapters.huggingface
 from surgery import checkpoints, configs
+from surgery.adapters.timm import create_gated, evaluation_transform
 from surgery.context import state_of
-from surgery.errors import BaseMismatch, CheckpointError, OutputExists, PlanMismatch, SurgeryError
+from surgery.errors import BaseMismatch, CheckpointError, OutputExists, PlanMismatch, SurgeryError, UnknownModel
 from surgery.gates import iter_gates
 from surgery.scripts.zoo import call
 
@@ -132,6 +134,12 @@ def test_a_base_directory_is_the_dense_model_to_timm(tmp_path: Path) -> None:
         dense = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
         assert_equal(outputs(dense, one.example), outputs(one.model, one.example))
         assert_alike(surgery.load(tmp_path / name), gated, one.example)
+        helped = create_gated(f"local-dir:{tmp_path / name}")
+        assert_alike(helped, gated, one.example)
+        picture = PIL.Image.new("RGB", (200, 300))
+        assert evaluation_transform(helped)(picture).shape == (3, 160, 160)  # what it was pretrained with
+    with pytest.raises(UnknownModel, match="hf-hub:user/name"):
+        create_gated("resnet50")
 
 
 def test_networks_without_an_ecosystem_have_no_such_layout(tmp_path: Path) -> None:
