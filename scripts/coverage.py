@@ -34,6 +34,8 @@ class Row:
         counted: How `expected` was counted.
         kinds: Sites found per kind.
         per_token: Sites that can be decided per token.
+        heads: Attentions whose heads can be decided.
+        heads_agree: Whether `skip` gives what `mask` gives for forced decisions of heads; None where there are none.
         restricted: Sites that run all-or-nothing on a batch.
         bit_equal: Whether open gates give the original's bits.
         agrees: Whether `skip` gives what `mask` gives for forced decisions.
@@ -48,6 +50,8 @@ class Row:
     counted: str = ""
     kinds: dict[str, int] | None = None
     per_token: int = 0
+    heads: int = 0
+    heads_agree: bool | None = None
     restricted: int = 0
     bit_equal: bool | None = None
     agrees: bool | None = None
@@ -63,6 +67,7 @@ class Row:
             and (self.found or 0) >= (self.expected or 0)
             and self.bit_equal is True
             and self.agrees is True
+            and self.heads_agree is not False
         )
 
 
@@ -82,7 +87,7 @@ def measure_entry(name: str) -> Row:
 
 
 def _convert_and_check(model: Any, example: Any, other: Any) -> dict[str, Any]:
-    from surgery import execution, find_sites, force, insert_gates
+    from surgery import find_sites, force, insert_gates
 
     start = time.perf_counter()
     sites = find_sites(model, example)
@@ -91,7 +96,9 @@ def _convert_and_check(model: Any, example: Any, other: Any) -> dict[str, Any]:
         "kinds": dict(Counter(site.kind for site in sites)),
         "per_token": sum("token" in site.granularities for site in sites),
         "restricted": sum(bool(site.restriction) for site in sites),
-        "rejected": dict(Counter(rejection.reason for rejection in sites.rejections)),
+        "rejected": dict(Counter(rejection.reason for rejection in sites.rejections))
+        | dict(Counter(f"heads: {rejection.reason}" for rejection in sites.heads_rejections)),
+        "heads": len(sites.heads),
     }
     if not len(sites):
         return {**result, "bit_equal": True, "agrees": True, "seconds": time.perf_counter() - start}
@@ -99,12 +106,21 @@ def _convert_and_check(model: Any, example: Any, other: Any) -> dict[str, Any]:
     result["seconds"] = time.perf_counter() - start
     with force(gated, 1.0):
         result["bit_equal"] = all(_equal(gated, model, inputs) for inputs in (example, other))
+    result["agrees"] = _agrees(gated, other)
+    if sites.heads:
+        result["heads_agree"] = _agrees(insert_gates(model, sites.filter(kind="heads")), other)
+    return result
+
+
+def _agrees(gated: Any, example: Any) -> bool:
+    """Whether `skip` gives what `mask` gives, half of all decisions closed."""
+    from surgery import execution, force
+
     found = []
     for mode in ("skip", "mask"):
         with execution(gated, mode), force(gated, 0.5, seed=0):
-            found.append(_outputs(gated, other))
-    result["agrees"] = all(_gap(a, b) <= TOLERANCE for a, b in zip(*found, strict=True))
-    return result
+            found.append(_outputs(gated, example))
+    return all(_gap(a, b) <= TOLERANCE for a, b in zip(*found, strict=True))
 
 
 def _outputs(model: Any, example: Any) -> list[Any]:
@@ -194,7 +210,8 @@ def page_of(rows: list[Row], command_line: str) -> str:
         "",
         "`found / expected`: sites, and residual branches counted from the classes of the modules; more are found than "
         "expected where a sum that the count leaves out has a branch as well. `per token`: "
-        "sites that can be decided for every token. `open`: all gates open is bit-equal to the original, at two batch "
+        "sites that can be decided for every token. `heads`: attentions whose heads can be decided one by one, where `skip` "
+        "equals `mask` as well. `open`: all gates open is bit-equal to the original, at two batch "
         f"sizes. `skip`: half of all decisions closed at random, `skip` equals `mask` within {TOLERANCE:g} of the "
         "largest value. `s`: seconds to find the sites and insert the gates.",
     ]
@@ -206,14 +223,15 @@ def page_of(rows: list[Row], command_line: str) -> str:
 
 def _table(rows: list[Row]) -> list[str]:
     lines = [
-        "| architecture | found / expected | per token | open | skip | s | counted | left alone |",
-        "|---|---:|---:|:-:|:-:|---:|---|---|",
+        "| architecture | found / expected | per token | heads | open | skip | s | counted | left alone |",
+        "|---|---:|---:|---:|:-:|:-:|---:|---|---|",
     ]
     for row in rows:
         cells = [
             row.name.split("/")[1],
             f"{_dash(row.found)} / {_dash(row.expected)}",
             str(row.per_token),
+            f"{row.heads}{' **not equal**' if row.heads_agree is False else ''}",
             _mark(row.bit_equal),
             _mark(row.agrees),
             f"{row.seconds:.1f}",

@@ -367,21 +367,24 @@ def _index_of(blocks: Sequence[tuple[int, int]], device: torch.device) -> Tensor
 
 
 def _rows_taken(weight: Tensor, bias: Tensor | None, blocks: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
-    """Rows of a linear map: a view where they follow each other, else one gather."""
+    """Rows of a linear map: a view where they follow each other, else one copy."""
     if len(blocks) == 1:
         rows = slice(*blocks[0])
         return weight[rows], None if bias is None else bias[rows]
-    at = _index_of(blocks, weight.device)
-    return weight.index_select(0, at), None if bias is None else bias.index_select(0, at)
+    own = torch.cat([weight[first:last] for first, last in blocks])
+    return own, None if bias is None else torch.cat([bias[first:last] for first, last in blocks])
 
 
 def _columns_of(value: Tensor, heads: Sequence[int], each: int) -> Tensor:
-    """Entries along axis 1, `each` per head: a view where the heads follow each other, else one gather."""
-    first, last = heads[0], heads[-1] + 1
-    if last - first == len(heads):
-        return value.narrow(1, first * each, len(heads) * each)
-    at = torch.tensor([head * each + i for head in heads for i in range(each)], device=value.device)
-    return value.index_select(1, at)
+    """Entries along axis 1, `each` per head: a view where the heads follow each other, else one copy."""
+    runs: list[list[int]] = []
+    for head in heads:
+        if runs and runs[-1][1] == head:
+            runs[-1][1] = head + 1
+        else:
+            runs.append([head, head + 1])
+    views = [value[:, first * each : last * each] for first, last in runs]
+    return views[0] if len(views) == 1 else torch.cat(views, 1)
 
 
 def _take(value: Tensor, index: Rows) -> Tensor:
