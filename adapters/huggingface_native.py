@@ -184,7 +184,7 @@ def load_streamed(
 
     parsed = parse_spec(spec)
     saved = (config["base"].get("dtypes") or ["float32"])[0]
-    quantizer = functools.partial(_Streamed, tensors)
+    quantizer = functools.partial(_streamed, tensors)
     options = {**parsed.without("revision", "pretrained", "class", "mean", "std", "size", "max_length")}
     with _quantizer(quantizer):
         return _from_pretrained(
@@ -217,7 +217,7 @@ def freeze_backbone(gated: nn.Module) -> None:
             parameter.requires_grad_(id(parameter) in own)
 
 
-def _Streamed(tensors: Path, config: GatesConfig, **kwargs: Any) -> GatesQuantizer:
+def _streamed(tensors: Path, config: GatesConfig, **kwargs: Any) -> GatesQuantizer:
     quantizer = GatesQuantizer(config, **kwargs)
     quantizer.tensors = tensors
     return quantizer

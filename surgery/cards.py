@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -206,9 +207,14 @@ def _rates(config: Mapping[str, Any]) -> dict[str, float]:
         return {}
     order = [one["site"]["name"] for one in config["plan"]["sites"]]
     static = config.get("static") or {}
-    if config.get("policy") == "static" and static:
-        return {name: float(bool(static.get(name, True))) for name in order}
-    return {name: row["active_rate"][name] for name in order}
+    fixed = {unit: float(kept) for unit, kept in static.items()} if config.get("policy") == "static" else None
+    rates = row["active_rate"] if not fixed else {unit: fixed.get(unit, 1.0) for unit in row["active_rate"]}
+    found = {}
+    for name in order:
+        heads = re.compile(rf"{re.escape(name)}(\.\d+)?")  # heads are counted one by one
+        own = [rate for unit, rate in rates.items() if heads.fullmatch(unit)]
+        found[name] = sum(own) / len(own)
+    return found
 
 
 def _native(config: Mapping[str, Any]) -> bool:

@@ -48,6 +48,8 @@ def measure(
     The metric is accuracy where labels are integers, nats per token where the model predicts next tokens, and else only
     the agreement with the dense model.
 
+    The report is also kept in the gated model under its budget, so that a checkpoint and its model card can say it.
+
     Args:
         gated: A gated model, as it is set now.
         data: Batches, read several times: a list or a DataLoader in a fixed order.
@@ -65,8 +67,6 @@ def measure(
     Raises:
         DataError: If the data yields nothing, can be read only once, changes its order, or its labels do not fit.
         NotConverted: If the model has no gates.
-
-    The report is also kept in the gated model under its budget, so that a checkpoint and its model card can say it.
     """
     if iter(data) is data:
         raise DataError("the data is an iterator that can be read once; pass a list or a DataLoader")

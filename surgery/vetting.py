@@ -17,6 +17,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "channels": (1, 2**22),
     "hidden": (1, 2**16),
     "rank": (0, 2**16),
+    "heads": (1, 4096),
     "sites": (1, 100_000),
     "characters": (0, 500),
     "count": (0, 2**62),
@@ -41,6 +42,8 @@ def vet(plan: Plan) -> None:
             _vet_name(name, where)
         for key, value in (("channels", planned.site.channels), ("hidden", planned.hidden), ("rank", planned.rank)):
             _within(key, value, where)
+        if planned.site.heads is not None:
+            _within("heads", planned.site.heads.count, where)
         for key in ("flops", "parameters", "positions"):
             _within("count", getattr(planned.site, key), f"{where}.{key}")
         if planned.site.host not in plan.patterns:

@@ -61,6 +61,31 @@ def test_round_trip_is_bit_equal(name: str, tmp_path: Path) -> None:
     assert type(again).__name__ == type(one.model).__name__ and isinstance(again, type(one.model))
 
 
+def test_heads_go_through_checkpoint_and_card(tmp_path: Path) -> None:
+    from surgery.cards import card
+
+    one = subject("transformers/bert")
+    heads = surgery.find_sites(one.model, one.example).filter(kind="heads")
+    gated = enliven(surgery.insert_gates(one.model, heads))
+    state = state_of(gated)
+    state.budget = 0.6
+    state.table = [BudgetPoint(0.0, 0.6, dict.fromkeys(state.units, 0.25))]
+    checkpoints.save(gated, tmp_path / "made")
+    again = checkpoints.load(tmp_path / "made", model=one.model)
+    (mine, chosen), (theirs, rechosen) = decisions(gated, one.example), decisions(again, one.example)
+    assert_equal(theirs, mine)
+    assert_equal(rechosen, chosen)
+    assert f"| `{heads[0].name}` | heads | identity | 0.25 |" in card(
+        configs.read_config(tmp_path / "made"), "a/b", (), {}
+    )
+    file = tmp_path / "made" / configs.CONFIG
+    config = json.loads(file.read_text())
+    config["plan"]["sites"][0]["site"]["heads"]["count"] = 2**40
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="heads, expected 1 to"):
+        checkpoints.load(tmp_path / "made", model=one.model)
+
+
 def test_state_survives(tmp_path: Path) -> None:
     one = subject("timm/test_resnet")
     gated = converted(one)
