@@ -83,6 +83,13 @@ def convert(
     tune: Annotated[
         Tune, typer.Option("--tune", help="oneshot fits in closed form, train goes on with gradients.")
     ] = Tune.auto,
+    second_look: Annotated[
+        bool | None,
+        typer.Option(
+            "--second-look/--no-second-look",
+            help="Run uncertain inputs again in full, within the budget; by default where it pays.",
+        ),
+    ] = None,
     cost: Annotated[Cost, typer.Option("--cost", help="Budget in FLOPs, or in latency measured here.")] = Cost.flops,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
@@ -124,6 +131,7 @@ def convert(
                 granularity=granularity.value,
                 tune=tune.value,
                 skip=skip.value,
+                second_look="auto" if second_look is None else second_look,
                 cost=cost.value,
                 seed=seed,
                 progress=progress,

@@ -13,6 +13,7 @@ from surgery.fitting import fit_skip_paths
 from surgery.guarding import Guard, Health
 from surgery.hub import pull, push, push_to_hub
 from surgery.logs import Log, read_log
+from surgery.look_calibration import calibrate_second_look
 from surgery.measurement import measure
 from surgery.overview import Status, status
 from surgery.pinning import pin
@@ -48,6 +49,7 @@ __all__ = [
     "audit",
     "budget_range",
     "calibrate",
+    "calibrate_second_look",
     "convert",
     "execution",
     "export",

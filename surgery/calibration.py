@@ -20,7 +20,7 @@ from surgery.context import Event, execution, override, state_of
 from surgery.costs import observe
 from surgery.errors import BudgetError, DataError, check_choice
 from surgery.progress import Progress, silent
-from surgery.state import BudgetPoint, CostModel, GatedState
+from surgery.state import BudgetPoint, CostModel, GatedState, LookPoint
 
 TOLERANCE = 0.01
 """How far the realised mean cost may be from the budget."""
@@ -64,6 +64,7 @@ def calibrate(
     check_budget(budget)
     check_choice("cost", cost, COSTS)
     state = state_of(gated)
+    state.looks = []  # they belong to the thresholds that are replaced
     stored = _Repeatable(data)
     if cost == "latency":
         from surgery.latency import measure_costs
@@ -99,12 +100,17 @@ def set_budget(gated: nn.Module, budget: float) -> None:
     """
     check_budget(budget)
     state = state_of(gated)
+    state.margin = None
     if budget == 1:
         state.budget, state.threshold, state.static = 1.0, -math.inf, {}
         return
-    point = point_at(state, budget)
+    point_at(state, budget)  # refuses what is out of range
+    look = look_at(state.looks, budget)
+    point = _interpolate(state.table, look.base)
     state.budget, state.threshold = budget, point.threshold
     state.static = {name: name in point.static for name in state.units}
+    if look.margins and look.base < budget and look.cost < budget:
+        state.margin = _between(look.margins, budget - look.cost)  # dense costs 1: the rest of the budget is the share
 
 
 def point_at(state: GatedState, budget: float) -> BudgetPoint:
@@ -125,6 +131,24 @@ def point_at(state: GatedState, budget: float) -> BudgetPoint:
     return _interpolate(state.table, budget)
 
 
+def look_at(looks: Sequence[LookPoint], budget: float) -> LookPoint:
+    """How a budget is shared between the two passes; outside of the table the first pass gets all of it."""
+    for low, high in itertools.pairwise(looks):
+        if low.budget <= budget <= high.budget:
+            share = (budget - low.budget) / (high.budget - low.budget)
+            margins = tuple(a + share * (b - a) for a, b in zip(low.margins, high.margins, strict=True))
+            base, cost = low.base + share * (high.base - low.base), low.cost + share * (high.cost - low.cost)
+            return LookPoint(budget, base, cost, margins)
+    return LookPoint(budget, budget, budget, ())
+
+
+def _between(margins: Sequence[float], share: float) -> float:
+    """The margin below which a share of the inputs lies."""
+    at = min(max(share, 0.0), 1.0) * (len(margins) - 1)
+    low = min(int(at), len(margins) - 2)
+    return margins[low] + (at - low) * (margins[low + 1] - margins[low])
+
+
 def budget_range(gated: nn.Module) -> tuple[float, float]:
     """Smallest and largest budget below 1.0 that `set_budget` accepts."""
     table = state_of(gated).table
@@ -136,6 +160,14 @@ def current_point(state: GatedState) -> BudgetPoint:
     if state.budget is None or state.budget >= 1 or not state.table:
         return BudgetPoint(-math.inf, 1.0, dict.fromkeys(state.units, 1.0), state.units)
     return _interpolate(state.table, state.budget)
+
+
+def first_pass(state: GatedState) -> tuple[BudgetPoint, float]:
+    """What the first pass does at the current budget, and the share of inputs that is looked at again."""
+    if state.margin is None or state.budget is None:
+        return current_point(state), 0.0
+    look = look_at(state.looks, state.budget)
+    return _interpolate(state.table, look.base), max(state.budget - look.cost, 0.0)
 
 
 def check_budget(budget: float) -> None:

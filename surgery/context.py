@@ -64,6 +64,18 @@ class Event:
         return dict(zip(units, self.decisions.float().unbind(1), strict=True))
 
 
+class Tape(list[Event]):
+    """What gates did in some calls, in order of execution.
+
+    `looked` holds for every call with a second look which of its inputs were run again in full, bool `(N,)`; the
+    events are those of the first pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked: list[Tensor] = []
+
+
 @dataclass(slots=True)
 class Forced:
     """Decisions set by hand: a rate drawn from a counter-based generator, or a value per site."""
@@ -243,9 +255,9 @@ def force(
 
 
 @contextmanager
-def tape(gated: nn.Module) -> Iterator[list[Event]]:
+def tape(gated: nn.Module) -> Iterator[Tape]:
     """Collect what every gate does inside the block, in order of execution."""
-    events: list[Event] = []
+    events = Tape()
     with override(state_of(gated), tape=events):
         yield events
 

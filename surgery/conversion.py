@@ -1,6 +1,7 @@
 """`convert`: the whole pipeline, readable from top to bottom.
 
-find_sites -> plan -> insert_gates -> fit_skip_paths -> regress_routers -> calibrate -> train_routers -> calibrate
+find_sites -> plan -> insert_gates -> fit_skip_paths -> regress_routers -> calibrate -> train_routers ->
+calibrate -> calibrate_second_look
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from surgery.costs import Usage, observe
 from surgery.errors import check_choice
 from surgery.finding import check_weights, find_sites
 from surgery.fitting import fit_skip_paths
+from surgery.look_calibration import calibrate_second_look
 from surgery.objectives import divergence
 from surgery.progress import Progress, silent
 from surgery.regression import regress_routers
@@ -52,6 +54,7 @@ def convert(
     granularity: Granularity | Literal["auto"] = "auto",
     tune: Literal["auto", "oneshot", "train"] = "auto",
     skip: SkipKind | Literal["auto"] = "auto",
+    second_look: bool | Literal["auto"] = "auto",
     cost: Literal["flops", "latency"] = "flops",
     options: Options | None = None,
     samples: int = 2048,
@@ -75,6 +78,8 @@ def convert(
         tune: `oneshot` fits in closed form and from harm labels, in seconds to minutes; `train` adds distillation;
             `auto` trains when there is data.
         skip: Kind of skip path, or `auto`.
+        second_look: Whether inputs of which the gated pass is not sure are run again in full, within the same budget;
+            `auto` where that brings held-out outputs nearer to the dense model's (classifiers only).
         cost: What the budget counts: `flops`, or `latency` on this device.
         options: How to train.
         samples: Number of samples to fit routers on.
@@ -94,13 +99,14 @@ def convert(
         UnsupportedModel: If it is no module, or on the meta device.
         AlreadyConverted: If the model carries gates.
         CheckpointError: If `resume` is set and `output_dir` holds nothing to resume.
-        SurgeryError: If `tune`, `cost`, `granularity` or `skip` is none of the above.
+        SurgeryError: If `tune`, `cost`, `granularity`, `skip` or `second_look` is none of the above.
     """
     check_budget(budget)
     check_convertible(model)
     check_weights(model)
     check_choice("tune", tune, ("auto", "oneshot", "train"))
     check_choice("cost", cost, COSTS)
+    check_choice("second_look", second_look, ("auto", True, False))
     report = progress or silent
     made = data is None
     trains = tune == "train" or (tune == "auto" and not made and budget < 1)
@@ -146,6 +152,8 @@ def convert(
             )
     if budget < 1:
         prefer_static_where_it_wins(gated, held)
+        if second_look:
+            calibrate_second_look(gated, held, mode="auto" if second_look == "auto" else True, progress=report)
     if made:
         note(gated, "converted without data: the quality is unmeasured")
         warnings.warn(
@@ -223,7 +231,9 @@ def note(gated: nn.Module, text: str) -> None:
 
 @dataclass(slots=True)
 class Checkpoint:
-    """Routers, skip paths and table of a gated model, and how far it is from dense on held-out data."""
+    """Routers, skip paths and table of a gated model, and how far the better of its two policies is from dense on held-out
+    data.
+    """
 
     tensors: dict[str, Tensor]
     table: list[Any]
@@ -233,7 +243,10 @@ class Checkpoint:
     def of(cls, gated: nn.Module, data: Iterable[Any]) -> Checkpoint:
         """Take one."""
         tensors = {name: p.detach().clone() for name, p in trainable(gated).items()}
-        return cls(tensors, list(state_of(gated).table), float(distances(gated, data, observe(gated, data)).mean()))
+        routed = float(distances(gated, data, observe(gated, data)).mean())
+        with execution(gated, "static"):
+            static = float(distances(gated, data, observe(gated, data)).mean())
+        return cls(tensors, list(state_of(gated).table), min(routed, static))
 
     def restore(self, gated: nn.Module, budget: float) -> None:
         """Go back to it."""

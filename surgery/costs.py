@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.calling import REFUSALS, Batch, batches, call, device_of, dtype_of, length_of, read_output, refusal
-from surgery.context import Event, override, state_of, tape
+from surgery.context import Event, Tape, override, state_of, tape
 from surgery.errors import SurgeryError
 from surgery.progress import Progress, silent
 from surgery.state import CostModel
@@ -29,6 +29,7 @@ class Usage:
         weights: How much each sample counts (its real tokens where gates decide per token, else 1), `(N,)`.
         outputs: The model's logits or embeddings, one tensor per batch, on the CPU in fp32.
         labels: Labels, one tensor per batch, or None.
+        looked: Which samples were run a second time in full, bool `(N,)`.
     """
 
     names: tuple[str, ...]
@@ -36,12 +37,14 @@ class Usage:
     weights: Tensor
     outputs: list[Tensor]
     labels: list[Tensor | None]
+    looked: Tensor
 
     @property
     def active_rate(self) -> dict[str, float]:
-        """Share of inputs (or tokens) for which each gate ran its branch."""
+        """Share of inputs (or tokens) for which each gate ran its branch; second looks count once more."""
         weights = (self.weights / self.weights.sum())[:, None]
-        return dict(zip(self.names, (self.rates * weights).sum(0).tolist(), strict=True))
+        runs = self.rates + self.looked.to(self.rates)[:, None]
+        return dict(zip(self.names, (runs * weights).sum(0).tolist(), strict=True))
 
     @property
     def submodules(self) -> float:
@@ -53,7 +56,7 @@ class Usage:
         """Cost of each sample as a fraction of dense, `(N,)`."""
         branch = torch.tensor([model.sites[n].branch - model.sites[n].skip for n in self.names], dtype=torch.float64)
         constant = model.fixed + sum(model.sites[n].router + model.sites[n].skip for n in self.names)
-        return (constant + self.rates.double() @ branch) / model.dense
+        return (constant + self.rates.double() @ branch) / model.dense + self.looked.double()
 
 
 def observe(
@@ -73,7 +76,7 @@ def observe(
         DataError: If the data yields nothing.
     """
     names = state_of(gated).units
-    rates, weights, kept, labels = [], [], [], []
+    rates, weights, kept, labels, looked = [], [], [], [], []
     total = length_of(data)
     with torch.no_grad():
         for index, batch in enumerate(batches(data)):
@@ -84,11 +87,12 @@ def observe(
                 inspect(events)
             rates.append(rates_of(events, names, batch.size))
             weights.append(weights_of(events, batch.size))
+            looked.append(looked_at(events, batch.size))
             if outputs:
                 kept.append(output.float().cpu())
                 labels.append(None if batch.labels is None else batch.labels.cpu())
             progress(stage, index + 1, total)
-    return Usage(names, torch.cat(rates), torch.cat(weights), kept, labels)
+    return Usage(names, torch.cat(rates), torch.cat(weights), kept, labels, torch.cat(looked))
 
 
 def run(gated: nn.Module, batch: Batch) -> Any:
@@ -118,6 +122,12 @@ def rates_of(events: Sequence[Event], names: Sequence[str], size: int) -> Tensor
         for name, active in event.by_unit().items():
             result[:, names.index(name)] = active.cpu()
     return result
+
+
+def looked_at(events: Sequence[Event], size: int) -> Tensor:
+    """Which samples of one call were run a second time in full, bool `(N,)`."""
+    looked = events.looked if isinstance(events, Tape) else []
+    return looked[-1].cpu() if looked else torch.zeros(size, dtype=torch.bool)
 
 
 def weights_of(events: Sequence[Event], size: int) -> Tensor:

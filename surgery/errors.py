@@ -86,7 +86,7 @@ class LogError(SurgeryError):
     """A log of decisions that cannot be written, is damaged, or is of another model."""
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise `SurgeryError` unless `value`, given for the argument `name`, is one of `choices`."""
     if value not in choices:
-        raise SurgeryError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        raise SurgeryError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from surgery.progress import Progress, silent
 from surgery.reports import Peer, Report
 from surgery.rewriting import remove
 from surgery.scoring import LOWER_IS_BETTER, Scores, agreement_of, metric_of
+from surgery.second_look import given_to_others
 from surgery.timing import Ratio, compare, conditions
 
 IMPORTANCE_INPUTS = 512
@@ -165,6 +166,7 @@ class _Run:
         self.per_token = False
         self.decides = False
         self.seen: list[tuple[int, float]] = []
+        self.looked: list[Tensor | None] = []
 
     # -- first pass -----------------------------------------------------------------------------------------------
 
@@ -187,6 +189,10 @@ class _Run:
                 continue
             with decided(self.gated, policies.shuffled(events, self.seed + index)) as others:
                 output = call(self.gated, batch)
+            if events.looked:
+                output, rows = given_to_others(output, dense, events.looked[-1], self.seed + index)
+                others.looked.append(rows)
+            self.looked.append(events.looked[-1] if events.looked else None)
             self._add(self.shuffled, batch, output, dense, others)
             if sum(size for size, _ in self.seen[:-1]) < IMPORTANCE_INPUTS:
                 with execution(self.gated, "dense"), handled(self.gated, self.importance):
@@ -214,7 +220,8 @@ class _Run:
 
     def compare(self, resamples: int) -> tuple[Peer, ...]:
         """Run the other policies at our rates and our cost."""
-        rates, costs = self.ours.decided.active(self.names), self.state.costs
+        again, costs = self.ours.decided.again, self.state.costs
+        rates = {name: rate - again for name, rate in self.ours.decided.active(self.names).items()}  # of the first pass
         cuts = {
             "static": policies.cut(costs, rates, self.cost),
             "importance": policies.cut(costs, self.importance.scores, self.cost),
@@ -225,17 +232,18 @@ class _Run:
         for index, batch in enumerate(self._batches("comparing")):
             if index >= len(self.seen) or _mark(batch) != self.seen[index]:
                 raise DataError("the data gave other batches the second time; switch off shuffling and augmentation")
-            dense = call(self.reference, batch) if self.name is None else None
+            looked = self.looked[index] if index < len(self.looked) else None
+            dense = call(self.reference, batch) if self.name is None or looked is not None else None
             for names in kept:
                 self._run(parts[names], batch, dense, policies.constant(names))
-            self._run(parts["random"], batch, dense, policies.random(rates, self.seed, start))
+            self._run(parts["random"], batch, dense, policies.random(rates, self.seed, start), looked)
             start += batch.size
         ours = self.ours.score
         rows = [self._cut_row(name, cuts[name], parts, ours, resamples) for name in ("static", "importance")]
         for name, part in (("random", parts["random"]), ("shuffled", self.shuffled)):
             decisions = part.decided
             if name == "shuffled":  # the routers had to run to make these decisions
-                decisions = Decided(decisions.rates, decisions.weights, self.ours.decided.routed)
+                decisions = replace(decisions, routed=self.ours.decided.routed)
             rows.append(self._row(name, decisions.cost(self.names, costs), ours, part.score, resamples))
         order = ("static", "random", "shuffled", "importance")
         return tuple(sorted(rows, key=lambda row: order.index(row.name)))
@@ -250,15 +258,26 @@ class _Run:
                 f"the cost on this data is {self.cost:.3f}, the budget is {budget:g}: it was calibrated on other data"
             )
         if self.state.policy == "static":
-            found.append("this model runs its static policy: no router runs, and all inputs are treated alike")
+            alike = "its first pass treats all inputs alike" if self.state.margin else "all inputs are treated alike"
+            found.append(f"this model runs its static policy: no router runs, and {alike}")
+        if self.state.margin is not None:
+            found.append(
+                f"the least certain {self.ours.decided.again:.1%} of the inputs were run again in full (second look); both "
+                "passes count in cost, submodules and time"
+            )
         alone = peers and self.decides and not self.per_token and all(size == 1 for size, _ in self.seen)
         if alone:
             found.append("shuffled decisions are our own here, since every batch holds one input; use larger batches")
         return found
 
-    def _run(self, parts: _Parts, batch: Batch, dense: Any, choose: policies.Choose) -> None:
+    def _run(
+        self, parts: _Parts, batch: Batch, dense: Any, choose: policies.Choose, looked: Tensor | None = None
+    ) -> None:
         with decided(self.gated, choose) as events:
             output = call(self.gated, batch)
+        if looked is not None:
+            output, rows = given_to_others(output, dense, looked, self.seed)
+            events.looked.append(rows)
         self._add(parts, batch, output, dense, events)
 
     def _add(self, parts: _Parts, batch: Batch, output: Any, dense: Any, events: Sequence[Event]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from surgery.calibration import first_pass
 from surgery.context import state_of
 from surgery.gates import iter_gates
 from surgery.state import GatedState
@@ -25,7 +26,7 @@ class SiteStatus:
         site: Name of the site.
         kind: block, attention, mlp or heads.
         granularity: sample, token or prefill.
-        skip_path: identity, affine, low-rank or linear.
+        skip_path: identity, affine, low-rank, linear or depthwise.
         threshold: Scores above it keep the branch; None where no router runs.
         active_rate: Share of calibration inputs (or tokens, or heads) for which the branch ran; None before calibration.
         cost_share: What branch, skip path and router cost at that rate, as a fraction of the dense model.
@@ -53,6 +54,7 @@ class Status:
         attainable: Smallest and largest budget of the table below 1.0; None before calibration.
         sites: One row per gate, in order of execution.
         notes: What the conversion found worth saying.
+        again: Share of inputs that get a second look, which counts in rates and cost.
     """
 
     model: str
@@ -63,6 +65,7 @@ class Status:
     attainable: tuple[float, float] | None
     sites: tuple[SiteStatus, ...]
     notes: tuple[str, ...]
+    again: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form; a threshold that is not finite is None."""
@@ -101,7 +104,8 @@ class Status:
             "" if self.cost is None else f", cost {percent(self.cost)} of dense on calibration data ({self.cost_unit})"
         )
         budget = "none" if self.budget is None else percent(self.budget)
-        return f"runs {self.runs}; budget {budget}{cost}; attainable budgets {low} to {high}, and 100 % (dense)"
+        look = f"; second look at the least certain {percent(self.again)} of the inputs" if self.again else ""
+        return f"runs {self.runs}{look}; budget {budget}{cost}; attainable budgets {low} to {high}, and 100 % (dense)"
 
 
 def status(gated: nn.Module) -> Status:
@@ -114,6 +118,7 @@ def status(gated: nn.Module) -> Status:
     state = state_of(gated)
     runs = _runs(state)
     rates = _rates(state, runs)
+    again = first_pass(state)[1]
     rows = []
     for name, gate in iter_gates(gated):
         planned, site = gate.planned, gate.site
@@ -124,8 +129,13 @@ def status(gated: nn.Module) -> Status:
                 granularity=planned.granularity,
                 skip_path=planned.skip,
                 threshold=gate.threshold if runs == "routed" else None,
-                active_rate=None if rates is None else sum(rates[unit] for unit in site.units) / len(site.units),
-                cost_share=None if rates is None else _cost_share(state, site.units, rates, routed=runs == "routed"),
+                active_rate=None
+                if rates is None
+                else sum(rates[unit] for unit in site.units) / len(site.units) + again,
+                cost_share=None
+                if rates is None
+                else _cost_share(state, site.units, rates, routed=runs == "routed")
+                + again * _branch_share(state, site.units),
             )
         )
     costs = [point.cost for point in state.table]
@@ -133,7 +143,8 @@ def status(gated: nn.Module) -> Status:
         model=type(gated).__name__,
         runs=runs,
         budget=state.budget,
-        cost=None if rates is None else _cost(state, rates, routed=runs == "routed"),
+        cost=None if rates is None else _cost(state, rates, routed=runs == "routed") + again,
+        again=again,
         cost_unit=state.costs.unit,
         attainable=(min(costs), max(costs)) if costs else None,
         sites=tuple(rows),
@@ -155,9 +166,7 @@ def _rates(state: GatedState, runs: str) -> Mapping[str, float] | None:
         return {name: float(state.static.get(name, True)) for name in state.units}
     if not state.table:
         return None
-    from surgery.calibration import current_point
-
-    return current_point(state).active_rate
+    return first_pass(state)[0].active_rate
 
 
 def _cost_share(state: GatedState, units: Sequence[str], rates: Mapping[str, float], *, routed: bool) -> float:
@@ -166,6 +175,10 @@ def _cost_share(state: GatedState, units: Sequence[str], rates: Mapping[str, flo
         cost, rate = state.costs.sites[unit], rates[unit]
         total += rate * cost.branch + (1 - rate) * cost.skip + routed * cost.router
     return total / state.costs.dense
+
+
+def _branch_share(state: GatedState, units: Sequence[str]) -> float:
+    return sum(state.costs.sites[unit].branch for unit in units) / state.costs.dense
 
 
 def _cost(state: GatedState, rates: Mapping[str, float], *, routed: bool) -> float:

@@ -109,7 +109,7 @@ def pin(
         example: What it will be called with: a tensor, tuple or dict. It fixes which arguments are given.
         execution: `cond`: a branch that nothing in the call needs does not run (per sample: at batch 1; per token: where
             no token is active). `mask`: everything runs, decisions select; any batch size. `static`: the frozen
-            policy of the current budget, without routers.
+            policy of the current budget, without routers. There is no second look: one pass gets the whole budget.
         tokens: What `cond` does with active tokens of a branch that treats tokens separately: `mask` runs all of them,
             `gather` the active ones alone, in a graph with data-dependent shapes.
         threshold: Another one than the budget's, or one per site.
@@ -135,9 +135,16 @@ def pin(
         if GATES in module._modules:
             _pin_host(module, type(gated.get_submodule(name)), patterns.get(name))
     _pin_root(twin, running)
+    static, at = state.static, threshold
+    if state.margin is not None:  # a graph has no second look, so its one pass gets the whole budget
+        from surgery.calibration import current_point
+
+        point = current_point(state)
+        static = {name: name in point.static for name in state.units}
+        at = point.threshold if at is None else at
     for name, gate in iter_gates(twin):
-        constant = state.static.get(name, True) if execution == "static" else None
-        at: Any = gate.threshold if threshold is None else threshold
+        constant = static.get(name, True) if execution == "static" else None
+        at = gate.threshold if at is None else at
         gate.__class__ = PinnedGate
         gate.__dict__["pinned"] = Pinned(
             execution, tokens, float(at[name] if isinstance(at, Mapping) else at), constant, name in nested, running

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery import context
-from surgery.context import Event, handled
-from surgery.costs import weights_of
+from surgery.context import Event, Tape, handled
+from surgery.costs import looked_at, weights_of
 from surgery.gates import Branch, Gate
 from surgery.head_gates import HeadGate
 from surgery.state import CostModel
@@ -26,9 +26,9 @@ Choose = Callable[[Gate, Tensor], Tensor]
 
 
 @contextmanager
-def decided(gated: nn.Module, choose: Choose) -> Iterator[list[Event]]:
+def decided(gated: nn.Module, choose: Choose) -> Iterator[Tape]:
     """Let `choose` decide every gate inside the block; yields what the gates do, in order."""
-    events: list[Event] = []
+    events = Tape()
 
     def handler(gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
         decisions = choose(gate, residual)
@@ -178,11 +178,13 @@ class Decided:
         rates: Active share per input and site, `(N, S)`; 1 where a gate made no decision.
         weights: How much each input counts (its real tokens where gates decide per token, else 1), `(N,)`.
         routed: Whether the site's router ran, `(S,)`.
+        looked: Which inputs were run a second time in full, bool `(N,)`.
     """
 
     rates: Tensor
     weights: Tensor
     routed: Tensor
+    looked: Tensor
 
     @classmethod
     def of(cls, events: Sequence[Event], names: Sequence[str], size: int) -> Decided:
@@ -196,27 +198,34 @@ class Decided:
                 calls[site] += 1  # a module that is used several times has one gate
                 routed[site] |= event.scores is not None
         rates = torch.where(calls > 0, rates / calls.clamp_min(1), torch.ones(()))
-        return cls(rates, weights_of(events, size), routed)
+        return cls(rates, weights_of(events, size), routed, looked_at(events, size))
 
     @classmethod
     def joined(cls, parts: Sequence[Decided]) -> Decided:
         """Those of several batches, one after the other."""
         routed = torch.stack([part.routed for part in parts]).any(0)
-        return cls(torch.cat([p.rates for p in parts]), torch.cat([p.weights for p in parts]), routed)
+        rates, weights, looked = (torch.cat([getattr(p, n) for p in parts]) for n in ("rates", "weights", "looked"))
+        return cls(rates, weights, routed, looked)
 
     def active(self, names: Sequence[str]) -> dict[str, float]:
-        """Active rate per site over all inputs."""
+        """Active rate per site over all inputs; a second look runs every site once more."""
         weights = self.weights.double()
         means = (self.rates.double() * weights[:, None]).sum(0) / weights.sum().clamp_min(1e-12)
-        return dict(zip(names, means.tolist(), strict=True))
+        return {name: mean + self.again for name, mean in zip(names, means.tolist(), strict=True)}
+
+    @property
+    def again(self) -> float:
+        """Share of the weight that was run a second time in full."""
+        weights = self.weights.double()
+        return float((self.looked.double() * weights).sum() / weights.sum().clamp_min(1e-12))
 
     def cost(self, names: Sequence[str], costs: CostModel) -> float:
         """Mean cost as a fraction of dense; a router counts where it ran."""
-        active = self.active(names)
+        active = {name: rate - self.again for name, rate in self.active(names).items()}
         total = costs.fixed
         for index, name in enumerate(names):
             site = costs.sites[name]
             total += (
                 active[name] * site.branch + (1 - active[name]) * site.skip + bool(self.routed[index]) * site.router
             )
-        return total / costs.dense
+        return total / costs.dense + self.again

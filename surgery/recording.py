@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from surgery import context
 from surgery.calling import Batch, device_of, read_output
-from surgery.context import Event, default_execution, override, overrides_of, state_of
+from surgery.context import Event, Tape, default_execution, override, overrides_of, state_of
 from surgery.errors import DataError, LogError, MissingDependency, check_choice
 from surgery.fingerprints import fingerprint
 from surgery.gates import iter_gates
@@ -51,7 +51,7 @@ class Call:
     milliseconds: float
     batch: Batch
     ids: tuple[str, ...] | None
-    events: tuple[Event, ...]
+    events: Tape
     output: Tensor
     budget: float | None
     threshold: float
@@ -107,7 +107,7 @@ class Recorder:
     def __call__(self, run: Callable[[], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one call of the gated model and note what it did."""
         state, over = self.state, overrides_of(self.state)
-        events: list[Event] = []
+        events = Tape()
         # a dense call keeps its own path: with a tape every gate would be asked, and fused kernels left out
         changes: dict[str, Any] = (
             {"recorder": None} if context.runs_dense(state) else {"recorder": None, "tape": events}
@@ -123,15 +123,15 @@ class Recorder:
         elapsed = 1e3 * (time.perf_counter() - clock)
         if over.tape is not None:
             over.tape.extend(events)
+            if isinstance(over.tape, Tape):
+                over.tape.looked += events.looked
         with self._lock:
             number, self._count = self._count, self._count + 1
         ids, self._next_ids.value = getattr(self._next_ids, "value", None), None
         # inputs and outputs are the caller's, who may write into them next
         inputs = Batch(tuple(map(_copied, args)), {k: _copied(v) for k, v in kwargs.items() if k not in _LABELS})
         copy = read_output(output).detach().clone()
-        self._writer.put(
-            Call(number, started, elapsed, inputs, ids, tuple(events), copy, budget, float(threshold), execution)
-        )
+        self._writer.put(Call(number, started, elapsed, inputs, ids, events, copy, budget, float(threshold), execution))
         return output
 
 
@@ -211,13 +211,22 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(data)
 
 
+def _settled(events: Tape) -> list[Event]:
+    """The decisions behind the output: every gate was open for inputs that got a second look."""
+    if not events.looked:
+        return list(events)
+    looked = events.looked[-1]
+    return [replace(e, decisions=e.decisions | looked.view(-1, *(1,) * (e.decisions.dim() - 1))) for e in events]
+
+
 def passes_of(events: Sequence[Event], size: int) -> list[tuple[list[int], list[Event]]]:
     """The passes of one call: which rows of the batch went through it, and its events, which hold these rows."""
     return [(list(range(size)), list(events))] if events else []
 
 
 def costs_of(events: Sequence[Event], costs: CostModel, size: int) -> Tensor:
-    """Cost of each sample of one pass as a fraction of dense, float64 `(N,)`; a router counts where it ran."""
+    """Cost of each sample of one call as a fraction of dense, float64 `(N,)`; a router counts where it ran, a second
+    look costs 1."""
     total = torch.full((size,), costs.fixed, dtype=torch.float64)
     rates: dict[str, list[Tensor]] = {}
     routed = set()
@@ -229,7 +238,8 @@ def costs_of(events: Sequence[Event], costs: CostModel, size: int) -> Tensor:
     for unit, site in costs.sites.items():
         rate = torch.stack(rates[unit]).mean(0) if unit in rates else torch.ones(size, dtype=torch.float64)
         total += rate * site.branch + (1 - rate) * site.skip + (unit in routed) * site.router
-    return total / costs.dense
+    looked = events.looked[-1].double().cpu() if isinstance(events, Tape) and events.looked else 0.0
+    return total / costs.dense + looked
 
 
 def arrow() -> Any:
@@ -388,7 +398,7 @@ def _rows_of(call: Call, size: int, state: GatedState, scores: str) -> dict[str,
     passes: dict[str, list[list[Any]]] = {
         name: [[] for _ in range(size)] for name in ("sites", "shapes", "decisions", "scores")
     }
-    for rows, events in passes_of(call.events, size):
+    for rows, events in passes_of(_settled(call.events), size):
         sites = [names.index(event.site) for event in events]
         shapes = [list(event.decisions.shape[1:]) for event in events]
         packed = _packed([event.decisions for event in events])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery import context
+from surgery import context, second_look
 from surgery.context import Forced, Scope
 from surgery.gates import Gate
 from surgery.tracing import CACHE_NAMES, Signature, base_class, signature_of
@@ -32,7 +32,10 @@ def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     def run() -> Any:
         with context.entered(_scope_of(self, _arguments(cls, args, kwargs))):
-            return cls.__call__(self, *args, **kwargs)
+            output = cls.__call__(self, *args, **kwargs)
+        if second_look.applies(context.state_of(self)):
+            return second_look.look_again(self, output, args, kwargs)
+        return output
 
     recorder = context.overrides_of(context.state_of(self)).recorder
     return run() if recorder is None else recorder(run, args, kwargs)

@@ -53,6 +53,23 @@ class BudgetPoint:
     """Sites that the static policy of this cost keeps open."""
 
 
+@dataclass(frozen=True, slots=True)
+class LookPoint:
+    """How one budget is shared between a first pass and a second look.
+
+    Args:
+        budget: Mean cost of both, as a fraction of dense.
+        base: Budget of the first pass; equal to `budget` where no input is looked at again.
+        cost: What the first pass cost on calibration data, as a fraction of dense.
+        margins: The margin below which a share of 0, 1, …, 100 % of the calibration inputs lies after that first pass.
+    """
+
+    budget: float
+    base: float
+    cost: float
+    margins: tuple[float, ...]
+
+
 @dataclass(slots=True)
 class GatedState:
     """Everything about a gated model that is not a tensor."""
@@ -66,6 +83,10 @@ class GatedState:
     base: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
+    looks: list[LookPoint] = field(default_factory=list)
+    """The table of second looks, budgets rising; empty where there is none."""
+    margin: float | None = None
+    """Inputs whose margin is below it are looked at again, or None."""
     policy: str = "routed"
     """`routed`, or `static` where input-dependence did not pay and the frozen policy runs."""
 

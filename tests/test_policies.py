@@ -53,7 +53,7 @@ def test_cut_keeps_the_highest_ranks() -> None:
 def test_decided_counts_routers_only_where_they_ran() -> None:
     rates = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 0.0]])
     weights = torch.tensor([3.0, 1.0])
-    found = Decided(rates, weights, torch.tensor([True, False, False]))
+    found = Decided(rates, weights, torch.tensor([True, False, False]), torch.zeros(len(rates), dtype=torch.bool))
     assert found.active(("a", "b", "c")) == {"a": 0.75, "b": 0.5, "c": 0.0}
     # 20 outside, a: 0.75*50 + 0.25*5 + 1, b: 0.5*20
     assert found.cost(("a", "b", "c"), COSTS) == pytest.approx((20 + 38.75 + 1 + 10) / 100)

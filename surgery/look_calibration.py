@@ -1,0 +1,119 @@
+"""`calibrate_second_look`: for every budget, how cheap the first pass is and which margins are looked at again.
+
+Axis letters: `N` samples, `K` classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from surgery.calibration import budget_range, set_budget
+from surgery.calling import as_batch
+from surgery.context import execution, state_of
+from surgery.costs import observe
+from surgery.errors import SurgeryError
+from surgery.objectives import divergence
+from surgery.progress import Progress, silent
+from surgery.second_look import margin_of
+from surgery.state import LookPoint
+
+_GRID = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
+_QUANTILES = 101
+_MOST = 0.6  # the largest share of inputs that is worth a second look
+_BEYOND_CHANCE = 1.96
+
+
+def calibrate_second_look(
+    gated: nn.Module, data: Iterable[Any], *, mode: Literal["auto", True] = "auto", progress: Progress | None = None
+) -> bool:
+    """Decide for every budget how to share it between a first pass and a second look; the current budget is set again.
+
+    One pass over the data at every first-pass budget gives outputs and margins; what any share of second looks would
+    change follows from these and the dense outputs.
+
+    Args:
+        gated: A calibrated gated model whose budget is set.
+        data: Held-out batches; re-iterable.
+        mode: `auto` turns it on where it brings the outputs nearer to the dense model's at the current budget, beyond
+            chance; True wherever it does not do harm.
+        progress: Called after every pass.
+
+    Returns:
+        Whether it is on.
+
+    Raises:
+        SurgeryError: If the model is no classifier (its output is not `(N, K)` logits) and `mode` is True.
+        BudgetError: If the model was never calibrated.
+    """
+    state, report = state_of(gated), progress or silent
+    budget = state.budget
+    state.looks, state.margin = [], None
+    if budget is None or budget >= 1:
+        return False
+    with execution(gated, "dense"):
+        dense = observe(gated, data)
+    if any(output.dim() != 2 or output.shape[1] < 2 for output in dense.outputs):
+        if mode is True:
+            raise SurgeryError(
+                f"a second look needs class logits (N, K); {type(gated).__name__} gives {tuple(dense.outputs[0].shape)}"
+            )
+        return False
+    low, high = budget_range(gated)
+    wanted = {*_GRID, budget, budget - 0.05, budget - 0.1, budget - 0.15}
+    bases = sorted(base for base in wanted if low <= base <= min(high, 0.95))
+    distances: dict[float, Tensor] = {}
+    margins: dict[float, Tensor] = {}
+    spent: dict[float, float] = {}
+    for index, base in enumerate(bases):
+        set_budget(gated, base)
+        usage = observe(gated, data)
+        weights = usage.weights.double() / usage.weights.double().sum()
+        spent[base] = float((usage.costs(state.costs) * weights).sum())
+        distances[base] = torch.cat(
+            [
+                divergence(a, b, as_batch(x).to("cpu"))
+                for a, b, x in zip(usage.outputs, dense.outputs, data, strict=True)
+            ]
+        ).double()
+        margins[base] = margin_of(torch.cat(usage.outputs)).double()
+        report("looking again", index + 1, len(bases))
+    points = []
+    for goal in bases:
+        best, gain = goal, 0.0
+        for base in bases:
+            share = goal - spent[base]
+            if base >= goal or not 0 < share <= _MOST:
+                continue
+            left = _left(distances[base], margins[base], weights, share)
+            change = distances[goal] - left
+            error = float(change.std()) / math.sqrt(len(change))
+            if float(change.mean()) > max(gain, _BEYOND_CHANCE * error if mode == "auto" else 0.0):
+                best, gain = base, float(change.mean())
+        points.append(LookPoint(goal, best, spent[best], _quantiles(margins[best], weights)))
+    chosen = next((p for p in points if p.budget == budget), None)
+    on = chosen is not None and chosen.base < budget
+    state.looks = points if on else []
+    set_budget(gated, budget)
+    return on
+
+
+def _left(distance: Tensor, margin: Tensor, weights: Tensor, share: float) -> Tensor:
+    """Distances after the `share` of smallest margins was looked at again."""
+    order = margin.argsort(stable=True)
+    looked = torch.zeros_like(weights, dtype=torch.bool)
+    looked[order] = weights[order].cumsum(0) <= share
+    return torch.where(looked, 0.0, distance)
+
+
+def _quantiles(margin: Tensor, weights: Tensor) -> tuple[float, ...]:
+    """The margin below which a share of 0, 1, …, 100 % of the weight lies."""
+    order = margin.argsort(stable=True)
+    total = weights[order].cumsum(0)
+    wanted = torch.linspace(0, 1, _QUANTILES, dtype=torch.float64)
+    index = torch.searchsorted(total, wanted).clamp_max(len(order) - 1)
+    return tuple(margin[order][index].tolist())

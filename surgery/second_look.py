@@ -1,0 +1,82 @@
+"""The second look: inputs of which a gated pass is not sure are run again in full.
+
+Skipping costs accuracy on few inputs, and the gated model's own margin tells which (`docs/second_look.md`). So a cheaper
+first pass runs on every input, and the share of inputs with the smallest margins is given to the dense model; both
+passes count. This is what cascades of two models do (Viola and Jones 2001; Teerapittayanon et al. 2016, BranchyNet,
+within one network), with one set of weights.
+
+Axis letters: `N` samples, `K` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery import context
+from surgery.calling import Batch, read_output
+from surgery.state import GatedState
+
+
+def margin_of(output: Tensor) -> Tensor:
+    """How sure a classifier is: the largest probability minus the second largest, `(N, K)` logits -> `(N,)`."""
+    top = output.float().softmax(-1).topk(2, dim=-1).values
+    return top[:, 0] - top[:, 1]
+
+
+def applies(state: GatedState) -> bool:
+    """Whether a call that runs now gets a second look: not where decisions, thresholds or gates are set by hand."""
+    if state.margin is None:
+        return False
+    over = context.overrides_of(state)
+    by_hand = over.forced is not None or over.handler is not None or over.thresholds is not None
+    return not by_hand and context.default_execution(state, over) in ("skip", "mask", "static")
+
+
+def look_again(gated: nn.Module, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The output of a first pass, with the rows of uncertain inputs replaced by the dense model's.
+
+    Only logits `(N, K)` are replaced; other parts of a transformers output stay those of the first pass. What is no
+    class logits is returned as it is.
+    """
+    state = context.state_of(gated)
+    logits = read_output(output)
+    if logits.dim() != 2 or logits.shape[1] < 2 or state.margin is None:
+        return output
+    unsure = margin_of(logits) < state.margin
+    over = context.overrides_of(state)
+    if isinstance(over.tape, context.Tape):
+        over.tape.looked.append(unsure)
+    rows = unsure.nonzero().squeeze(1)
+    if len(rows) == 0:
+        return output
+    batch = Batch(args, kwargs).rows(rows)
+    with context.override(state, execution="dense", tape=None, recorder=None):
+        again = read_output(gated(*batch.args, **batch.kwargs))
+    return _replaced(output, logits, logits.index_copy(0, rows, again.to(logits.dtype)))
+
+
+def given_to_others(output: Any, dense: Any, looked: Tensor, seed: int) -> tuple[Any, Tensor]:
+    """A first pass's output with as many rows replaced by the dense model's as `looked` says, but drawn at random.
+
+    Returns:
+        The output, and which rows were replaced, bool `(N,)`.
+    """
+    order = torch.randperm(len(looked), generator=torch.Generator().manual_seed(seed)).to(looked.device)
+    logits, rows = read_output(output), looked[order]
+    return _replaced(output, logits, torch.where(rows[:, None], read_output(dense).to(logits.dtype), logits)), rows
+
+
+def _replaced(output: Any, old: Tensor, new: Tensor) -> Any:
+    """`output` with the tensor `old` replaced; a new object, since others may hold the first one."""
+    if output is old:
+        return new
+    if isinstance(output, Mapping):
+        return type(output)(**{k: new if v is old else v for k, v in output.items()})
+    if isinstance(output, (tuple, list)):
+        parts = [new if part is old else part for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    return output

@@ -1,0 +1,165 @@
+"""The second look: uncertain inputs are run again in full, within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgery
+from surgery.context import state_of
+from surgery.costs import observe
+from surgery.errors import SurgeryError
+from surgery.second_look import margin_of
+from surgery.state import LookPoint
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+class Net(nn.Module):
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(16) for _ in range(5)))
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+@pytest.fixture(scope="module")
+def data() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(40, 16, generator=generator) for _ in range(10)]
+
+
+@pytest.fixture(scope="module")
+def dense() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def gated(dense: nn.Module, data: list[Tensor]) -> Iterator[nn.Module]:
+    yield surgery.convert(dense, 0.7, data=data, tune="oneshot", second_look=False)
+
+
+@pytest.fixture
+def looking(gated: nn.Module, data: list[Tensor]) -> nn.Module:
+    """A first pass at 0.5, and a second look at what the rest of the budget pays for."""
+    surgery.set_budget(gated, 0.5)
+    with torch.no_grad():
+        margins = margin_of(torch.cat([gated(x) for x in data])).sort().values
+    quantiles = tuple(margins[round(q * (len(margins) - 1) / 100)].item() for q in range(101))
+    state_of(gated).looks = [LookPoint(0.65, 0.5, 0.5, quantiles), LookPoint(0.75, 0.5, 0.5, quantiles)]
+    surgery.set_budget(gated, 0.7)
+    return gated
+
+
+def test_margin_is_the_gap_between_the_two_largest_probabilities() -> None:
+    logits = torch.tensor([[0.7, 0.1, 0.2], [0.4, 0.4, 0.2]]).log()
+    assert margin_of(logits).tolist() == pytest.approx([0.5, 0.0])
+
+
+def test_uncertain_rows_are_dense_and_the_others_are_the_first_pass(
+    dense: nn.Module, looking: nn.Module, data: list[Tensor]
+) -> None:
+    x = data[0]
+    with torch.no_grad(), surgery.tape(looking) as events:
+        output = looking(x)
+    (looked,) = events.looked
+    assert 0 < int(looked.sum()) < len(x)
+    state = state_of(looking)
+    with torch.no_grad():
+        torch.testing.assert_close(output[looked], dense(x)[looked])
+        margin, state.margin = state.margin, None
+        first = looking(x)
+        state.margin = margin
+    assert torch.equal(output[~looked], first[~looked])
+    assert bool((margin_of(first)[looked] < margin).all()) and bool((margin_of(first)[~looked] >= margin).all())
+
+
+def test_both_passes_count(looking: nn.Module, data: list[Tensor]) -> None:
+    with torch.no_grad():
+        usage = observe(looking, data)
+    cost = usage.costs(state_of(looking).costs)
+    assert float(cost.mean()) == pytest.approx(0.7, abs=0.03)
+    assert bool((cost[usage.looked] > 1).all()) and bool((cost[~usage.looked] < 1.1).all())  # routers run too
+    report = surgery.measure(looking, data, speed=())
+    assert report.cost == pytest.approx(float(cost.mean()), abs=1e-6)
+    assert any("second look" in note for note in report.notes)
+    assert report.submodules == pytest.approx(usage.submodules, abs=1e-5)
+    assert surgery.status(looking).again == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_row_does_not_depend_on_its_batch(looking: nn.Module, data: list[Tensor]) -> None:
+    with torch.no_grad():
+        whole = looking(data[0])
+        alone = torch.cat([looking(row[None]) for row in data[0]])
+        with surgery.execution(looking, "mask"):
+            masked = looking(data[0])
+    torch.testing.assert_close(alone, whole)
+    torch.testing.assert_close(masked, whole)
+
+
+def test_what_is_set_by_hand_gets_no_second_look(looking: nn.Module, data: list[Tensor]) -> None:
+    with torch.no_grad(), surgery.tape(looking) as events:
+        with surgery.force(looking, 0.0):
+            looking(data[0])
+        with surgery.execution(looking, "dense"):
+            looking(data[0])
+    assert not events.looked
+    surgery.set_budget(looking, 1.0)
+    assert state_of(looking).margin is None
+
+
+def test_a_pinned_copy_spends_the_whole_budget_on_one_pass(looking: nn.Module, data: list[Tensor]) -> None:
+    pinned = surgery.pin(looking, data[0], "mask")
+    state = state_of(looking)
+    state.looks = []
+    surgery.set_budget(looking, 0.7)
+    with torch.no_grad(), surgery.execution(looking, "mask"):
+        torch.testing.assert_close(pinned(data[0]), looking(data[0]))
+
+
+def test_calibration_keeps_the_budget_and_brings_outputs_nearer(gated: nn.Module, data: list[Tensor]) -> None:
+    data = data[4::5]  # what the budget was calibrated on
+
+    def distance() -> float:
+        with torch.no_grad():
+            logs = [gated(x).log_softmax(1) for x in data]
+            with surgery.execution(gated, "dense"):
+                true = [gated(x).log_softmax(1) for x in data]
+        return float(torch.cat([(t.exp() * (t - g)).sum(1) for t, g in zip(true, logs, strict=True)]).mean())
+
+    before = distance()
+    on = surgery.calibrate_second_look(gated, data, mode=True)
+    with torch.no_grad():
+        usage = observe(gated, data)
+    assert float(usage.costs(state_of(gated).costs).mean()) == pytest.approx(0.7, abs=0.01)
+    assert distance() <= before + 1e-6
+    assert on == bool(usage.looked.any())
+
+
+def test_saved_and_loaded(looking: nn.Module, dense: nn.Module, data: list[Tensor], tmp_path) -> None:  # type: ignore[no-untyped-def]
+    surgery.save(looking, tmp_path / "out")
+    again = surgery.load(tmp_path / "out", model=dense)
+    assert state_of(again).margin == state_of(looking).margin
+    with torch.no_grad():
+        assert torch.equal(again(data[1]), looking(data[1]))
+
+
+def test_a_model_without_classes_is_refused(data: list[Tensor]) -> None:
+    model = nn.Sequential(*(Block(16) for _ in range(4)), nn.Unflatten(1, (4, 4))).eval()
+    with pytest.raises(SurgeryError, match="class logits"):
+        surgery.convert(model, 0.7, data=data, tune="oneshot", second_look=True)
+    gated = surgery.convert(model, 0.7, data=data, tune="oneshot")
+    assert state_of(gated).margin is None
