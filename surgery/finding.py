@@ -27,7 +27,7 @@ from surgery.probing import Claim, Probe
 from surgery.regions import Findings, Region, find_regions
 from surgery.rewriting import check_convertible, insert_gates
 from surgery.sites import Granularity, Plan, Rejection, Site, SitePlan, Sites
-from surgery.tracing import Pattern, patterns_of_call, trace
+from surgery.tracing import CACHE_NAMES, KINDS, Pattern, patterns_of_call, signature_of, trace
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _trace_all(model: nn.Module, patterns: Mapping[str, list[Pattern]]) -> tuple
             rejections += [Rejection(n, f"{_OTHER} ({result})") for n in inside]
             for n in inside:
                 del open_modules[n]
-            inlined = ()
+            inside, inlined = [], ()
             result = _trace_one(module, patterns[name], ())
         if isinstance(result, str):
             if any(p.dim() > 1 for p in module.parameters()) and list(module.children()):
@@ -157,13 +157,14 @@ def _trace_all(model: nn.Module, patterns: Mapping[str, list[Pattern]]) -> tuple
 def _trace_one(
     module: nn.Module, patterns: list[Pattern], inlined: tuple[str, ...]
 ) -> tuple[list[Pattern], fx.Graph, Findings] | str:
-    """Trace with numbers as values, else with numbers held fixed; the reason if neither works."""
-    plain = [
-        p for p in patterns if not any(k.startswith("int") for k in (*p.named, *p.extra, *(k for _, k in p.keywords)))
-    ]
-    fixed = [p for p in patterns if p not in plain] or plain
+    """Trace with numbers and sizes as values, else with numbers held fixed, else with sizes as well; the reason if
+    none of these works.
+    """
     reason = "it is never called"
-    for group in (plain, fixed):
+    for held in KINDS:
+        if held == "sizes" and _reads_cache(module, patterns):
+            continue  # while it generates, every call has another length
+        group = [p for p in patterns if p.holds == held]
         try:
             graph = trace(module, group[0], inlined)
         except TraceError as error:
@@ -173,6 +174,11 @@ def _trace_one(
         else:
             return group, graph, find_regions(graph, module)
     return reason
+
+
+def _reads_cache(module: nn.Module, patterns: list[Pattern]) -> bool:
+    names = {p.name for p in signature_of(type(module)).named} | {n for p in patterns for n, _ in p.keywords}
+    return bool(names & CACHE_NAMES)
 
 
 def _without_nested(model: nn.Module, hosts: list[Host]) -> tuple[list[Host], list[Rejection]]:

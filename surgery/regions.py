@@ -261,15 +261,27 @@ def _read_outside(node: fx.Node, cone: set[fx.Node], add: fx.Node, escapes: set[
 
 
 def _tuple_escapes(node: fx.Node, cone: set[fx.Node], add: fx.Node) -> set[fx.Node]:
-    """Elements k >= 1 of a call's tuple that are read outside, if that is all that is read outside."""
+    """Elements k >= 1 of a call's tuple (or all of these) that are read outside, if nothing else is."""
     if node.op != "call_module":
         return set()
     outside = {u for u in node.users if u not in cone and u is not add}
     element = all(
-        u.op == "call_function" and u.target is operator.getitem and type(u.args[1]) is int and u.args[1] >= 1
+        u.op == "call_function"
+        and u.target is operator.getitem
+        and (is_rest(u) or (type(u.args[1]) is int and u.args[1] >= 1))
         for u in outside
     )
     return outside if outside and element else set()
+
+
+def is_rest(node: fx.Node) -> bool:
+    """Whether the node is what follows the first element of a tuple, `outputs[1:]`."""
+    return node.target is operator.getitem and node.args[1] == slice(1, None, None)
+
+
+def or_nothing(rest: tuple[object, ...] | None) -> tuple[object, ...]:
+    """What follows the first element of a tuple, of which a skipped branch makes nothing."""
+    return () if rest is None else rest
 
 
 def _with_copies(cone: set[fx.Node], order: dict[fx.Node, int]) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -37,7 +37,7 @@ from surgery.errors import AlreadyConverted, PlanMismatch, TraceError, Unsupport
 from surgery.gates import Gate, Owners
 from surgery.head_gates import HeadGate
 from surgery.queries import owner
-from surgery.regions import Region, find_regions
+from surgery.regions import Region, find_regions, is_rest, or_nothing
 from surgery.sites import Plan, RegionInput, SitePlan, Sites
 from surgery.state import CostModel, GatedState, SiteCost
 from surgery.tracing import (
@@ -45,11 +45,11 @@ from surgery.tracing import (
     DTYPE,
     GATES,
     INPLACE,
+    KINDS,
+    Held,
     Pattern,
     Signature,
     base_class,
-    kind_of,
-    kind_with_numbers,
     new_graph,
     remove_dead_code,
     signature_of,
@@ -58,6 +58,8 @@ from surgery.tracing import (
 )
 
 logger = logging.getLogger(__name__)
+MOST = 64
+"""Programs of one host, where its call patterns hold numbers or sizes fixed."""
 
 
 class Gates(nn.Module):
@@ -97,7 +99,8 @@ class Programs:
     signature: Signature
     marked: tuple[Marked, ...]
     inlined: frozenset[str]
-    numbers: bool = False
+    held: Held = "kinds"
+    full: bool = False
     compiled: dict[Pattern, Callable[..., Any] | None] = field(default_factory=dict)
     sources: dict[Pattern, str] = field(default_factory=dict)
     dtype: torch.dtype | None = None
@@ -120,17 +123,27 @@ class Programs:
         try:
             program = self.compiled[pattern]
         except KeyError:
-            program = self.add(module, pattern, strict=False)
+            program = self.add(module, pattern, strict=False) if self._has_room() else None
         if program is None:
             return self.base.forward(module, *args, **kwargs)
         return program(module, *values, *extra, *[rest[name] for name in names])
+
+    def _has_room(self) -> bool:
+        """Whether one more program may be made: patterns that hold numbers or sizes fixed could be endless."""
+        room = self.held == "kinds" or len(self.compiled) < MOST
+        if not room and not self.full:
+            self.full = True
+            logger.warning(
+                "%s: called with more than %d combinations of %s; further ones run dense", self.name, MOST, self.held
+            )
+        return room
 
     def pattern(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pattern:
         """The call pattern of one call."""
         return self._pattern(*self.signature.bind(args, kwargs))
 
     def _pattern(self, values: Sequence[Any], extra: tuple[Any, ...], rest: Mapping[str, Any]) -> Pattern:
-        kind = kind_with_numbers if self.numbers else kind_of
+        kind = KINDS[self.held]
         return Pattern(
             tuple(map(kind, values)), tuple(map(kind, extra)), tuple((name, kind(rest[name])) for name in sorted(rest))
         )
@@ -321,10 +334,7 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
     base = base_class(module)
     inlined = frozenset(n[len(prefix) :] for n in plan.inlined if n.startswith(prefix))
     patterns = [Pattern.from_list(p) for p in plan.patterns[host]]
-    numbers = any(
-        k.startswith("int") for p in patterns for k in (*p.named, *p.extra, *(kind for _, kind in p.keywords))
-    )
-    programs = Programs(host, base, signature_of(base), tuple(marked), inlined, numbers)
+    programs = Programs(host, base, signature_of(base), tuple(marked), inlined, patterns[0].holds)
     module.add_module(GATES, gates)
     module.__class__ = subclass(base, {"forward": _dispatcher(base), "_surgery_programs": programs})
     for pattern in patterns:
@@ -475,7 +485,8 @@ def _gate_calls(
         call = graph.call_module(f"{GATES}.{mark.key}", (function, left, env[region.residual], *inputs))
         if region.escapes:
             for position, node in enumerate(region.escapes, start=1):
-                env[node] = graph.call_function(operator.getitem, (call, position))
+                further = graph.call_function(operator.getitem, (call, position))
+                env[node] = graph.call_function(or_nothing, (further,)) if is_rest(node) else further
             call = graph.call_function(operator.getitem, (call, 0))
         left = call
     assert left is not None

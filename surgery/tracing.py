@@ -17,7 +17,7 @@ import keyword as words
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,17 +34,28 @@ _RANKS = tuple(f"tensor:{rank}" for rank in range(65))
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
+Held = Literal["kinds", "numbers", "sizes"]
+
+
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """How a module was called: the kind of each named argument, of extra positional ones, and of extra keyword ones.
 
-    A kind is `none`, `true`, `false`, `str:<value>`, `tensor:<rank>`, `object`, or `int:<value>` where numbers are held
-    fixed.
+    A kind is `none`, `true`, `false`, `str:<value>`, `tensor:<rank>`, `object`; where numbers are held fixed also
+    `int:<value>` and `ints:<values>`; where sizes are as well, `sized:<rank>:<all sizes but the first>`.
     """
 
     named: tuple[str, ...]
     extra: tuple[str, ...] = ()
     keywords: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def holds(self) -> Held:
+        """What is held fixed beside the kinds."""
+        kinds = (*self.named, *self.extra, *(kind for _, kind in self.keywords))
+        if any(kind.startswith("sized:") for kind in kinds):
+            return "sizes"
+        return "numbers" if any(kind.startswith("int") for kind in kinds) else "kinds"
 
     def to_list(self) -> list[Any]:
         """JSON-ready form."""
@@ -88,6 +99,20 @@ def kind_with_numbers(value: Any) -> str:
     return kind_of(value)
 
 
+def kind_with_sizes(value: Any) -> str:
+    """Like `kind_with_numbers`, with the sizes of tensors held fixed, but not along the first axis, the batch."""
+    if isinstance(value, Tensor) and not value.is_nested and value.dim() > 1:
+        return f"sized:{value.dim()}:{','.join(map(str, value.shape[1:]))}"
+    return kind_with_numbers(value)
+
+
+KINDS: Mapping[Held, Callable[[Any], str]] = {
+    "kinds": kind_of,
+    "numbers": kind_with_numbers,
+    "sizes": kind_with_sizes,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Signature:
     """Names and defaults of a `forward`, without `self`."""
@@ -109,9 +134,9 @@ class Signature:
                 values.append(rest.pop(parameter.name, parameter.default))
         return values, args[len(self.named) :] if self.extra else (), rest
 
-    def pattern(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, numbers: bool = False) -> Pattern:
+    def pattern(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], held: Held = "kinds") -> Pattern:
         """The call pattern of one call."""
-        kind = kind_with_numbers if numbers else kind_of
+        kind = KINDS[held]
         values, extra, rest = self.bind(args, kwargs)
         return Pattern(
             tuple(map(kind, values)), tuple(map(kind, extra)), tuple((name, kind(rest[name])) for name in sorted(rest))
@@ -309,6 +334,9 @@ class _Tracer(fx.proxy.TracerBase):
         if tag == "ints":
             return tuple(map(int, text.split(",")))
         node = self.create_node("placeholder", name, (), {})
+        if tag == "sized":
+            rank, _, sizes = text.partition(":")
+            return _Sized(node, self, int(rank), tuple(map(int, sizes.split(","))))
         return _Argument(node, self, int(text)) if tag == "tensor" else fx.Proxy(node, self)
 
     def attribute(self, name: str) -> fx.Proxy:
@@ -344,6 +372,25 @@ class _Argument(_Proxy):
         return self.ndim
 
     ndimension = dim
+
+
+class _Sized(_Argument):
+    """A tensor argument of which all sizes but the first belong to the call pattern."""
+
+    def __init__(self, node: fx.Node, tracer: _Tracer, rank: int, sizes: tuple[int, ...]) -> None:
+        super().__init__(node, tracer, rank)
+        self._sizes = sizes
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        whole = self.tracer.create_proxy("call_function", getattr, (self, "shape"), {})
+        return (whole[0], *self._sizes)
+
+    def size(self, axis: int | None = None) -> Any:
+        return self.shape if axis is None else self.shape[axis]
+
+    def __len__(self) -> int:
+        raise TraceError("the number of samples decides what is computed")
 
 
 _CONSTANTS: dict[str, Any] = {"none": None, "true": True, "false": False}
@@ -454,10 +501,9 @@ def patterns_of_call(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[str
                 signatures[cls] = _signature_or_none(cls)
             signature = signatures[cls]
             if signature is not None:
-                pattern = signature.pattern(args, kwargs)
-                with_numbers = signature.pattern(args, kwargs, numbers=True)
                 known = seen.setdefault(name, [])
-                known += [p for p in dict.fromkeys((pattern, with_numbers)) if p not in known]
+                found = dict.fromkeys(signature.pattern(args, kwargs, held) for held in KINDS)
+                known += [p for p in found if p not in known]
 
         return hook
 

@@ -711,3 +711,77 @@ class Hook(Base):
 def test_loops_over_containers() -> None:
     x, toy = tokens(), Hook().eval()
     check(toy, x, ["parts.a"], (x - toy.parts["b"](x)).detach())
+
+
+class Windowed(nn.Module):
+    """A branch whose program depends on the size of the map (TinyViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(C, C, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = x.shape[2]
+        if height % 4:
+            padded = nn.functional.pad(x, (0, 0, 0, 4 - height % 4))
+            return x + self.conv(padded)[:, :, :height]
+        return x + self.conv(x)
+
+
+def test_sizes_that_decide_what_is_computed_belong_to_the_call_pattern() -> None:
+    x = maps()
+    model = Windowed()
+    sites = check(model, x, ["conv"], closed=x)
+    assert sites.patterns[""] == [[[f"sized:4:{C},6,6"], [], []]]
+    _, gated = convert(model, x)
+    other = torch.randn(N, C, 8, 6)
+    with surgery.force(gated, 1.0):
+        assert_equal(outputs(gated, other), outputs(model, other))
+    with surgery.force(gated, 0.0):
+        assert_equal(outputs(gated, other), [other])
+
+
+def test_endless_sizes_run_dense(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("surgery.rewriting.MOST", 2)
+    model = Windowed()
+    _, gated = convert(model, maps())
+    with surgery.force(gated, 0.0):
+        for height in (8, 9, 10):
+            x = torch.randn(N, C, height, 6)
+            assert_equal(outputs(gated, x), [x] if height == 8 else outputs(model, x))
+    assert caplog.text.count("further ones run dense") == 1
+
+
+class Rest(nn.Module):
+    """A module whose further outputs are passed on as a tuple, `outputs[1:]` (MPNet)."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(C, C)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (self.map(x),)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Rest.Inner()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            found = self.inner(x)
+            return (found[0] + x,) + found[1:]  # noqa: RUF005  (as MPNet writes it)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = Rest.Outer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.outer(x)
+        assert len(outputs) == 1
+        return outputs[0].relu()
+
+
+def test_the_rest_of_a_tuple_is_empty_where_the_branch_is_skipped() -> None:
+    x = tokens()
+    check(Rest(), x, ["outer.inner"], closed=x.relu())
