@@ -104,7 +104,7 @@ class Probe:
         elif claim.samples != self.size:
             claim.problem = claim.problem or "the first axis of the residual stream is not the batch"
         claim.folded = isinstance(branch, Unfolded)
-        claim.shared = any(item is not None for item in escaped)
+        claim.shared = any(item is not None and not _is_empty(item) for item in escaped)
         claim.layout = layout_of(residual, self.modules[name])
         if self.earlier is not None and name in self.earlier and not claim.problem:
             axes = self.axes[name] = batch_axes(claim, self.earlier[name])
@@ -179,6 +179,10 @@ class _Again:
 
     def __call__(self) -> list[Any]:
         return [copy.deepcopy(v) if n in CACHE_NAMES else v for n, v in zip(self.names, self.inputs, strict=True)]
+
+
+def _is_empty(item: Any) -> bool:
+    return isinstance(item, tuple) and not item
 
 
 def batch_axes(small: Claim, large: Claim) -> tuple[RegionInput, ...] | str:
