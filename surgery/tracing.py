@@ -383,7 +383,7 @@ class _Sized(_Argument):
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        whole = self.tracer.create_proxy("call_function", getattr, (self, "shape"), {})
+        whole: Any = self.tracer.create_proxy("call_function", getattr, (self, "shape"), {})
         return (whole[0], *self._sizes)
 
     def size(self, axis: int | None = None) -> Any:
