@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.gates import iter_gates
+from surgery.vetting import vet
 
 N, T, C = 3, 5, 8
 
@@ -733,6 +734,7 @@ def test_sizes_that_decide_what_is_computed_belong_to_the_call_pattern() -> None
     model = Windowed()
     sites = check(model, x, ["conv"], closed=x)
     assert sites.patterns[""] == [[[f"sized:4:{C},6,6"], [], []]]
+    vet(sites.plan())  # a checkpoint may hold such a pattern
     _, gated = convert(model, x)
     other = torch.randn(N, C, 8, 6)
     with surgery.force(gated, 1.0):
