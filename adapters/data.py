@@ -68,9 +68,17 @@ class Loader:
         Raises:
             DataError: If there is no such column.
         """
+        return self.cells(name, range(len(self._order)))
+
+    def cells(self, name: str, places: Sequence[int]) -> list[Any]:
+        """Some values of one column, by their places in the order of the batches.
+
+        Raises:
+            DataError: If there is no such column.
+        """
         if name not in self._table.features:
             raise DataError(f"there is no column {name!r}; there are: {', '.join(self._table.features)}")
-        return list(self._table[self._order][name])
+        return list(self._table[[self._order[place] for place in places]][name])
 
     def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(self._seed + 7919 * self._passes)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 BATCH = 64
 TIMED = (1, 8, 256)
-OURS = ("dense.safetensors", "demo.json", "demo.png", "gated")
+PICTURES = tuple(f"report-{name}.png" for name in ("tradeoff", "classes", "costs", "policies"))
+OURS = ("dense.safetensors", "demo.json", "demo.png", "gated", "report.html", *PICTURES)
 """Everything that is written into --out."""
 
 Batches = list[tuple["Tensor", "Tensor"]]
@@ -91,12 +92,14 @@ def demo(
     outcome = Outcome(headline, sweep, _kinds(gated), seconds)
     (out / "demo.json").write_text(json.dumps(outcome.to_dict(), indent=1) + "\n", encoding="utf-8")
     picture = _draw(out / "demo.png", outcome)
+    with progress_bars() as progress:
+        page = _report(out / "report.html", gated, dense, sweep, seed, progress)
     if as_json:
         show_json({"out": str(out), "picture": None if picture is None else str(picture), **outcome.to_dict()})
     else:
         show(headline)
         show(_sweep_table(outcome))
-        note(_next(out, picture, seconds))
+        note(_next(out, [path for path in (picture, page) if path is not None], seconds))
 
 
 def _train(out: Path, seed: int, progress: Progress) -> tuple[nn.Module, float]:
@@ -177,6 +180,25 @@ def _draw(path: Path, outcome: Outcome) -> Path | None:
     return path
 
 
+def _report(
+    path: Path, gated: nn.Module, dense: nn.Module, sweep: Mapping[float, Report], seed: int, progress: Progress
+) -> Path | None:
+    """The page, or None where a library for it is missing."""
+    from surgery.adapters import load_data, load_model
+    from surgery.scripts import digits_model
+    from surgery.scripts.report_content import Subject, write
+
+    spec = f"python:{digits_model.__name__}:trained?weights={path.with_name('dense.safetensors').resolve()}"
+    loaded = load_model(spec)
+    rows = load_data(f"digits:{digits_model.SIZE}", loaded, split="test", batch_size=BATCH)
+    try:
+        write(path, Subject(gated, dense, rows, loaded, "digits", "digits"), (), BATCH, None, seed, progress, sweep)
+    except MissingDependency as error:
+        note(f"no report: {error}")
+        return None
+    return path
+
+
 def _peers(report: Report) -> dict[str, dict[str, float]]:
     return {peer.name: {"cost": peer.cost, "accuracy": peer.metric} for peer in report.peers}
 
@@ -201,11 +223,11 @@ def _sweep_table(outcome: Outcome) -> Any:
     )
 
 
-def _next(out: Path, picture: Path | None, seconds: Mapping[str, float]) -> str:
+def _next(out: Path, written: Sequence[Path], seconds: Mapping[str, float]) -> str:
     lines = [
         f"took {seconds['all']:.0f} s: training {seconds['training']:.0f} s, conversion {seconds['conversion']:.0f} s",
         "times: overhead dominates in a network this small unless batches are large; see docs/limits.md",
-        *([f"picture: {picture}"] if picture else []),
+        *(f"look at: {path}" for path in written),
         "next:",
         f"  {program()} show {out / 'gated'} blocks.0",
         f"  {program()} score {out / 'gated'} --data digits:16 --budget 0.4",

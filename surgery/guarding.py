@@ -161,7 +161,7 @@ class Guard:
             budget = self._budget
         batch = Batch(args, kwargs)
         start = time.perf_counter()
-        with self._running(budget) as events:
+        with running(self.gated, budget) as events:
             output = call(self.gated, batch)
         seconds = time.perf_counter() - start
         compared = None
@@ -197,20 +197,6 @@ class Guard:
             return self._health()
 
     # -- deciding -------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _running(self, budget: float) -> Iterator[list[Event]]:
-        """Overrides of one call: the shared state stays as it is."""
-        if budget >= 1:
-            with override(self.state, execution="dense"):
-                yield []
-        elif self.state.policy == "static":
-            with decided(self.gated, constant(point_at(self.state, budget).static)) as events:
-                yield events
-        else:
-            threshold = point_at(self.state, budget).threshold
-            with override(self.state, execution="skip", thresholds=threshold), tape(self.gated) as events:
-                yield events
 
     def _note(
         self, size: int, budget: float, events: Sequence[Event], compared: Sequence[bool] | None, seconds: float
@@ -288,6 +274,28 @@ class Guard:
     def _report(self) -> None:
         if self._metrics is not None:
             self._metrics.show(self._health())
+
+
+@contextmanager
+def running(gated: nn.Module, budget: float) -> Iterator[list[Event]]:
+    """Calls in the block run at `budget`, whatever the model is set to; its own state stays as it is.
+
+    Yields what the gates do, in order.
+
+    Raises:
+        BudgetError: If the budget is outside the calibrated range.
+    """
+    state = state_of(gated)
+    if budget >= 1:
+        with override(state, execution="dense"):
+            yield []
+    elif state.policy == "static":
+        with decided(gated, constant(point_at(state, budget).static)) as events:
+            yield events
+    else:
+        threshold = point_at(state, budget).threshold
+        with override(state, execution="skip", thresholds=threshold), tape(gated) as events:
+            yield events
 
 
 class _Rates:

@@ -49,7 +49,10 @@ def make():
 def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
-COMMANDS = ("sites", "show", "convert", "score", "benchmark", "export", "record", "replay", "audit", "doctor", "demo")
+COMMANDS = (
+    *("sites", "show", "convert", "score", "benchmark", "export"),
+    *("record", "replay", "audit", "report", "app", "doctor", "demo"),
+)
 
 
 def run(*arguments: Any, expect: int = 0) -> Any:

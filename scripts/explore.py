@@ -1,0 +1,183 @@
+"""`surgery app DIR`: a page on which one moves the budget and sees what runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surgery.errors import MissingDependency, SurgeryError
+from surgery.scripts import options
+from surgery.scripts.bars import waiting
+from surgery.scripts.loading import Machine
+from surgery.scripts.running import command
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgery.adapters import Loaded
+
+TOP = 5
+
+
+@command
+def app(
+    directory: options.DirectoryArgument,
+    base: options.Base = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of the page.")] = 7860,
+    host: Annotated[str, typer.Option("--host", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Open a page: an image or a text in, a slider for the budget, what runs and what is skipped along the network."""
+    with waiting("loading the model"):
+        gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
+    built = build(gated, loaded, directory.name)
+    if as_json:
+        typer.echo(f'{{"url": "http://{host}:{port}"}}')
+    built.launch(server_name=host, server_port=port, quiet=as_json)
+
+
+def build(gated: nn.Module, loaded: Loaded, name: str) -> Any:
+    """The page as `gradio.Blocks`, not yet launched.
+
+    Raises:
+        MissingDependency: If gradio is not installed.
+        SurgeryError: If the model reads neither images nor texts, or was never calibrated.
+    """
+    from surgery.calibration import budget_range
+    from surgery.context import state_of
+
+    try:
+        import gradio
+    except ImportError as error:
+        raise MissingDependency('the page needs gradio: pip install "bypass-surgery[app]"') from error
+    needs = tuple(loaded.preprocess.needs)
+    either = ("text",) if loaded.tokenizer is not None else ("image",)  # no needs means whatever there is
+    kind = next((one for one in needs or either if one in ("image", "text")), None)
+    if kind is None:
+        raise SurgeryError(f"the page takes an image or a text; this model reads {', '.join(needs)}")
+    low, high = budget_range(gated)
+    if low >= 1:
+        raise SurgeryError("this model was never calibrated, so there is no budget to move; run surgery convert")
+    budget = min(max(state_of(gated).budget or high, low), high)
+    with gradio.Blocks(title=f"{name}: what is skipped") as page:
+        gradio.Markdown(f"## {name}: what runs, and what is skipped")
+        with gradio.Row():
+            with gradio.Column():
+                if kind == "image":
+                    given: Any = gradio.Image(type="pil", image_mode=None, label="Image", height=240)
+                else:
+                    given = gradio.Textbox(label="Text", lines=3, placeholder="Type a text")
+                slider = gradio.Slider(
+                    round(100 * low, 1),
+                    round(100 * high, 1),
+                    value=round(100 * budget, 1),
+                    step=0.1,
+                    label="Budget (% of the dense compute, mean over inputs)",
+                )
+                button = gradio.Button("Run", variant="primary", elem_id="run")
+                summary = gradio.HTML(elem_id="summary")
+            with gradio.Column():
+                with gradio.Row():
+                    mine = gradio.Label(label="Gated", num_top_classes=TOP)
+                    dense = gradio.Label(label="Dense", num_top_classes=TOP)
+                sites = gradio.HTML(label="Sites", elem_id="sites")
+
+        def run(value: Any, percent: float) -> tuple[Any, Any, str, str]:
+            if value is None or value == "":
+                raise gradio.Error("give an image" if kind == "image" else "type a text")
+            try:
+                found = look(gated, loaded, {kind: value}, percent / 100)
+            except SurgeryError as error:
+                raise gradio.Error(str(error)) from error
+            return found["gated"], found["dense"], summary_html(found), sites_html(found["rates"])
+
+        button.click(run, [given, slider], [mine, dense, summary, sites])
+        slider.release(run, [given, slider], [mine, dense, summary, sites])
+    return page
+
+
+def look(gated: nn.Module, loaded: Loaded, row: Mapping[str, Any], budget: float) -> dict[str, Any]:
+    """Run one input gated, at a budget of this call alone, and dense.
+
+    Returns:
+        `gated` and `dense`: class -> probability; `rates`: site -> share run; `cost`; `milliseconds` and
+        `dense_milliseconds`.
+    """
+    import torch
+
+    from surgery.calling import as_batch, call, read_output
+    from surgery.context import state_of
+    from surgery.costs import place
+    from surgery.guarding import running
+    from surgery.recording import costs_of
+
+    state = state_of(gated)
+    batch = place(as_batch(loaded.collate([loaded.preprocess(row)], None)), gated)
+    with torch.no_grad():
+        with running(gated, budget):
+            call(gated, batch)  # the first call pays for what later ones do not
+        start = time.perf_counter()
+        with running(gated, budget) as events:
+            output = read_output(call(gated, batch))
+        middle = time.perf_counter()
+        with running(gated, 1.0):
+            reference = read_output(call(gated, batch))
+        end = time.perf_counter()
+    rates: dict[str, float] = {}
+    for event in events:
+        rates.update({unit: float(share[0]) for unit, share in event.by_unit().items()})
+    return {
+        "gated": _classes(output[0], loaded.label_names),
+        "dense": _classes(reference[0], loaded.label_names),
+        "rates": {name: rates.get(name, 1.0) for name in state.units},
+        "cost": float(costs_of(events, state.costs, 1)[0]),
+        "milliseconds": 1e3 * (middle - start),
+        "dense_milliseconds": 1e3 * (end - middle),
+    }
+
+
+def summary_html(found: Mapping[str, Any]) -> str:
+    """Cost and latency in one line."""
+    return (
+        f"<p>cost <b>{100 * found['cost']:.1f} %</b> of dense · "
+        f"gated <b>{found['milliseconds']:.1f} ms</b>, dense {found['dense_milliseconds']:.1f} ms</p>"
+    )
+
+
+def sites_html(rates: Mapping[str, float]) -> str:
+    """The network from top to bottom, each site as a bar of what ran; words and hatching beside colour."""
+    from html import escape
+
+    rows = []
+    for name, rate in rates.items():
+        said = "ran" if rate >= 1 else "skipped" if rate <= 0 else f"{100 * rate:.0f} % of tokens ran"
+        rows.append(
+            '<div style="display:flex;align-items:center;gap:.6rem;margin:.15rem 0">'
+            f'<span style="flex:0 0 42%;font-size:.85rem;overflow-wrap:anywhere">{escape(name)}</span>'
+            '<span style="flex:1;height:.9rem;border:1px solid #888;border-radius:3px;'
+            'background:repeating-linear-gradient(45deg,transparent 0 4px,#8884 4px 6px)">'
+            f'<span style="display:block;height:100%;width:{100 * rate:.1f}%;background:#0072B2"></span></span>'
+            f'<span style="flex:0 0 9.5rem;font-size:.85rem">{said}</span></div>'
+        )
+    return f"<div>{''.join(rows)}</div>"
+
+
+def _classes(logits: Any, names: Sequence[str]) -> dict[str, float]:
+    """The most probable classes."""
+    if logits.dim() != 1 or len(logits) < 2:
+        raise SurgeryError("the page shows classifiers; this model's output has no classes")
+    shares = logits.float().softmax(0)
+    values, places = shares.topk(min(TOP, len(shares)))
+    return {
+        names[place] if place < len(names) else str(place): value
+        for place, value in zip(places.tolist(), values.tolist(), strict=True)
+    }

@@ -1,0 +1,72 @@
+"""`surgery report DIR --data … --out report.html`: what a converted model skips, for whom, and what that costs, on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgery.scripts import options
+from surgery.scripts.bars import progress_bars, waiting
+from surgery.scripts.loading import Machine
+from surgery.scripts.running import command, note, show_json
+
+
+@command
+def report(
+    directory: options.DirectoryArgument,
+    data: Annotated[str, typer.Option("--data", help=options.DATA_HELP)],
+    out: Annotated[Path, typer.Option("--out", help="HTML file; PNGs are written beside it.")] = Path("report.html"),
+    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "test",
+    log: Annotated[
+        Path | None, typer.Option("--log", help="A log that `surgery record` wrote: adds drift over time.")
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option("--budgets", metavar="B,B,…", help="Budgets of the curves; those out of reach are left out.")
+    ] = "0.4,0.5,0.6,0.7,0.8",
+    speed: Annotated[int, typer.Option("--speed", min=1, help="Inputs per timed call.")] = 8,
+    base: options.Base = None,
+    batch_size: options.BatchSize = 32,
+    limit: options.Limit = None,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write one HTML page that works offline: curves, heat maps, easiest and hardest inputs, errors, drift."""
+    from surgery.adapters import load_data
+    from surgery.logs import read_log
+    from surgery.scripts.report_content import Subject, write
+
+    recorded = None if log is None else read_log(log)
+    with waiting("loading the model"):
+        gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
+    rows = load_data(
+        data, loaded, split=split, batch_size=batch_size, limit=limit, seed=seed, shuffle=limit is not None
+    )
+    wanted = [_number(one) for one in options.words(budgets) or []]
+    with progress_bars() as progress:
+        pictures = write(
+            out,
+            Subject(gated, loaded.model, rows, loaded, directory.name, data),
+            wanted,
+            speed,
+            recorded,
+            seed,
+            progress,
+        )
+    if as_json:
+        show_json({"report": str(out), "pictures": [str(path) for path in pictures]})
+    else:
+        note(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB) and {len(pictures)} pictures beside it")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--budgets: {text!r} is no number; write 0.4,0.6") from error

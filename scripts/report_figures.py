@@ -1,0 +1,170 @@
+"""The pictures of a report, each drawn for light and for dark pages.
+
+Rates are drawn in viridis, lines in Okabe and Ito's colours: colour-blind readers can tell both apart.
+
+Axis letters: `N` inputs, `S` sites.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from surgery.errors import MissingDependency
+
+DPI = 110
+_INK = {False: "#1b1f24", True: "#e6e8ea"}
+_LINES = {"gated": ("#0072B2", "o", "-"), "static": ("#E69F00", "s", "--"), "random": ("#D55E00", "^", ":")}
+_DARK_BLUE = "#56B4E9"  # Okabe and Ito's lighter blue: the dark one is hard to see on black
+Draw = Callable[[Any, bool], None]
+
+
+def drawn(draw: Draw, width: float, height: float, *, dark: bool) -> bytes:
+    """A PNG with a transparent background.
+
+    Args:
+        draw: `draw(figure, dark)`.
+        width: Inches.
+        height: Inches.
+        dark: Whether the page is.
+
+    Raises:
+        MissingDependency: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependency('matplotlib is needed to draw: pip install "bypass-surgery[report]"') from error
+    with _coloured(dark):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure, dark)
+        stream = io.BytesIO()
+        figure.savefig(stream, dpi=DPI, transparent=True, format="png")
+    return stream.getvalue()
+
+
+@contextmanager
+def _coloured(dark: bool) -> Iterator[None]:
+    from matplotlib import rc_context
+
+    ink = _INK[dark]
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
+    settings: Any = {**dict.fromkeys(names, ink), "font.size": 9}
+    with rc_context(settings):
+        yield
+
+
+def tradeoff(
+    points: Mapping[str, Sequence[Mapping[str, float]]], dense: Mapping[str, float], metric: str, batch: int
+) -> Draw:
+    """Metric against cost, and against measured time.
+
+    Args:
+        points: Policy -> points with `cost`, `metric` and `time` (by the dense model's).
+        dense: The dense model's `metric`.
+        metric: What the metric is, with its unit.
+        batch: Inputs per timed call.
+    """
+
+    def draw(figure: Any, dark: bool) -> None:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, key, label in (
+            (left, "cost", "mean cost (% of dense FLOPs)"),
+            (right, "time", f"measured time, batch {batch} (% of dense)"),
+        ):
+            axes.axhline(dense["metric"], color=_INK[dark], linewidth=0.8, alpha=0.5)
+            for name, values in points.items():
+                color, marker, line = _LINES[name]
+                own = sorted((100 * v[key], v["metric"]) for v in values if v.get(key) is not None)
+                axes.plot(
+                    *zip(*own, strict=True) if own else ([], []),
+                    color=_DARK_BLUE if dark and name == "gated" else color,
+                    marker=marker,
+                    linestyle=line if key == "cost" else "none",
+                    label=name,
+                )
+            axes.plot([100], [dense["metric"]], "*", color=_INK[dark], markersize=13, label="dense")
+            axes.set_xlabel(label)
+            axes.grid(alpha=0.25)
+        left.set_ylabel(metric)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+
+    return draw
+
+
+def heat(
+    values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], label: str, *, xlabel: str
+) -> Draw:
+    """Shares in [0, 1] as colours, with numbers where there is room."""
+
+    def draw(figure: Any, dark: bool) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        slanted = max(map(len, columns), default=0) > 4
+        step = max(1, -(-len(columns) // 40))
+        ticks = range(0, len(columns), step)
+        axes.set_xticks(
+            ticks, [columns[i] for i in ticks], rotation=40 if slanted else 0, ha="right" if slanted else "center"
+        )
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel("site")
+        if len(columns) <= 14:
+            for y, row in enumerate(values):
+                for x, value in enumerate(row):
+                    color = "black" if value > 0.6 else "white"
+                    axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)
+        bar = figure.colorbar(image, ax=axes, ticks=[0, 0.25, 0.5, 0.75, 1])
+        bar.ax.set_yticklabels(["0", "25", "50", "75", "100"])
+        bar.set_label(label)
+
+    return draw
+
+
+def histogram(costs: Sequence[float], budget: float | None) -> Draw:
+    """How the cost spreads over inputs."""
+
+    def draw(figure: Any, dark: bool) -> None:
+        axes = figure.subplots()
+        axes.hist([100 * cost for cost in costs], bins=40, color=_DARK_BLUE if dark else "#0072B2")
+        mean = 100 * sum(costs) / len(costs)
+        axes.axvline(mean, color=_INK[dark], linewidth=1.2, label=f"mean {mean:.1f} %")
+        if budget is not None and budget < 1:
+            axes.axvline(100 * budget, color="#E69F00", linestyle="--", label=f"budget {100 * budget:g} %")
+        axes.set_xlabel("cost of an input (% of dense FLOPs)")
+        axes.set_ylabel("inputs")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+
+    return draw
+
+
+def drift(times: Sequence[float], costs: Sequence[float], divergence: Mapping[str, Sequence[float]]) -> Draw:
+    """Cost and distance from calibration over a log's time.
+
+    Args:
+        times: Middle of every slice, minutes since the log began.
+        costs: Mean cost of every slice.
+        divergence: Site -> Jensen-Shannon divergence of every slice from calibration, in bits.
+    """
+
+    def draw(figure: Any, dark: bool) -> None:
+        top, bottom = figure.subplots(2, 1, sharex=True)
+        top.plot(times, [100 * cost for cost in costs], color=_DARK_BLUE if dark else "#0072B2", marker="o")
+        top.set_ylabel("mean cost\n(% of dense)")
+        worst = sorted(divergence, key=lambda name: -max(divergence[name]))
+        styles = (("#E69F00", "s", "--"), ("#D55E00", "^", ":"), ("#009E73", "D", "-."), ("#CC79A7", "v", "-"))
+        for name, (color, marker, line) in zip(worst, styles, strict=False):
+            bottom.plot(times, divergence[name], color=color, marker=marker, linestyle=line, label=name)
+        bottom.set_ylabel("divergence from\ncalibration (bits)")
+        bottom.set_xlabel("time since the log began (minutes)")
+        for axes in (top, bottom):
+            axes.grid(alpha=0.25)
+            axes.set_ylim(bottom=0)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+
+    return draw
