@@ -132,7 +132,7 @@ def histogram(costs: Sequence[float], budget: float | None) -> Draw:
         axes = figure.subplots()
         axes.hist([100 * cost for cost in costs], bins=40, color=_DARK_BLUE if dark else "#0072B2")
         mean = 100 * sum(costs) / len(costs)
-        axes.axvline(mean, color=_INK[dark], linewidth=1.2, label=f"mean {mean:.1f} %")
+        axes.axvline(mean, color=_INK[dark], linewidth=1.2, label=f"mean over inputs {mean:.1f} %")
         if budget is not None and budget < 1:
             axes.axvline(100 * budget, color="#E69F00", linestyle="--", label=f"budget {100 * budget:g} %")
         axes.set_xlabel("cost of an input (% of dense FLOPs)")

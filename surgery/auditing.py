@@ -285,7 +285,7 @@ def audited(
         policies=len(policies),
         decided=f"{count:,} {'tokens' if per_token else 'inputs'}",
         input_information=_entropy([number / count for number in policies.values()]),
-        cost=float(seen.costs.mean()),
+        cost=float((seen.costs * seen.weights).sum() / seen.weights.sum()),
         sites=tuple(run.site(index, name, seen) for index, name in enumerate(state.units)),
         classes=classes,
         groups=() if groups is None else _grouped(seen, [str(one) for one in groups]),

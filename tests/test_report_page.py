@@ -97,4 +97,4 @@ def digit(path: Path) -> None:
     from surgery.adapters import digits
     from surgery.adapters.images import to_pil
 
-    to_pil(digits("test")[0][0]).save(path)
+    to_pil(digits("test")[0][0], colour=False).save(path)
