@@ -17,10 +17,6 @@ from torch.nn import functional as F
 
 from surgery.sites import Layout
 
-POSITIONS = 1024
-"""Feature maps with more positions are pooled over every other row, or fewer: reading a large map takes time, and its
-rows resemble each other."""
-
 
 @dataclass(frozen=True, slots=True)
 class Folded:
@@ -121,7 +117,6 @@ class SampleRouter(Router):
             return residual.float()
         if self.layout == "NCHW":
             axes = tuple(range(2, residual.dim()))
-            residual = _fewer_rows(residual)
             return torch.cat((residual.mean(axes), residual.amax(axes)), 1).float()
         flat = residual if residual.dim() == 3 else residual.flatten(1, -2)  # N T C
         if self.layout == "NHWC":
@@ -172,14 +167,6 @@ def make_router(layout: Layout, channels: int, granularity: str, hidden: int, he
     if granularity == "token":
         return TokenRouter(channels, hidden)
     return SampleRouter(channels, hidden, layout, heads)
-
-
-def _fewer_rows(maps: Tensor) -> Tensor:
-    """Feature maps with every second, third, ... row where there are more than `POSITIONS` positions."""
-    if maps.dim() != 4:
-        return maps
-    step = min(maps.shape[2] * maps.shape[3] // POSITIONS, maps.shape[2])
-    return maps[:, :, ::step] if step > 1 else maps
 
 
 def _plain(linear: nn.Linear) -> bool:
