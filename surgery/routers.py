@@ -8,7 +8,6 @@ Axis letters: `N` samples, `T` tokens, `C` channels, `F` features, `H` heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,27 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery.sites import Layout
-
-
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """A router's parameters with the standardisation folded into the first map, for calls without gradients.
-
-    Args:
-        sources: What it was made from; kept, so that nothing else can have their addresses.
-        versions: Address and number of changes of each of them.
-        down: `(hidden, F)`.
-        bias: `(hidden,)`.
-    """
-
-    sources: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    down: Tensor
-    bias: Tensor
-
-    def fits(self, sources: tuple[Tensor, ...], versions: tuple[int, ...]) -> bool:
-        """Whether nothing that it was made from has changed."""
-        return versions == self.versions and all(a is b for a, b in zip(sources, self.sources, strict=True))
 
 
 class Router(nn.Module):
@@ -103,7 +81,6 @@ class SampleRouter(Router):
         features = channels if layout == "NC" else 2 * channels
         super().__init__(features, hidden, heads)
         self.layout = layout
-        self._folded: Folded | None = None
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("std", torch.ones(features))
 
@@ -136,25 +113,7 @@ class SampleRouter(Router):
 
     def forward(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
         """Residual stream -> scores `(N,)` or `(N, H)`."""
-        folded = self._fold()
-        if folded is None:
-            return self.score(self.extract(residual, mask))
-        hidden = F.gelu(F.linear(self.pool(residual, mask), folded.down, folded.bias), approximate="tanh")
-        return F.linear(hidden, self.up.weight, self.up.bias).squeeze(-1)
-
-    def _fold(self) -> Folded | None:
-        """The folded parameters, made again when one of them changed; None where they must be used as they are."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (_plain(self.down) and _plain(self.up)):
-            return None
-        sources = (self.down.weight, self.down.bias, self.mean, self.std)
-        if any(t.is_inference() for t in sources):  # its changes are not counted
-            return None
-        versions = tuple(number for t in sources for number in (t.data_ptr(), t._version))
-        if self._folded is None or not self._folded.fits(sources, versions):
-            down = self.down.weight / self.std
-            bias = torch.addmv(self.down.bias, down, self.mean, alpha=-1)
-            self._folded = Folded(sources, versions, down, bias)
-        return self._folded
+        return self.score(self.extract(residual, mask))
 
 
 def router_features(layout: Layout, channels: int, granularity: str) -> int:
@@ -167,14 +126,3 @@ def make_router(layout: Layout, channels: int, granularity: str, hidden: int, he
     if granularity == "token":
         return TokenRouter(channels, hidden)
     return SampleRouter(channels, hidden, layout, heads)
-
-
-def _plain(linear: nn.Linear) -> bool:
-    """Whether calling the module is nothing but its product: no hook, no offloading, no quantised weight."""
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and not linear._forward_pre_hooks
-        and not linear._forward_hooks
-        and "forward" not in linear.__dict__
-    )
