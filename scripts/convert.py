@@ -36,6 +36,7 @@ class Skip(str, Enum):
     affine = "affine"
     low_rank = "low-rank"
     linear = "linear"
+    depthwise = "depthwise"
 
 
 class Tune(str, Enum):

@@ -128,7 +128,8 @@ def point_at(state: GatedState, budget: float) -> BudgetPoint:
         raise BudgetError(
             f"budget {budget:g} is outside the calibrated range [{low:.3f}, {high:.3f}] (or 1.0 for dense)"
         )
-    return _interpolate(state.table, budget)
+    point = _interpolate(state.table, budget)
+    return replace(point, static=static_policy(state.costs, state.ranks({}), budget)) if state.order else point
 
 
 def look_at(looks: Sequence[LookPoint], budget: float) -> LookPoint:
@@ -176,11 +177,11 @@ def check_budget(budget: float) -> None:
         raise BudgetError(f"budget is the mean cost as a fraction of the dense model's, in (0, 1]; got {budget!r}")
 
 
-def static_policy(costs: CostModel, rates: dict[str, float], budget: float) -> tuple[str, ...]:
-    """The sites that a static policy keeps open: highest active rate first, while the cost stays within `budget`."""
+def static_policy(costs: CostModel, ranks: dict[str, float], budget: float) -> tuple[str, ...]:
+    """The sites that a static policy keeps open: highest rank first, while the cost stays within `budget`."""
     total = costs.fixed + sum(site.skip for site in costs.sites.values())
     kept = []
-    for name in sorted(rates, key=lambda n: -rates[n]):
+    for name in sorted(ranks, key=lambda n: -ranks[n]):
         extra = costs.sites[name].branch - costs.sites[name].skip
         if (total + extra) / costs.dense <= budget + 1e-9:
             total += extra
@@ -314,9 +315,11 @@ class _Search:
         Raises:
             BudgetError: If nothing came near the budget.
         """
-        costs = self.state.costs
+        costs, ranks = self.state.costs, self.state.ranks
         points = [
-            replace(p, static=static_policy(costs, p.active_rate, p.cost)) for p in self.seen if p.threshold > -math.inf
+            replace(p, static=static_policy(costs, ranks(p.active_rate), p.cost))
+            for p in self.seen
+            if p.threshold > -math.inf
         ]
         if budget < 1:
             nearest = min(points, key=lambda p: abs(p.cost - budget))
@@ -349,7 +352,8 @@ class _Search:
                 threshold = guess if lower is None else share * guess + (1 - share) * lower.solve(goal)
                 if high.threshold < threshold < result[-1].threshold:
                     rates = _mixed(low, high, share)
-                    result.append(BudgetPoint(threshold, goal, rates, static_policy(self.state.costs, rates, goal)))
+                    static = static_policy(self.state.costs, self.state.ranks(rates), goal)
+                    result.append(BudgetPoint(threshold, goal, rates, static))
             result.append(high)
         return result
 

@@ -1,7 +1,10 @@
 """`convert`: the whole pipeline, readable from top to bottom.
 
-find_sites -> plan -> insert_gates -> fit_skip_paths -> regress_routers -> calibrate -> train_routers ->
+find_sites -> plan -> insert_gates -> fit_skip_paths -> cut_order -> regress_routers -> calibrate -> train_routers ->
 calibrate -> calibrate_second_look
+
+Where every gate decides per sample, skip paths are trained for static policies first (`train_skip_paths`), and routers are
+trained only if routing is then worth more than the static policy of the same cost.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ from surgery.calibration import COSTS, calibrate, check_budget, set_budget
 from surgery.calling import Batch, as_batch, batches
 from surgery.context import execution, state_of
 from surgery.costs import Usage, observe
+from surgery.cutting import cut_order
 from surgery.errors import check_choice
 from surgery.finding import check_weights, find_sites
 from surgery.fitting import fit_skip_paths
+from surgery.gates import iter_gates
 from surgery.look_calibration import calibrate_second_look
+from surgery.nesting import train_skip_paths
 from surgery.objectives import divergence
 from surgery.progress import Progress, silent
 from surgery.regression import regress_routers
@@ -37,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _MADE_INPUTS = 256
 _MADE_BATCH = 16
+_CUT_SAMPLES = 128  # a quarter where every sample holds many tokens
 
 
 class UnmeasuredQuality(UserWarning):
@@ -127,10 +134,19 @@ def convert(
     gated = insert_gates(model, found.plan(granularity=granularity, skip=skip))
 
     fit_skip_paths(gated, fit, seed=seed, progress=report)
+    state = state_of(gated)
+    per_sample = state.units == state.names and not any(gate.per_token for _, gate in iter_gates(gated))
+    if budget < 1:
+        cut_order(gated, fit, samples=_CUT_SAMPLES if per_sample else _CUT_SAMPLES // 4, progress=report)
+    if budget < 1 and per_sample:
+        fit_skip_paths(gated, fit, decisions="nested", seed=seed, progress=report)  # on what static policies leave
+    if trains and per_sample:
+        train_skip_paths(gated, fit, options=options, seed=seed, validation=held, progress=report)
     regress_routers(gated, fit, samples=samples, seed=seed, progress=report)
     calibrate(gated, held, budget, cost=cost, progress=report)
 
-    if trains:
+    is_static = trains and per_sample and prefer_static_where_it_wins(gated, held, ties=True)
+    if trains and not is_static:
         before = Checkpoint.of(gated, held)
         train_routers(
             gated,
@@ -151,7 +167,8 @@ def convert(
                 "training did not improve on the one-shot conversion on held-out data; the one-shot result is kept",
             )
     if budget < 1:
-        prefer_static_where_it_wins(gated, held)
+        if not is_static:
+            prefer_static_where_it_wins(gated, held)
         if second_look:
             calibrate_second_look(gated, held, mode="auto" if second_look == "auto" else True, progress=report)
     if made:
@@ -268,20 +285,33 @@ def distances(gated: nn.Module, data: Iterable[Any], usage: Usage) -> Tensor:
     return torch.cat(parts)
 
 
-def prefer_static_where_it_wins(gated: nn.Module, held: Iterable[Any]) -> None:
-    """Let the static policy run where it is closer to dense, beyond chance, than routing at the same cost."""
+def prefer_static_where_it_wins(gated: nn.Module, held: Iterable[Any], *, ties: bool = False) -> bool:
+    """Let the static policy run where it is closer to dense, beyond chance, than routing at the same cost.
+
+    Args:
+        gated: A gated model with a budget.
+        held: Held-out batches.
+        ties: Whether the static policy, which needs no router, also runs where neither is closer beyond chance.
+
+    Returns:
+        Whether it runs.
+    """
     state = state_of(gated)
     routed = distances(gated, held, observe(gated, held))
     with execution(gated, "static"):
         static = distances(gated, held, observe(gated, held))
     difference = routed - static
     if len(difference) < 2:
-        return
-    error = float(difference.std()) / math.sqrt(len(difference))
-    if float(difference.mean()) > 1.96 * error > 0:
-        state.policy = "static"
-        note(
-            gated,
-            "input-dependent routing was farther from the dense model than the static policy of the same cost on held-out "
-            f"data (mean divergence {float(routed.mean()):.4g} against {float(static.mean()):.4g}), so the static policy runs",
-        )
+        return False
+    mean, chance = float(difference.mean()), 1.96 * float(difference.std()) / math.sqrt(len(difference))
+    if not (mean > -chance if ties else mean > chance > 0):
+        return False
+    state.policy = "static"
+    means = f"(mean divergence {float(routed.mean()):.4g} against {float(static.mean()):.4g})"
+    found = "was farther from" if mean > chance else "was not closer beyond chance to"
+    note(
+        gated,
+        f"input-dependent routing {found} the dense model than the static policy of the same cost on held-out data "
+        f"{means}, so the static policy runs",
+    )
+    return True

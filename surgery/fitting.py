@@ -27,17 +27,18 @@ from surgery.gates import Branch, Gate, iter_gates
 from surgery.head_gates import HeadGate
 from surgery.progress import Progress, silent
 from surgery.sites import Layout
-from surgery.skip_paths import AffineSkip, LinearSkip, LowRankSkip, SkipPath
+from surgery.skip_paths import AffineSkip, DepthwiseSkip, LinearSkip, LowRankSkip, SkipPath
 
 _ELEMENTS = 2**26  # largest residual stream of the twin pass; bounds memory
 _ROWS = 2**16  # rows per least-squares problem; more change the maps by less than their noise
+_NEIGHBOURS = 2**23  # numbers in the rows of a depthwise problem
 
 
 def fit_skip_paths(
     gated: nn.Module,
     data: Iterable[Any],
     *,
-    decisions: Literal["random", "routed"] = "random",
+    decisions: Literal["random", "routed", "nested"] = "random",
     samples: int = 512,
     ridge: float = least_squares.RIDGE,
     seed: int = 0,
@@ -49,7 +50,8 @@ def fit_skip_paths(
         gated: A gated model.
         data: Batches; the first `samples` samples are used (fewer where memory asks for it).
         decisions: What the gated half of the twin pass skips: `random` draws a rate in [0.2, 1] per sample, `routed`
-            asks the routers at the current threshold and fits on what they skip.
+            asks the routers at the current threshold and fits on what they skip, `nested` skips the first sites of the
+            cut order (`surgery.cutting`), another number of them for each sample.
         samples: Number of samples.
         ridge: Ridge relative to the mean variance of the residual stream.
         seed: Seed of the random decisions.
@@ -72,7 +74,13 @@ def fit_skip_paths(
     count = batch.size
     twin = batch.rows(torch.arange(2 * count, device=_device(batch)) % count)
     handler = _TwinPass(
-        count, decisions, ridge, torch.Generator().manual_seed(seed), len(state.names), progress or silent
+        count,
+        decisions,
+        ridge,
+        torch.Generator().manual_seed(seed),
+        len(state.names),
+        progress or silent,
+        order=state.order,
     )
     with torch.no_grad(), handled(gated, handler):
         run(gated, twin)
@@ -91,6 +99,7 @@ class _TwinPass:
     progress: Progress
     left: dict[str, float] = field(default_factory=dict)
     levels: Tensor | None = None
+    order: tuple[str, ...] = ()
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
         n = self.count
@@ -117,6 +126,10 @@ class _TwinPass:
         n = self.count
         if self.decisions == "routed":
             return gate.decide(residual)[0][n:]
+        if self.decisions == "nested":
+            # sites that are cut late see streams where nearly everything before is cut, the first ones all kinds
+            levels = torch.rand(n, generator=torch.Generator().manual_seed(0)) * len(self.order)
+            return (levels <= self.order.index(gate.site.name)).to(residual.device)
         if self.levels is None:
             self.levels = 0.2 + 0.8 * torch.rand(n, generator=self.generator)
         shape = gate.shape_of(residual[n:])
@@ -143,11 +156,15 @@ def fit_one(path: SkipPath, residual: Tensor, wanted: Tensor, base: Tensor, rows
         Error left, as a share of the error without a skip path; 1 if the path was reset, or kept for want of rows.
     """
     layout = path.layout
-    x, y, b = (_to_rows(t, layout)[rows.flatten()] for t in (residual, wanted, base))
-    if len(x) < 32:
+    index = rows.flatten().nonzero().squeeze(1)
+    if len(index) < 32:
         return 1.0
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:_ROWS].to(x.device)
-    held, used = order[: len(order) // 5], order[len(order) // 5 :]
+    limit = min(_ROWS, _NEIGHBOURS // (9 * path.channels)) if isinstance(path, DepthwiseSkip) else _ROWS
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:limit].to(index.device)
+    index = index[order]
+    y, b = (_to_rows(t, layout)[index] for t in (wanted, base))
+    x = _neighbours(residual, index) if isinstance(path, DepthwiseSkip) else _to_rows(residual, layout)[index]
+    held, used = slice(0, len(index) // 5), slice(len(index) // 5, None)
     before = {name: p.clone() for name, p in path.named_parameters()}
     _solve(path, x[used], y[used], ridge)
     plain = _Rows(path)
@@ -194,6 +211,11 @@ def _solve(path: SkipPath, x: Tensor, y: Tensor, ridge: float) -> None:
         weight, bias = least_squares.linear(x, y, ridge)
         path.weight.copy_(weight)
         path.bias.copy_(bias)
+    elif isinstance(path, DepthwiseSkip):
+        kernel, weight, bias = least_squares.depthwise(x.flatten(2), y, ridge=ridge)
+        path.kernel.copy_(kernel.view_as(path.kernel))
+        path.weight.copy_(weight)
+        path.bias.copy_(bias)
     elif isinstance(path, LowRankSkip):
         down, up, bias = least_squares.low_rank(x, y, path.rank, ridge)
         path.down.copy_(down)
@@ -202,12 +224,14 @@ def _solve(path: SkipPath, x: Tensor, y: Tensor, ridge: float) -> None:
 
 
 class _Rows:
-    """A skip path applied to rows `(M, C)`."""
+    """A skip path applied to rows `(M, C)`, or to neighbourhoods `(M, C, 3, 3)`."""
 
     def __init__(self, path: SkipPath) -> None:
         self.path = path
 
     def __call__(self, rows: Tensor) -> Tensor:
+        if rows.dim() == 4:
+            return self.path(rows)[:, :, 1, 1]
         if self.path.layout == "NCHW":
             return self.path(rows[:, :, None, None])[:, :, 0, 0]
         return self.path(rows)
@@ -224,6 +248,14 @@ def _to_rows(value: Tensor, layout: Layout) -> Tensor:
     if layout == "NCHW":
         return value.movedim(1, -1).flatten(0, -2)
     return value.flatten(0, -2)
+
+
+def _neighbours(value: Tensor, index: Tensor) -> Tensor:
+    """Feature map `(N, C, H, W)` -> `(M, C, 3, 3)` around the positions that `index` numbers; zero outside the map."""
+    _, _, height, width = value.shape
+    padded = F.pad(value, (1, 1, 1, 1)).movedim(1, -1)  # N H+2 W+2 C
+    n, h, w = index // (height * width), index // width % height, index % width
+    return torch.stack([padded[n, h + i, w + j] for i in range(3) for j in range(3)], 2).unflatten(2, (3, 3))
 
 
 def _positions_shape(residual: Tensor, layout: Layout) -> torch.Size:

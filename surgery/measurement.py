@@ -223,7 +223,7 @@ class _Run:
         again, costs = self.ours.decided.again, self.state.costs
         rates = {name: rate - again for name, rate in self.ours.decided.active(self.names).items()}  # of the first pass
         cuts = {
-            "static": policies.cut(costs, rates, self.cost),
+            "static": policies.cut(costs, self.state.ranks(rates), self.cost),
             "importance": policies.cut(costs, self.importance.scores, self.cost),
         }
         kept = {names for one in cuts.values() for names in (one.lower, one.upper)}

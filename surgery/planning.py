@@ -10,13 +10,13 @@ from surgery.routers import router_features
 from surgery.sites import Granularity, Plan, Site, SitePlan, Sites, SkipKind
 
 LINEAR_LIMIT = 0.15
-"""A full linear skip path is chosen where it costs at most this share of its branch."""
+"""A full linear or depthwise skip path is chosen where it costs at most this share of its branch."""
 ROUTER_LIMIT = {"sample": 0.005, "token": 0.01}
 """All routers together cost at most this share of the model (reported where even the narrowest ones exceed it)."""
 MEMORY_LIMIT = 0.025
 """All routers together hold at most this share of the model's parameters (likewise)."""
 LINEAR_MEMORY_LIMIT = 0.1
-"""A full linear skip path holds at most this share of its branch's parameters."""
+"""A full linear or depthwise skip path holds at most this share of its branch's parameters."""
 _WIDTHS = (64, 32, 16, 8)
 
 
@@ -65,13 +65,25 @@ def _granularity(site: Site, wanted: Granularity | Literal["auto"]) -> Granulari
 def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity) -> SkipKind:
     if site.layout == "other" or site.kind == "heads":
         return "identity"
+    if wanted == "depthwise" and not _is_map(site):
+        return "linear"
     if wanted != "auto":
         return wanted
     if grain == "token":
         return "identity"  # fitted paths did not pay per token (docs/results.md), and cost time at every skipped token
-    cheap = 2 * site.positions * site.channels**2 <= LINEAR_LIMIT * site.flops
-    small = site.channels**2 <= LINEAR_MEMORY_LIMIT * site.parameters
-    return "linear" if cheap and small else "affine"
+    kinds: tuple[SkipKind, ...] = ("depthwise", "linear") if _is_map(site) else ("linear",)
+    return next((kind for kind in kinds if _is_cheap(site, kind)), "affine")
+
+
+def _is_map(site: Site) -> bool:
+    """Whether the stream is a feature map, whose positions have neighbours."""
+    return site.layout == "NCHW" and site.positions > 1
+
+
+def _is_cheap(site: Site, kind: SkipKind) -> bool:
+    weights = site.channels * (site.channels + (9 if kind == "depthwise" else 0))
+    cheap = 2 * site.positions * weights <= LINEAR_LIMIT * site.flops
+    return cheap and weights <= LINEAR_MEMORY_LIMIT * site.parameters
 
 
 def _width(sites: Sites, grains: dict[str, Granularity], grain: Granularity) -> int:

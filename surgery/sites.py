@@ -22,7 +22,7 @@ from surgery.queries import QueryRoles
 Kind = Literal["block", "attention", "mlp", "heads"]
 Granularity = Literal["sample", "token", "prefill"]
 Layout = Literal["NC", "NTC", "NHWC", "NCHW", "other"]
-SkipKind = Literal["identity", "affine", "low-rank", "linear"]
+SkipKind = Literal["identity", "affine", "low-rank", "linear", "depthwise"]
 
 KINDS: tuple[Kind, ...] = ("block", "attention", "mlp", "heads")
 PLAN_FORMAT = 1
@@ -223,8 +223,9 @@ class Sites(Sequence[Site]):
 
         Args:
             granularity: `auto` takes the finest that the probes allow; `token` and `sample` apply where allowed.
-            skip: Kind of skip path; `auto` takes the identity where decisions are per token, else a full linear map where
-                it costs at most 0.15 of its branch and holds at most 0.1 of its parameters, else per-channel affine.
+            skip: Kind of skip path; `auto` takes the identity where decisions are per token, else the first of `depthwise`
+                (feature maps only) and `linear` that costs at most 0.15 of its branch and holds at most 0.1 of its
+                parameters, else per-channel affine. `depthwise` means `linear` where the stream is no feature map.
             rank: Rank of `low-rank` skip paths.
             hidden: Width of the routers' bottleneck; `auto` keeps a router within its cost limit.
 

@@ -1,6 +1,7 @@
 """Skip paths: what replaces a branch where it is skipped.
 
-All are linear in the residual stream and are fitted in closed form before any training (`surgery.fitting`).
+All are linear in the residual stream (an activation after the sum is the host's own) and are fitted in closed form
+before any training (`surgery.fitting`).
 
 Axis letters: `N` samples, `T` tokens, `C` channels, `R` rank.
 """
@@ -112,12 +113,38 @@ class LowRankSkip(SkipPath):
         return 4 * positions * self.channels * self.rank
 
 
+class DepthwiseSkip(SkipPath):
+    """Depthwise 3x3 convolution, then a full linear map over channels: for feature maps `(N, C, H, W)`."""
+
+    kind: SkipKind = "depthwise"
+
+    def __init__(self, channels: int, layout: Layout) -> None:
+        super().__init__(channels, layout)
+        self.kernel = nn.Parameter(torch.zeros(channels, 3, 3))
+        self.weight = nn.Parameter(torch.zeros(channels, channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        with torch.no_grad():
+            self.kernel[:, 1, 1] = 1  # looks at its own position only until it is fitted
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """Residual stream -> same shape."""
+        kernel = self.kernel.to(residual.dtype)[:, None]  # C 1 3 3
+        spread = F.conv2d(residual, kernel, padding=1, groups=self.channels)
+        return _linear(spread, self.weight, self.bias, self.layout)
+
+    def flops(self, positions: int) -> int:
+        """9*C + C*C multiply-adds per position."""
+        return 2 * positions * self.channels * (9 + self.channels)
+
+
 def make_skip_path(kind: SkipKind, channels: int, layout: Layout, rank: int) -> SkipPath:
     """The skip path of a kind; it contributes nothing until it is fitted."""
     if kind == "affine":
         return AffineSkip(channels, layout)
     if kind == "linear":
         return LinearSkip(channels, layout)
+    if kind == "depthwise":
+        return DepthwiseSkip(channels, layout)
     if kind == "low-rank":
         return LowRankSkip(channels, layout, rank)
     return SkipPath(channels, layout)

@@ -80,6 +80,8 @@ class GatedState:
     budget: float | None = None
     threshold: float = 0.0
     static: dict[str, bool] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+    """Sites as static policies cut them, the least harmful first; empty where it was never measured."""
     base: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
@@ -99,3 +101,7 @@ class GatedState:
     def units(self) -> tuple[str, ...]:
         """Names of what is decided, in order of execution: sites, and heads one by one. Costs and rates go by them."""
         return self.plan.units
+
+    def ranks(self, rates: dict[str, float]) -> dict[str, float]:
+        """What static policies open first: what is cut last, or is most active where no cut order was measured."""
+        return {name: float(place) for place, name in enumerate(self.order)} or rates

@@ -53,6 +53,7 @@ class Options:
         steps: Number of optimiser steps; overrides `epochs` (needed for streaming data without a length).
         router_rate: Peak learning rate of routers.
         skip_rate: Peak learning rate of skip paths; 0 freezes them.
+        nested_rate: Peak learning rate of skip paths while they are trained for static policies; 0 leaves that out.
         budgets: Range that every step draws its budget from; by default from 0.45, or the budget if that is smaller, to
             0.9, or the budget if that is larger. Twice the same number trains for that budget alone.
         noise: Scale of the logistic noise on scores.
@@ -73,6 +74,7 @@ class Options:
     steps: int | None = None
     router_rate: float = 2e-3
     skip_rate: float = 2e-3
+    nested_rate: float = 3e-3
     budgets: tuple[float, float] | None = None
     noise: float = 0.3
     temperature: float = 2.0
@@ -88,7 +90,7 @@ class Options:
             value = getattr(self, name)
             if not ((isinstance(value, int) and value >= 1) or (name == "steps" and value is None)):
                 raise SurgeryError(f"Options.{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("router_rate", "skip_rate", "noise", "stream_weight", "anneal", "label_weight"):
+        for name in ("router_rate", "skip_rate", "nested_rate", "noise", "stream_weight", "anneal", "label_weight"):
             value = getattr(self, name)
             if not (value is None and name == "stream_weight") and not 0 <= value < math.inf:
                 raise SurgeryError(f"Options.{name} must be a number that is not negative, got {value!r}")
@@ -254,7 +256,7 @@ class _Run:
 
     def train(self, progress: Progress) -> None:
         """Run from the current step to the last one."""
-        stream = _stream(self.data, skip=self.step * self.options.accumulate)
+        stream = stream_of(self.data, skip=self.step * self.options.accumulate)
         looks = {round(self.total * k / _LOOKS) for k in range(1, _LOOKS + 1)}
         if self.step == 0:
             self.held.look(self.pace.threshold(self.budget), self.parameters)
@@ -514,7 +516,7 @@ def count_steps(data: Iterable[Any], options: Options) -> int:
     return max(1, options.epochs * count // options.accumulate)
 
 
-def _stream(data: Iterable[Any], skip: int) -> Iterator[Batch]:
+def stream_of(data: Iterable[Any], skip: int = 0) -> Iterator[Batch]:
     """Batches for ever, the first `skip` left out."""
     count = 0
     while True:

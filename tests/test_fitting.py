@@ -55,6 +55,28 @@ def test_linear_branches_on_feature_maps() -> None:
     assert gap(gated, model, torch.randn(4, C, 5, 5)) < 1e-3
 
 
+def test_depthwise_paths_see_neighbours_and_the_edge() -> None:
+    kernel = torch.randn(C, 1, 3, 3)
+    kernel[:, 0, 1, 1] += 3
+    branch = nn.Sequential(nn.Conv2d(C, C, 3, padding=1, groups=C, bias=False), nn.Conv2d(C, C, 1))
+    branch[0].weight.data.copy_(kernel)
+    model = Stack(branch, head=nn.Conv2d(C, 2, 3))
+    data = [torch.randn(64, C, 5, 6)]
+    left = {}
+    for skip in ("linear", "depthwise"):
+        gated = gate_all(model, data[0][:2], skip=skip)
+        left[skip] = fit_skip_paths(gated, data).popitem()[1]
+    assert gates(gated)[0].skip_path.kind == "depthwise"
+    assert left["depthwise"] < 1e-2 < left["linear"]
+    costs = state_of(gated).costs.sites[gates(gated)[0].site.name]
+    assert costs.skip == 2 * 30 * (9 * C + C * C)  # 30 positions
+
+
+def test_depthwise_is_linear_where_nothing_has_neighbours() -> None:
+    gated = gate_all(Stack(weak()), torch.randn(2, 5, C), skip="depthwise")
+    assert [gate.skip_path.kind for gate in gates(gated)] == ["linear"]
+
+
 @pytest.mark.parametrize("layout", ["NCHW", "NTC"])
 def test_per_channel_branches_are_affine(layout: str) -> None:
     if layout == "NCHW":

@@ -106,3 +106,33 @@ def test_low_rank_of_a_low_rank_map_is_exact() -> None:
     y = x @ torch.randn(5, 2, dtype=torch.float64) @ torch.randn(2, 5, dtype=torch.float64) + 3
     down, up, bias = least_squares.low_rank(x, y, 2, ridge=0)
     torch.testing.assert_close(x @ down.T @ up.T + bias, y)
+
+
+def test_depthwise_finds_the_map_it_was_made_from() -> None:
+    kernel, weight = torch.randn(3, 9, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    kernel[:, 4] += 4  # the middle leads, as the start assumes
+    x = torch.randn(400, 3, 9, dtype=torch.float64)
+    y = (x * kernel).sum(2) @ weight.T + torch.tensor([1.0, -2.0])
+    found, mapped, bias = least_squares.depthwise(x, y, rounds=200, ridge=0)
+    # a kernel and its column of the map share one scale that nothing determines
+    torch.testing.assert_close(mapped[:, :, None] * found, weight[:, :, None] * kernel, atol=1e-3, rtol=0)
+    assert bias.tolist() == pytest.approx([1.0, -2.0], abs=1e-3)
+
+
+def test_depthwise_turns_against_numpy(rows: tuple[Tensor, Tensor]) -> None:
+    """One channel and one output: the product of kernel and map is ordinary least squares on the neighbourhood."""
+    x, y = rows
+    kernel, weight, bias = least_squares.depthwise(x[:, None, :3], y[:, :1], rounds=1, ridge=0)
+    ones = numpy.concatenate((x[:, :3].numpy(), numpy.ones((50, 1))), 1)
+    expected = numpy.linalg.lstsq(ones, y[:, :1].numpy(), rcond=None)[0][:, 0]
+    numpy.testing.assert_allclose((weight[0, 0] * kernel[0]).numpy(), expected[:3], atol=1e-8)
+    assert float(bias) == pytest.approx(expected[3])
+
+
+def test_depthwise_without_rounds_is_linear_in_the_middle(rows: tuple[Tensor, Tensor]) -> None:
+    x, y = rows
+    around = torch.stack((torch.randn_like(x), x, torch.randn_like(x)), 2)
+    kernel, weight, bias = least_squares.depthwise(around, y, rounds=0)
+    expected = least_squares.linear(x, y)
+    torch.testing.assert_close((weight, bias), expected)
+    assert kernel.tolist() == [[0, 1, 0]] * 4

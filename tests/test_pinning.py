@@ -115,7 +115,7 @@ def test_a_gated_model_itself_compiles_with_breaks() -> None:
 @pytest.mark.parametrize("layout", ["NTC", "NCHW"])
 def test_a_skip_path_added_in_one_pass(layout: Any) -> None:
     residual = torch.randn((2, 5, 8) if layout == "NTC" else (2, 8, 3, 3))
-    for kind in ("identity", "affine", "linear", "low-rank"):
+    for kind in ("identity", "affine", "linear", "low-rank", *(("depthwise",) if layout == "NCHW" else ())):
         path = make_skip_path(kind, 8, layout, 2)  # type: ignore[arg-type]
         for parameter in path.parameters():
             nn.init.normal_(parameter)

@@ -1,0 +1,205 @@
+"""`train_skip_paths`: one set of skip paths for all static policies, by distillation from the dense model.
+
+Static policies of all budgets are nested: each cuts the first sites of one order (`surgery.cutting`). Every sample of a
+step gets a number of cuts of its own, so that each skip path learns from the streams that it will see at every budget.
+The rows of a batch are sorted by it; the rows that skip a site are then the first ones, and no branch runs for them.
+
+Axis letters: `N` samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.calling import Batch, batches, read_output
+from surgery.context import execution, force, handled, state_of
+from surgery.costs import place, run
+from surgery.errors import SurgeryError
+from surgery.gates import Branch, Gate, iter_gates, take_samples
+from surgery.objectives import divergence
+from surgery.policies import static_cost
+from surgery.progress import Progress, silent
+from surgery.straight_through import OpenGates, stream_error, watched_sites
+from surgery.training import Options, count_steps, stream_of
+
+LOWEST, HIGHEST = 0.45, 0.95
+"""Costs of the static policies that are trained for."""
+_STREAM = 5.0
+_CLIP = 5.0
+_LOOKS = (0.25, 0.75)  # which of the trained policies are looked at before and after
+
+
+def train_skip_paths(
+    gated: nn.Module,
+    data: Iterable[Any],
+    *,
+    options: Options | None = None,
+    seed: int = 0,
+    validation: Iterable[Any] | None = None,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Train skip paths for all static policies at once; no router and no backbone tensor changes.
+
+    Several processes each compute the same steps.
+
+    Args:
+        gated: A gated model with fitted skip paths and a cut order.
+        data: Re-iterable batches; labels are not used.
+        options: `epochs`, `steps`, `nested_rate` and `temperature` are used.
+        seed: Seed of the cuts drawn.
+        validation: Held-out batches; where training made static policies worse there, it is undone.
+        progress: Called after every step.
+
+    Returns:
+        The loss of every step; empty where there is nothing to train.
+
+    Raises:
+        DataError: If the data yields nothing, or its length is unknown and `options.steps` is not given.
+        SurgeryError: If no cut order was measured.
+    """
+    options, state, report = options or Options(), state_of(gated), progress or silent
+    if not state.order:
+        raise SurgeryError(
+            "static policies have no order yet; measure it first: surgery.cutting.cut_order(gated, data)"
+        )
+    parameters = [p for _, gate in iter_gates(gated) for p in gate.skip_path.parameters()]
+    levels = trained_levels(gated)
+    if not parameters or not levels or options.nested_rate == 0:
+        return []
+    before = [p.detach().clone() for p in parameters]
+    distance = _distance(gated, validation, levels)
+    total = count_steps(data, options)
+    optimiser = torch.optim.AdamW(parameters, lr=options.nested_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, options.nested_rate, total_steps=total + 1, pct_start=max(0.1, 2 / (total + 1))
+    )
+    layouts = {planned.site.name: planned.site.layout for planned in state.plan.sites}
+    watched = watched_sites(state.names)
+    losses = []
+    stream = stream_of(data)
+    gated.train()
+    try:
+        with torch.enable_grad():
+            for step in range(total):
+                loss = torch.zeros(())
+                for index in range(options.accumulate):
+                    batch = place(next(stream), gated)
+                    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + index)
+                    cuts = torch.tensor(levels)[torch.randint(len(levels), (batch.size,), generator=generator)]
+                    part = _loss(gated, batch, cuts, watched, layouts, options.temperature) / options.accumulate
+                    part.backward()
+                    loss = loss + part.detach().cpu()
+                torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
+                optimiser.step()
+                optimiser.zero_grad()
+                schedule.step()
+                losses.append(float(loss))
+                report("training skip paths", step + 1, total)
+    finally:
+        gated.eval()
+    if not _distance(gated, validation, levels) <= distance:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+    return losses
+
+
+def trained_levels(gated: nn.Module) -> list[int]:
+    """Numbers of cuts whose cost lies in the trained range; the nearest one where none does."""
+    state = state_of(gated)
+    order = state.order
+    costs = [static_cost(state.costs, order[count:]) for count in range(len(order) + 1)]
+    found = [count for count, cost in enumerate(costs) if count and LOWEST - 0.03 <= cost <= HIGHEST]
+    return found or ([len(order)] if order else [])
+
+
+def _loss(
+    gated: nn.Module,
+    batch: Batch,
+    cuts: Tensor,
+    watched: frozenset[str],
+    layouts: Mapping[str, Any],
+    temperature: float,
+) -> Tensor:
+    order = state_of(gated).order
+    cuts = cuts.sort(descending=True).values
+    skipped = {name: int((cuts > place).sum()) for place, name in enumerate(order)}
+    teacher, student = _Watched(watched, {}), NestedGates(skipped, watched)
+    with torch.no_grad(), handled(gated, teacher):
+        dense = read_output(run(gated, batch))
+    with handled(gated, student):
+        output = read_output(run(gated, batch))
+    loss = divergence(output, dense, batch, temperature).mean()
+    known = OpenGates(watched, teacher.streams, teacher.masks)
+    return loss + _STREAM * stream_error(student.streams, known, dict(layouts)).mean()
+
+
+def _distance(gated: nn.Module, data: Iterable[Any] | None, levels: Sequence[int]) -> float:
+    """Mean divergence of two of the static policies from the dense model."""
+    if data is None:
+        return float("inf")
+    order, parts = state_of(gated).order, []
+    with torch.no_grad():
+        for one in batches(data):
+            batch = place(one, gated)
+            with execution(gated, "dense"):
+                dense = read_output(run(gated, batch))
+            for share in _LOOKS:
+                cut = order[: levels[round(share * (len(levels) - 1))]]
+                with force(gated, {name: name not in cut for name in order}):
+                    parts.append(divergence(read_output(run(gated, batch)), dense, batch))
+    return float(torch.cat(parts).mean())
+
+
+@dataclass(slots=True)
+class NestedGates:
+    """Gate handler: the first rows of a batch skip, another number of them at every site.
+
+    Args:
+        skipped: How many, by site.
+        watched: Sites before which the residual stream is kept.
+    """
+
+    skipped: Mapping[str, int]
+    watched: frozenset[str] = frozenset()
+    streams: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
+        """Execute one gate."""
+        if gate.site.name in self.watched:
+            self.streams[gate.site.name] = residual
+        count, size = self.skipped[gate.site.name], len(residual)
+        if count == 0:
+            return gate.open(branch, left, inputs)
+        if branch.axes is None or branch.escapes or branch.stateful:
+            decisions = torch.arange(size, device=residual.device) >= count
+            if gate.per_token:
+                decisions = gate.expand(decisions, residual[..., 0]).expand(residual.shape[:-1])
+            return gate.mask(branch, left, residual, inputs, decisions)
+        if count == size:
+            return gate.closed(branch, left, residual)
+        kept = slice(count, size)
+        value = branch(*(take_samples(v, axes, kept, size) for v, axes in zip(inputs, branch.axes, strict=True)))
+        term = torch.cat((gate.skip_path(residual[:count]), value))
+        return term if left is None else left + term
+
+
+@dataclass(slots=True)
+class _Watched:
+    """Gate handler: the dense model, with the residual stream kept before the watched sites."""
+
+    watched: frozenset[str]
+    streams: dict[str, Tensor]
+    masks: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
+        """Execute one gate."""
+        if gate.site.name in self.watched:
+            self.streams[gate.site.name] = residual.clone()  # an activation may go on in place
+            self.masks[gate.site.name] = gate.padding(residual)
+        return gate.open(branch, left, inputs)

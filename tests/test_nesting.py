@@ -1,0 +1,118 @@
+"""Static policies: their order against one found by hand, and skip paths trained for all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import Residual, Stack, assert_same, convolution, frozen, gate_all, gates, mlp
+
+import surgery
+from surgery.calibration import static_policy
+from surgery.context import handled, state_of
+from surgery.cutting import cut_order
+from surgery.errors import SurgeryError
+from surgery.fitting import fit_skip_paths
+from surgery.nesting import NestedGates, train_skip_paths, trained_levels
+from surgery.policies import static_cost
+from surgery.training import Options
+
+
+@pytest.fixture
+def images() -> list[Tensor]:
+    return [torch.randn(32, 4, 6, 6) for _ in range(4)]
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    return Stack(*(convolution(4) for _ in range(4)), head=nn.Linear(4, 3), pool=True).eval()
+
+
+def scaled(size: float, hidden: int = 16) -> nn.Module:
+    branch = mlp(4, hidden)
+    with torch.no_grad():
+        branch[3].weight.mul_(size)
+        branch[3].bias.mul_(size)
+    return branch
+
+
+def test_what_matters_least_is_cut_first() -> None:
+    model = Stack(scaled(1.0), scaled(0.01), scaled(10.0), scaled(0.1), head=nn.Linear(4, 3))
+    gated = gate_all(model, torch.randn(2, 4), skip="identity")
+    names = state_of(gated).names
+    assert cut_order(gated, [torch.randn(64, 4)]) == tuple(names[i] for i in (1, 3, 0, 2)) == state_of(gated).order
+
+
+def test_equal_harm_is_cut_where_it_saves_more() -> None:
+    small, large = scaled(0.1, 16), mlp(4, 64)
+    with torch.no_grad():  # the same function, with 48 units that do nothing
+        for index in (1, 3):
+            large[index].weight.zero_()
+        large[1].weight[:16], large[1].bias[:16] = small[1].weight, small[1].bias
+        large[3].weight[:, :16], large[3].bias[:] = small[3].weight, small[3].bias
+    gated = gate_all(Stack(small, large, head=nn.Linear(4, 3)), torch.randn(2, 4), skip="identity")
+    assert cut_order(gated, [torch.randn(64, 4)]) == state_of(gated).names[::-1]
+
+
+def test_static_policies_are_nested_in_the_order(network: nn.Module, images: list[Tensor]) -> None:
+    gated = surgery.convert(network, 0.8, data=images, options=Options(steps=2), samples=64)
+    state = state_of(gated)
+    assert sorted(state.order) == sorted(state.names)
+    sizes = set()
+    for budget in (0.7, 0.8, 0.9):
+        surgery.set_budget(gated, budget)
+        kept = {name for name, is_open in state.static.items() if is_open}
+        assert kept == set(state.order[len(state.order) - len(kept) :])
+        assert static_cost(state.costs, tuple(kept)) <= budget
+        assert kept == set(static_policy(state.costs, state.ranks({}), budget))
+        sizes.add(len(kept))
+    assert len(sizes) > 1
+
+
+def test_rows_of_one_batch_run_as_they_would_alone(network: nn.Module) -> None:
+    x = torch.randn(6, 4, 6, 6)
+    gated = gate_all(network, x[:2], skip="depthwise")
+    for gate in gates(gated):
+        for parameter in gate.skip_path.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    names = state_of(gated).names
+    skipped = dict(zip(names, (6, 0, 2, 5), strict=True))
+    with torch.no_grad():
+        with handled(gated, NestedGates(skipped)):
+            together = gated(x)
+        with surgery.force(gated, {name: torch.arange(6) >= count for name, count in skipped.items()}):
+            expected = gated(x)
+    torch.testing.assert_close(together, expected)
+
+
+def test_training_brings_static_policies_nearer(network: nn.Module, images: list[Tensor]) -> None:
+    gated = gate_all(network, images[0][:2], skip="depthwise")
+    cut_order(gated, images)
+    backbone = {n: v for n, v in frozen(gated).items() if "surgery_gates" not in n}
+    routers = {n: v for n, v in frozen(gated).items() if "router" in n}
+    losses = train_skip_paths(gated, images, options=Options(steps=60), validation=images)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert_same(frozen(gated), {**backbone, **routers})
+
+
+def test_training_that_makes_static_policies_worse_is_undone(network: nn.Module, images: list[Tensor]) -> None:
+    gated = gate_all(network, images[0][:2], skip="depthwise")
+    fit_skip_paths(gated, images)
+    cut_order(gated, images)
+    before = frozen(gated)
+    train_skip_paths(gated, images, options=Options(steps=2, nested_rate=100.0), validation=images)
+    assert_same(frozen(gated), before)
+
+
+def test_levels_cover_the_trained_range(network: nn.Module, images: list[Tensor]) -> None:
+    gated = gate_all(network, images[0][:2], skip="identity")
+    state = state_of(gated)
+    state.order = state.names
+    costs = [static_cost(state.costs, state.order[count:]) for count in range(5)]
+    assert trained_levels(gated) == [count for count in range(1, 5) if costs[count] >= 0.42]
+
+
+def test_an_order_comes_first() -> None:
+    gated = gate_all(nn.Sequential(Residual(nn.Linear(4, 4))), torch.randn(2, 4), skip="linear")
+    with pytest.raises(SurgeryError, match="cut_order"):
+        train_skip_paths(gated, [torch.randn(8, 4)])
