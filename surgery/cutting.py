@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from surgery.calling import read_output
-from surgery.context import execution, force, state_of
+from surgery.context import execution, state_of
 from surgery.costs import place, run
 from surgery.fitting import gather
 from surgery.objectives import divergence
-from surgery.policies import static_cost
+from surgery.policies import constant, decided, static_cost
 from surgery.progress import Progress, silent
 
 LOWEST = 0.35
@@ -51,7 +51,7 @@ def cut_order(
     batch = place(gather(data, samples), gated)
 
     def harm(cut: Sequence[str]) -> float:
-        with force(gated, {name: name not in cut for name in state.units}):
+        with decided(gated, constant([name for name in state.units if name not in cut])):
             return float(divergence(read_output(run(gated, batch)), dense, batch).double().mean())
 
     def price(name: str) -> float:
