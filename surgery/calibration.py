@@ -128,8 +128,7 @@ def point_at(state: GatedState, budget: float) -> BudgetPoint:
         raise BudgetError(
             f"budget {budget:g} is outside the calibrated range [{low:.3f}, {high:.3f}] (or 1.0 for dense)"
         )
-    point = _interpolate(state.table, budget)
-    return replace(point, static=static_policy(state.costs, state.ranks({}), budget)) if state.order else point
+    return _point(state, budget)
 
 
 def look_at(looks: Sequence[LookPoint], budget: float) -> LookPoint:
@@ -160,7 +159,7 @@ def current_point(state: GatedState) -> BudgetPoint:
     """The table's point at the current budget, interpolated."""
     if state.budget is None or state.budget >= 1 or not state.table:
         return BudgetPoint(-math.inf, 1.0, dict.fromkeys(state.units, 1.0), state.units)
-    return _interpolate(state.table, state.budget)
+    return _point(state, state.budget)
 
 
 def first_pass(state: GatedState) -> tuple[BudgetPoint, float]:
@@ -380,6 +379,12 @@ def _monotone(points: list[BudgetPoint]) -> list[BudgetPoint]:
 
 def _level(block: list[BudgetPoint]) -> float:
     return sum(p.threshold for p in block) / len(block)
+
+
+def _point(state: GatedState, budget: float) -> BudgetPoint:
+    """The table's point at a budget; its static policy is cut anew where the order of cuts is known."""
+    point = _interpolate(state.table, budget)
+    return replace(point, static=static_policy(state.costs, state.ranks({}), budget)) if state.order else point
 
 
 def _interpolate(table: list[BudgetPoint], budget: float) -> BudgetPoint:
