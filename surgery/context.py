@@ -300,6 +300,15 @@ def draw(rate: float, seed: int, site: str, samples: Tensor, positions: Tensor |
     if positions is None and len(samples) <= _FEW and samples.device.type == "cpu":
         key = _mix_int(start)  # a few Python integers are faster than a dozen operations on tensors
         return torch.tensor([(_mix_int(key + sample) & 0xFFFFFF) / 0x1000000 < rate for sample in samples.tolist()])
+    if positions is not None and positions.numel() <= _FEW and positions.device.type == "cpu":
+        key = _mix_int(start)
+        rows = [_mix_int(key + sample) for sample in samples.tolist()]
+        return torch.tensor(
+            [
+                [(_mix_int(row + place * 0x85EBCA77) & 0xFFFFFF) / 0x1000000 < rate for place in places]
+                for row, places in zip(rows, positions.tolist(), strict=True)
+            ]
+        )
     mixed = _mix(_mix(torch.tensor(start, dtype=torch.int64, device=samples.device)) + samples)
     if positions is not None:
         mixed = _mix(mixed[:, None] + positions * 0x85EBCA77)

@@ -99,13 +99,16 @@ class ActiveQueries(TorchFunctionMode):
         super().__init__()
         self.roles, self.query, self.output = roles, query, output
         self.shape = decisions.shape
+        self.turned: dict[int, tuple[Tensor, Any]] = {}  # transposed weights by id
+        self.short: dict[int, Tensor] = {}  # scores of active rows by id; held, so that no id is used twice
         samples, tokens = decisions.nonzero(as_tuple=True)
         self.flat = {"NT": samples * self.shape[1] + tokens, "TN": tokens * self.shape[0] + samples}
+        if len(samples) == 0:
+            self.index = samples.new_zeros((self.shape[0], 0))
+            return
         widest = int(decisions.sum(1).max())
         # active tokens first; samples with fewer of them compute some inactive ones, which are not read
         self.index = decisions.int().argsort(dim=1, descending=True, stable=True)[:, :widest]  # N K
-        self.turned: dict[int, tuple[Tensor, Any]] = {}  # transposed weights by id
-        self.short: dict[int, Tensor] = {}  # scores of active rows by id; held, so that no id is used twice
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the three calls, pass on all others."""

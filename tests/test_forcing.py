@@ -145,3 +145,11 @@ def test_draws_of_few_and_of_many_samples_are_the_same() -> None:
         parts = [draw(0.37, seed, "blocks.3.mlp", part, None) for part in many.split(5)]
         assert torch.equal(torch.cat(parts), whole)
         assert 0.3 < whole.float().mean() < 0.45
+
+
+def test_draws_of_few_and_of_many_tokens_are_the_same() -> None:
+    positions = torch.arange(50).expand(3, 50)
+    samples = torch.tensor([4, 0, 2**40])
+    many = draw(0.4, -3, "a", samples, positions)
+    few = [draw(0.4, -3, "a", samples, positions[:, t : t + 1]) for t in range(50)]
+    assert torch.equal(torch.cat(few, 1), many)
