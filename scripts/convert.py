@@ -167,10 +167,10 @@ def _check_output(out: Path, work: Path, *, force: bool, resume: bool) -> None:
 
 def _resumable(work: Path, *, since: float) -> bool:
     """Whether training left a checkpoint there after the time `since`."""
-    from surgery.training import CHECKPOINT
+    from surgery import nesting, training
 
-    file = work / CHECKPOINT
-    return file.is_file() and file.stat().st_mtime >= since
+    files = [work / module.CHECKPOINT for module in (nesting, training)]
+    return any(file.is_file() and file.stat().st_mtime >= since for file in files)
 
 
 def _read(

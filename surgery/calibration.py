@@ -109,7 +109,7 @@ def set_budget(gated: nn.Module, budget: float) -> None:
     point = _interpolate(state.table, look.base)
     state.budget, state.threshold = budget, point.threshold
     state.static = {name: name in point.static for name in state.units}
-    if look.margins and look.base < budget and look.cost < budget:
+    if look.margins and look.cost < budget:
         state.margin = _between(look.margins, budget - look.cost)  # dense costs 1: the rest of the budget is the share
 
 

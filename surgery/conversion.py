@@ -30,13 +30,14 @@ from surgery.finding import check_weights, find_sites
 from surgery.fitting import fit_skip_paths
 from surgery.gates import iter_gates
 from surgery.look_calibration import calibrate_second_look
-from surgery.nesting import train_skip_paths
+from surgery.nesting import interrupted_at, train_skip_paths
 from surgery.objectives import divergence
 from surgery.progress import Progress, silent
 from surgery.regression import regress_routers
 from surgery.rewriting import check_convertible, insert_gates
 from surgery.sites import KINDS, Granularity, Sites, SkipKind
 from surgery.splitting import Head, check_reiterable, split
+from surgery.training import CHECKPOINT as TRAINING
 from surgery.training import Options, count_steps, find_checkpoint, train_routers, trainable
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def convert(
     held = list(Head(held, max(samples // 4, 64)))  # kept, since augmented data differ from pass to pass
     if trains:
         count_steps(fit, options or Options())
-    if resume:
+    if resume and not interrupted_at(output_dir):
         find_checkpoint(output_dir)
 
     report("finding sites", 0, None)
@@ -141,7 +142,16 @@ def convert(
     if budget < 1 and per_sample:
         fit_skip_paths(gated, fit, decisions="nested", seed=seed, progress=report)  # on what static policies leave
     if trains and per_sample:
-        train_skip_paths(gated, fit, options=options, seed=seed, validation=held, progress=report)
+        train_skip_paths(
+            gated,
+            fit,
+            options=options,
+            seed=seed,
+            validation=held,
+            output_dir=output_dir,
+            resume=resume,
+            progress=report,
+        )
     regress_routers(gated, fit, samples=samples, seed=seed, progress=report)
     calibrate(gated, held, budget, cost=cost, progress=report)
 
@@ -156,7 +166,7 @@ def convert(
             seed=seed,
             validation=held,
             output_dir=output_dir,
-            resume=resume,
+            resume=resume and output_dir is not None and (Path(output_dir) / TRAINING).exists(),
             progress=report,
         )
         calibrate(gated, held, budget, cost=cost, progress=report)

@@ -25,7 +25,7 @@ from surgery.state import LookPoint
 _GRID = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 _QUANTILES = 101
 _MOST = 0.6  # the largest share of inputs that is worth a second look
-_BEYOND_CHANCE = 1.96
+_BEYOND_CHANCE = 1.64  # one-sided: a second look that does nothing is left out anyway
 
 
 def calibrate_second_look(
@@ -84,19 +84,19 @@ def calibrate_second_look(
         report("looking again", index + 1, len(bases))
     points = []
     for goal in bases:
-        best, gain = goal, 0.0
+        best, gain, first = goal, 0.0, goal
         for base in bases:
             share = goal - spent[base]
-            if base >= goal or not 0 < share <= _MOST:
+            if base > goal or not 0 < share <= _MOST:
                 continue
             left = _left(distances[base], margins[base], weights, share)
             change = distances[goal] - left
             error = float(change.std()) / math.sqrt(len(change))
             if float(change.mean()) > max(gain, _BEYOND_CHANCE * error if mode == "auto" else 0.0):
-                best, gain = base, float(change.mean())
-        points.append(LookPoint(goal, best, spent[best], _quantiles(margins[best], weights)))
+                best, gain, first = base, float(change.mean()), spent[base]
+        points.append(LookPoint(goal, best, first, _quantiles(margins[best], weights)))
     chosen = next((p for p in points if p.budget == budget), None)
-    on = chosen is not None and chosen.base < budget
+    on = chosen is not None and chosen.cost < budget
     state.looks = points if on else []
     set_budget(gated, budget)
     return on

@@ -9,8 +9,11 @@ Axis letters: `N` samples.
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from surgery.calling import Batch, batches, read_output
 from surgery.context import execution, force, handled, state_of
 from surgery.costs import place, run
-from surgery.errors import SurgeryError
+from surgery.errors import CheckpointError, SurgeryError
 from surgery.gates import Branch, Gate, iter_gates, take_samples
 from surgery.objectives import divergence
 from surgery.policies import static_cost
@@ -27,6 +30,7 @@ from surgery.progress import Progress, silent
 from surgery.straight_through import OpenGates, stream_error, watched_sites
 from surgery.training import Options, count_steps, stream_of
 
+CHECKPOINT = "skip_paths.pt"
 LOWEST, HIGHEST = 0.45, 0.95
 """Costs of the static policies that are trained for."""
 _STREAM = 5.0
@@ -41,6 +45,8 @@ def train_skip_paths(
     options: Options | None = None,
     seed: int = 0,
     validation: Iterable[Any] | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> list[float]:
     """Train skip paths for all static policies at once; no router and no backbone tensor changes.
@@ -53,6 +59,8 @@ def train_skip_paths(
         options: `epochs`, `steps`, `nested_rate` and `temperature` are used.
         seed: Seed of the cuts drawn.
         validation: Held-out batches; where training made static policies worse there, it is undone.
+        output_dir: Where to keep a checkpoint to resume from; written atomically, also on Ctrl-C.
+        resume: Continue from the checkpoint in `output_dir` if there is one.
         progress: Called after every step.
 
     Returns:
@@ -61,6 +69,7 @@ def train_skip_paths(
     Raises:
         DataError: If the data yields nothing, or its length is unknown and `options.steps` is not given.
         SurgeryError: If no cut order was measured.
+        CheckpointError: If the checkpoint is damaged, or of another model, plan or length.
     """
     options, state, report = options or Options(), state_of(gated), progress or silent
     if not state.order:
@@ -80,12 +89,15 @@ def train_skip_paths(
     )
     layouts = {planned.site.name: planned.site.layout for planned in state.plan.sites}
     watched = watched_sites(state.names)
-    losses = []
-    stream = stream_of(data)
+    losses: list[float] = []
+    kept = _Kept(None if output_dir is None else Path(output_dir) / CHECKPOINT, parameters, optimiser, schedule)
+    if resume:
+        losses, before, distance = kept.load(total, before, distance)
+    stream = stream_of(data, skip=len(losses) * options.accumulate)
     gated.train()
     try:
         with torch.enable_grad():
-            for step in range(total):
+            for step in range(len(losses), total):
                 loss = torch.zeros(())
                 for index in range(options.accumulate):
                     batch = place(next(stream), gated)
@@ -100,13 +112,69 @@ def train_skip_paths(
                 schedule.step()
                 losses.append(float(loss))
                 report("training skip paths", step + 1, total)
+                if (step + 1) % options.save_every == 0:
+                    kept.save(total, losses, before, distance)
+    except KeyboardInterrupt:
+        optimiser.zero_grad()
+        kept.save(total, losses, before, distance)
+        raise
     finally:
         gated.eval()
+    kept.save(total, losses, before, distance)
     if not _distance(gated, validation, levels) <= distance:
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
     return losses
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is written to continue a training."""
+
+    path: Path | None
+    parameters: list[nn.Parameter]
+    optimiser: torch.optim.Optimizer
+    schedule: Any
+
+    def save(self, total: int, losses: list[float], before: list[Tensor], distance: float) -> None:
+        """Write the checkpoint."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        schedule = {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))}
+        values = [p.detach() for p in self.parameters]
+        content = {"total": total, "losses": losses, "before": before, "distance": distance, "parameters": values}
+        torch.save({**content, "optimiser": self.optimiser.state_dict(), "schedule": schedule}, part)
+        os.replace(part, self.path)
+
+    def load(self, total: int, before: list[Tensor], distance: float) -> tuple[list[float], list[Tensor], float]:
+        """Continue from the checkpoint, if there is one: losses so far, and values and distance before training."""
+        if self.path is None or not self.path.exists():
+            return [], before, distance
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            shapes = [tuple(value.shape) for value in saved["parameters"]]
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{self.path} is damaged: {error}; delete it to train from the start") from error
+        if shapes != [tuple(p.shape) for p in self.parameters] or saved["total"] != total:
+            raise CheckpointError(
+                f"{self.path} is of another model or plan, or of a training over {saved['total']} steps (this one has "
+                f"{total}); resume with the same model, data and options"
+            )
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, saved["parameters"], strict=True):
+                parameter.copy_(value)
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.schedule.load_state_dict(saved["schedule"])
+        device = self.parameters[0].device
+        return saved["losses"], [value.to(device) for value in saved["before"]], saved["distance"]
+
+
+def interrupted_at(output_dir: str | Path | None) -> bool:
+    """Whether a training of skip paths left a checkpoint there."""
+    return output_dir is not None and (Path(output_dir) / CHECKPOINT).exists()
 
 
 def trained_levels(gated: nn.Module) -> list[int]:

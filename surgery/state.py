@@ -59,8 +59,9 @@ class LookPoint:
 
     Args:
         budget: Mean cost of both, as a fraction of dense.
-        base: Budget of the first pass; equal to `budget` where no input is looked at again.
-        cost: What the first pass cost on calibration data, as a fraction of dense.
+        base: Budget of the first pass.
+        cost: What the first pass cost on calibration data, as a fraction of dense; equal to `budget` where no input is
+            looked at again.
         margins: The margin below which a share of 0, 1, …, 100 % of the calibration inputs lies after that first pass.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ import surgery
 from surgery.calibration import static_policy
 from surgery.context import handled, state_of
 from surgery.cutting import cut_order
-from surgery.errors import SurgeryError
+from surgery.errors import CheckpointError, SurgeryError
 from surgery.fitting import fit_skip_paths
 from surgery.nesting import NestedGates, train_skip_paths, trained_levels
 from surgery.policies import static_cost
@@ -116,3 +118,33 @@ def test_an_order_comes_first() -> None:
     gated = gate_all(nn.Sequential(Residual(nn.Linear(4, 4))), torch.randn(2, 4), skip="linear")
     with pytest.raises(SurgeryError, match="cut_order"):
         train_skip_paths(gated, [torch.randn(8, 4)])
+
+
+def skip_paths(gated: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in frozen(gated).items() if "skip_path" in name}
+
+
+def test_interrupted_training_goes_on_as_if_it_had_not_been(
+    network: nn.Module, images: list[Tensor], tmp_path: Path
+) -> None:
+    def fresh() -> nn.Module:
+        gated = gate_all(network, images[0], skip="affine")
+        fit_skip_paths(gated, images)
+        cut_order(gated, images)
+        return gated
+
+    def interrupt(stage: str, done: int, total: int | None) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    options, whole, parts = Options(steps=6), fresh(), fresh()
+    losses = train_skip_paths(whole, images, options=options, validation=images)
+    with pytest.raises(KeyboardInterrupt):
+        train_skip_paths(parts, images, options=options, validation=images, output_dir=tmp_path, progress=interrupt)
+    again = fresh()
+    assert losses == train_skip_paths(
+        again, images, options=options, validation=images, output_dir=tmp_path, resume=True
+    )
+    assert_same(skip_paths(again), skip_paths(whole))
+    with pytest.raises(CheckpointError, match="over 6 steps"):
+        train_skip_paths(fresh(), images, options=Options(steps=7), output_dir=tmp_path, resume=True)
