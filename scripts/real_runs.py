@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-BUDGETS = (0.85, 0.75, 0.6, 0.5)
+BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.3)
 START, END = "<!-- real runs: begin -->", "<!-- real runs: end -->"
 
 
@@ -50,10 +50,10 @@ RUNS = (
         "MiniLM (BERT, 6 layers), SST-2",
         "weights/minilm-sst2",
         "sst2",
-        8000,
-        64,
+        12000,
+        32,
         (1, 32),
-        epochs=1,
+        epochs=2,
         tokens=12,
     ),
     Run("resnet56", "ResNet-56, CIFAR-10", "resnet56", "cifar10", 4000, 50, (1, 256), augment=True, epochs=3),
