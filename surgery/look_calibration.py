@@ -25,6 +25,7 @@ from surgery.state import LookPoint
 _GRID = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 _QUANTILES = 101
 _MOST = 0.6  # the largest share of inputs that is worth a second look
+_FEWEST = 100  # with fewer inputs the share of second looks comes in steps of more than 0.01
 _BEYOND_CHANCE = 1.64  # one-sided: a second look that does nothing is left out anyway
 
 
@@ -40,7 +41,7 @@ def calibrate_second_look(
         gated: A calibrated gated model whose budget is set.
         data: Held-out batches; re-iterable.
         mode: `auto` turns it on where it brings the outputs nearer to the dense model's at the current budget, beyond
-            chance; True wherever it does not do harm.
+            chance, if there are at least 100 inputs; True wherever it does not do harm.
         progress: Called after every pass.
 
     Returns:
@@ -62,6 +63,8 @@ def calibrate_second_look(
             raise SurgeryError(
                 f"a second look needs class logits (N, K); {type(gated).__name__} gives {tuple(dense.outputs[0].shape)}"
             )
+        return False
+    if mode == "auto" and sum(len(output) for output in dense.outputs) < _FEWEST:
         return False
     low, high = budget_range(gated)
     wanted = {*_GRID, budget, budget - 0.05, budget - 0.1, budget - 0.15}
@@ -106,14 +109,14 @@ def _left(distance: Tensor, margin: Tensor, weights: Tensor, share: float) -> Te
     """Distances after the `share` of smallest margins was looked at again."""
     order = margin.argsort(stable=True)
     looked = torch.zeros_like(weights, dtype=torch.bool)
-    looked[order] = weights[order].cumsum(0) <= share
+    looked[order] = weights[order].cumsum(0) - weights[order] / 2 < share
     return torch.where(looked, 0.0, distance)
 
 
 def _quantiles(margin: Tensor, weights: Tensor) -> tuple[float, ...]:
     """The margin below which a share of 0, 1, …, 100 % of the weight lies."""
     order = margin.argsort(stable=True)
-    total = weights[order].cumsum(0)
+    total = weights[order].cumsum(0) - weights[order] / 2  # the nearest number of inputs, not the next lower one
     wanted = torch.linspace(0, 1, _QUANTILES, dtype=torch.float64)
     index = torch.searchsorted(total, wanted).clamp_max(len(order) - 1)
     return tuple(margin[order][index].tolist())

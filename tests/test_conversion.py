@@ -139,7 +139,6 @@ def test_vision_transformer(vit: nn.Module, images: list[Tensor]) -> None:
         "fitting routers",
         "calibrating",
         "training routers",
-        "looking again",
     ]
     with torch.no_grad():
         dense, routed = vit(images[0]), gated(images[0])
