@@ -56,7 +56,7 @@ RUNS = (
         epochs=2,
         tokens=12,
     ),
-    Run("resnet56", "ResNet-56, CIFAR-10", "resnet56", "cifar10", 4000, 50, (1, 256), augment=True, epochs=3),
+    Run("resnet56", "ResNet-56, CIFAR-10", "resnet56", "cifar10", 15000, 50, (1, 256), augment=True, epochs=3),
     Run(
         "mobilenetv2",
         "mobilenetv2_100, ImageNet subset",
