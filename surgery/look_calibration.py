@@ -67,7 +67,7 @@ def calibrate_second_look(
     if mode == "auto" and sum(len(output) for output in dense.outputs) < _FEWEST:
         return False
     low, high = budget_range(gated)
-    wanted = {*_GRID, budget, budget - 0.05, budget - 0.1, budget - 0.15}
+    wanted = {*_GRID, budget, *(round(budget - step, 3) for step in (0.05, 0.1, 0.15))}
     bases = sorted(base for base in wanted if low <= base <= min(high, 0.95))
     distances: dict[float, Tensor] = {}
     margins: dict[float, Tensor] = {}

@@ -46,7 +46,7 @@ def look_again(gated: nn.Module, output: Any, args: tuple[Any, ...], kwargs: Map
     logits = read_output(output)
     if logits.dim() != 2 or logits.shape[1] < 2 or state.margin is None:
         return output
-    unsure = margin_of(logits) < state.margin
+    unsure = ~(margin_of(logits) >= state.margin)  # NaN is not sure either
     over = context.overrides_of(state)
     if isinstance(over.tape, context.Tape):
         over.tape.looked.append(unsure)
