@@ -19,7 +19,7 @@ from surgery.costs import observe
 from surgery.errors import SurgeryError
 from surgery.objectives import divergence
 from surgery.progress import Progress, silent
-from surgery.second_look import margin_of
+from surgery.second_look import least_certain, margin_of
 from surgery.state import LookPoint
 
 _GRID = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
@@ -107,10 +107,7 @@ def calibrate_second_look(
 
 def _left(distance: Tensor, margin: Tensor, weights: Tensor, share: float) -> Tensor:
     """Distances after the `share` of smallest margins was looked at again."""
-    order = margin.argsort(stable=True)
-    looked = torch.zeros_like(weights, dtype=torch.bool)
-    looked[order] = weights[order].cumsum(0) - weights[order] / 2 < share
-    return torch.where(looked, 0.0, distance)
+    return torch.where(least_certain(margin, weights, share), 0.0, distance)
 
 
 def _quantiles(margin: Tensor, weights: Tensor) -> tuple[float, ...]:

@@ -10,19 +10,36 @@ from surgery.timing import Ratio
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """Another network that answers the same inputs, such as a pruned one.
+
+    Args:
+        name: What it is called in the report; none of the peers' own names.
+        model: Called like the dense model.
+        cost: Its mean cost as a fraction of the dense model's.
+    """
+
+    name: str
+    model: nn.Module
+    cost: float
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another policy at the same cost, with the same skip paths.
+    """Another policy at the same cost, with the same skip paths, or another network.
 
     Args:
-        name: static, random, shuffled or importance.
+        name: As in `measure`, or another network's.
         cost: Its mean cost as a fraction of dense.
         metric: Its metric, or its agreement with dense where there is no metric.
         difference: The gated model's minus its.
         low: Lower end of the paired bootstrap's 95 % interval of the difference.
         high: Upper end of the same.
+        speed: Time by the dense model's, for each batch size, where peers were timed.
     """
 
     name: str
@@ -31,6 +48,11 @@ class Peer:
     difference: float
     low: float
     high: float
+    speed: Mapping[int, Ratio] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready form."""
+        return {**asdict(self), "speed": {str(size): ratio.to_dict() for size, ratio in self.speed.items()}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +77,7 @@ class Report:
         speed: Time by the dense model's, for each batch size.
         conditions: Device, dtype, threads, processor, torch.
         peers: Other policies at the same cost.
+        absent: Peers that do not apply to this model, and why.
         notes: What to know before believing the numbers.
     """
 
@@ -75,6 +98,7 @@ class Report:
     speed: Mapping[int, Ratio] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)
     peers: tuple[Peer, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +106,8 @@ class Report:
         return {
             **asdict(self),
             "speed": {str(size): ratio.to_dict() for size, ratio in self.speed.items()},
-            "peers": [asdict(peer) for peer in self.peers],
+            "peers": [peer.to_dict() for peer in self.peers],
+            "absent": dict(self.absent),
             "notes": list(self.notes),
         }
 

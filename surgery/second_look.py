@@ -27,6 +27,20 @@ def margin_of(output: Tensor) -> Tensor:
     return top[:, 0] - top[:, 1]
 
 
+def least_certain(margin: Tensor, weights: Tensor, share: float) -> Tensor:
+    """The inputs of smallest margin that together hold `share` of the weight, bool `(N,)`.
+
+    Args:
+        margin: `(N,)`.
+        weights: How much each input counts, summing to 1, `(N,)`.
+        share: In [0, 1].
+    """
+    order = margin.argsort(stable=True)
+    looked = torch.zeros_like(weights, dtype=torch.bool)
+    looked[order] = weights[order].cumsum(0) - weights[order] / 2 < share
+    return looked
+
+
 def applies(state: GatedState) -> bool:
     """Whether a call that runs now gets a second look: not where decisions, thresholds or gates are set by hand."""
     if state.margin is None:

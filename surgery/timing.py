@@ -8,12 +8,13 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Name = TypeVar("Name")
 Thunk = Callable[[], object]
 
 
@@ -43,6 +44,11 @@ class Ratio:
         """Plain JSON-ready form."""
         return asdict(self)
 
+    def mixed(self, other: Ratio, share: float) -> Ratio:
+        """`1 - share` of this and `share` of `other`, number by number: of two things, one of which is drawn each time."""
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in asdict(self) if name != "repeats"}
+        return Ratio(**{name: a + share * (b - a) for name, (a, b) in pairs.items()}, repeats=self.repeats)
+
 
 def compare(
     a: Thunk, b: Thunk, *, repeats: int = 30, warmup: int = 5, device: torch.device | str | None = None
@@ -61,26 +67,47 @@ def compare(
     Raises:
         ValueError: If `repeats` is below 1 or `warmup` negative.
     """
+    return compare_all({"a": a}, b, repeats=repeats, warmup=warmup, device=device)["a"]
+
+
+def compare_all(
+    thunks: Mapping[Name, Thunk],
+    base: Thunk,
+    *,
+    repeats: int = 30,
+    warmup: int = 5,
+    device: torch.device | str | None = None,
+) -> dict[Name, Ratio]:
+    """Time several thunks in turns with one that each is judged against, in changing order, without gradients.
+
+    Args:
+        thunks: What is judged, by name.
+        base: What all are judged against.
+        repeats: Number of timed rounds.
+        warmup: Number of rounds before them.
+        device: As in `compare`.
+
+    Raises:
+        ValueError: If `repeats` is below 1 or `warmup` negative.
+    """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
     wait = _waiting(torch.device("cpu" if device is None else device))
-    times_a, times_b = [], []
+    row = [*thunks.values(), base]
+    times: list[list[float]] = [[] for _ in row]
     collecting = gc.isenabled()
     with torch.no_grad():
         try:
             gc.disable()  # a collection would fall on whichever call happens to trigger it
             for index in range(warmup + repeats):
-                if index % 2:
-                    second, first = _seconds(b, wait), _seconds(a, wait)
-                else:
-                    first, second = _seconds(a, wait), _seconds(b, wait)
-                if index >= warmup:
-                    times_a.append(first)
-                    times_b.append(second)
+                for place in (*range(index % len(row), len(row)), *range(index % len(row))):
+                    seconds = _seconds(row[place], wait)
+                    if index >= warmup:
+                        times[place].append(seconds)
         finally:
             if collecting:
                 gc.enable()
-    return _summary(times_a, times_b)
+    return {name: _summary(own, times[-1]) for name, own in zip(thunks, times[:-1], strict=True)}
 
 
 def conditions(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from surgery.calling import Batch
 from surgery.context import state_of
 from surgery.errors import DataError, NotConverted
 from surgery.gates import iter_gates
-from surgery.measurement import entropy, interval, measure
-from surgery.reports import Report
+from surgery.measurement import entropy, measure
+from surgery.model_timing import groups_of
+from surgery.peers import interval
+from surgery.reports import Other, Report
 from surgery.scoring import Scores
-from surgery.state import CostModel, SiteCost
+from surgery.state import BudgetPoint, CostModel, SiteCost
 
 NO_TIME: dict[str, Any] = {"speed": ()}
 
@@ -127,7 +129,8 @@ def test_quality_and_cost(report: Report, data: Any) -> None:
 def test_peers_pay_the_same_and_know_less(report: Report, data: Any) -> None:
     x, labels = (torch.cat(column) for column in zip(*data, strict=True))
     closed = (x[:, 1:].argmax(1) == labels).double().mean()
-    assert [peer.name for peer in report.peers] == ["static", "random", "shuffled", "importance"]
+    assert [peer.name for peer in report.peers] == ["static", "static+look", "importance", "random", "shuffled"]
+    assert set(report.absent) == {"frozen", "one pass"}
     static, shuffled = report.peer("static"), report.peer("shuffled")
     assert static.cost == pytest.approx(report.cost) and shuffled.cost == pytest.approx(report.cost)
     # the static policy can only open the correction for everyone, which costs 70, or for nobody, which costs 20
@@ -136,9 +139,66 @@ def test_peers_pay_the_same_and_know_less(report: Report, data: Any) -> None:
     for peer in report.peers:
         assert peer.difference == pytest.approx(1 - peer.metric)
         assert 0 < peer.low < peer.difference < peer.high
+        assert peer.speed == {}
     random = report.peer("random")
     assert random.cost == pytest.approx(report.cost - 0.02, abs=0.04)  # no routers
     assert not any("does not beat" in note for note in report.notes)
+
+
+def test_static_cut_with_a_second_look(report: Report, data: Any) -> None:
+    x, labels = (torch.cat(column) for column in zip(*data, strict=True))
+    # the first pass costs 20 of 100 with both closed; the rest is a share of inputs that are run in full
+    logits = x[:, 1:]
+    count = round((report.cost - 0.2) * len(x))
+    again = torch.zeros(len(x), dtype=torch.bool)
+    again[(logits[:, 0] - logits[:, 1]).abs().argsort()[:count]] = True
+    peer = report.peer("static+look")
+    one = 1.01 / len(x)  # half an input may be rounded up or down
+    assert peer.metric == pytest.approx(float((again | (logits.argmax(1) == labels)).double().mean()), abs=one)
+    assert peer.cost == pytest.approx(report.cost, abs=one)
+
+
+def test_no_second_look_without_classes(gated: nn.Module, data: Any) -> None:
+    (first, _), *_ = data
+    found = measure(gated, [first[:10]], **NO_TIME)
+    assert "10 inputs" in found.absent["static+look"]
+    assert [peer.name for peer in found.peers] == ["static", "importance", "random", "shuffled"]
+
+
+def test_the_second_look_of_the_gated_model_is_a_peer_of_itself(gated: nn.Module, data: Any) -> None:
+    state = state_of(gated)
+    rates = dict.fromkeys(state.names, 0.5)
+    state.table = [BudgetPoint(0.0, 0.1, rates), BudgetPoint(-1e9, 0.99, rates)]
+    state.order = state.names
+    without = measure(gated, data, **NO_TIME)
+    assert [peer.name for peer in without.peers][:3] == ["static", "static+look", "frozen"]
+    state.margin = 0.2
+    found = measure(gated, data, **NO_TIME)
+    assert found.cost > without.cost
+    alone = found.peer("one pass")
+    threshold = -1e9 * (0.5 - 0.1) / (0.99 - 0.1)  # what the table says for 0.5, where no part of it is kept back
+    state.margin, state.threshold = None, threshold
+    again = measure(gated, data, peers=False, **NO_TIME)
+    assert (alone.metric, alone.cost) == (again.metric["accuracy"], pytest.approx(again.cost))
+
+
+def test_other_networks_are_scored_and_timed_like_peers(gated: nn.Module, data: Any, model: nn.Module) -> None:
+    asked: list[float] = []
+
+    def others(cost: float) -> list[Other]:
+        asked.append(cost)
+        return [Other("the dense model", model, 1.0)]
+
+    found = measure(gated, data, others=others, speed=(4,), repeats=3, time_peers=True)
+    other = found.peer("the dense model")
+    assert asked == [found.cost] and other.cost == 1.0
+    assert (other.metric, other.difference, other.low, other.high) == (1.0, 0.0, 0.0, 0.0)
+    assert {peer.name for peer in found.peers if set(peer.speed) == {4}} == {
+        "static", "static+look", "importance", "random", "the dense model",
+    }  # fmt: skip
+    assert all(0 < peer.speed[4].total < 100 for peer in found.peers if peer.speed)
+    assert json.loads(json.dumps(found.to_dict()))["peers"][0]["speed"]["4"]["repeats"] == 3
+    assert state_of(gated).static == {} and state_of(gated).margin is None
 
 
 def test_the_reference_can_be_taken_from_the_gated_model(gated: nn.Module, data: Any, report: Report) -> None:
@@ -204,14 +264,12 @@ def test_progress_and_time(gated: nn.Module, data: Any) -> None:
 
 
 def test_rows_are_taken_across_batches_of_equal_shape() -> None:
-    from surgery.measurement import _groups
-
     batches = [{"input_ids": torch.full((2, 3), index), "scale": 2.0} for index in range(3)]
-    groups = list(_groups([*batches, {"input_ids": torch.zeros(2, 5), "scale": 2.0}], 4))
+    groups = list(groups_of([*batches, {"input_ids": torch.zeros(2, 5), "scale": 2.0}], 4))
     assert len(groups) == 1
     assert groups[0].kwargs["input_ids"].tolist() == [[0] * 3, [0] * 3, [1] * 3, [1] * 3]
     assert groups[0].kwargs["scale"] == 2.0
-    alone = list(_groups([Batch((torch.zeros(2, 5),))], 1))
+    alone = list(groups_of([Batch((torch.zeros(2, 5),))], 1))
     assert [group.args[0].shape for group in alone] == [(1, 5), (1, 5)]
 
 
@@ -237,7 +295,7 @@ def test_networks_of_the_zoo(name: str) -> None:
     batches = [one.entry.example(6, seed=seed) for seed in range(3)]
     found = measure(made, batches, dense=one.model, **NO_TIME)
     assert 0 < found.submodules < 1 and found.policies > 1
-    assert len(found.peers) == 4
+    assert {peer.name for peer in found.peers} >= {"static", "importance", "random", "shuffled"}
     assert found.peer("shuffled").cost == pytest.approx(found.cost, abs=0.02)
     if name == "transformers/llama":
         assert set(found.metric) == {"nats_per_token"}
