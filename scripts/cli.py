@@ -9,6 +9,7 @@ import typer
 from surgery.scripts import (
     audit,
     benchmark,
+    compare,
     convert,
     coverage,
     demo,
@@ -40,6 +41,7 @@ for page in (
     convert.convert,
     score.score,
     benchmark.benchmark,
+    compare.compare,
     export.export,
     record.record,
     audit.audit,

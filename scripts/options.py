@@ -72,6 +72,21 @@ def words(text: str | None) -> list[str] | None:
     return [word.strip() for word in text.split(",") if word.strip()] or None if text is not None else None
 
 
+def numbers(option: str, text: str) -> list[float]:
+    """A comma-separated list of numbers.
+
+    Raises:
+        typer.BadParameter: If something in it is none.
+    """
+    found = []
+    for word in words(text) or []:
+        try:
+            found.append(float(word))
+        except ValueError as error:
+            raise typer.BadParameter(f"{option}: {word!r} is no number; write 0.4,0.6") from error
+    return found
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` takes an accelerator where there is one.
 

@@ -48,7 +48,7 @@ def report(
     rows = load_data(
         data, loaded, split=split, batch_size=batch_size, limit=limit, seed=seed, shuffle=limit is not None
     )
-    wanted = [_number(one) for one in options.words(budgets) or []]
+    wanted = options.numbers("--budgets", budgets)
     with progress_bars() as progress:
         pictures = write(
             out,
@@ -63,10 +63,3 @@ def report(
         show_json({"report": str(out), "pictures": [str(path) for path in pictures]})
     else:
         note(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB) and {len(pictures)} pictures beside it")
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"--budgets: {text!r} is no number; write 0.4,0.6") from error

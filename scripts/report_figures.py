@@ -8,6 +8,7 @@ Axis letters: `N` inputs, `S` sites.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,19 +17,30 @@ from surgery.errors import MissingDependency
 
 DPI = 110
 _INK = {False: "#1b1f24", True: "#e6e8ea"}
-_LINES = {"gated": ("#0072B2", "o", "-"), "static": ("#E69F00", "s", "--"), "random": ("#D55E00", "^", ":")}
+_LINES = {
+    "gated": ("#0072B2", "o", "-"),
+    "static": ("#E69F00", "s", "--"),
+    "random": ("#D55E00", "^", ":"),
+    "static+look": ("#E69F00", "P", "-"),
+    "one pass": ("#56B4E9", "o", "--"),
+    "frozen": ("#CC79A7", "v", "--"),
+    "importance": ("#009E73", "D", "-."),
+    "shuffled": ("#D55E00", "x", "-."),
+}
+_FURTHER = (("#7f7f7f", "p", "-"), ("#8c6d31", "h", "-"), ("#bcbd22", "<", "-"), ("#17becf", ">", "-"))
 _DARK_BLUE = "#56B4E9"  # Okabe and Ito's lighter blue: the dark one is hard to see on black
 Draw = Callable[[Any, bool], None]
 
 
-def drawn(draw: Draw, width: float, height: float, *, dark: bool) -> bytes:
-    """A PNG with a transparent background.
+def drawn(draw: Draw, width: float, height: float, *, dark: bool, transparent: bool = True) -> bytes:
+    """A PNG.
 
     Args:
         draw: `draw(figure, dark)`.
         width: Inches.
         height: Inches.
         dark: Whether the page is.
+        transparent: Whether the page shows through.
 
     Raises:
         MissingDependency: If matplotlib is not installed.
@@ -43,7 +55,7 @@ def drawn(draw: Draw, width: float, height: float, *, dark: bool) -> bytes:
         FigureCanvasAgg(figure)
         draw(figure, dark)
         stream = io.BytesIO()
-        figure.savefig(stream, dpi=DPI, transparent=True, format="png")
+        figure.savefig(stream, dpi=DPI, transparent=transparent, format="png")
     return stream.getvalue()
 
 
@@ -77,8 +89,9 @@ def tradeoff(
             (right, "time", f"measured time, batch {batch} (% of dense)"),
         ):
             axes.axhline(dense["metric"], color=_INK[dark], linewidth=0.8, alpha=0.5)
+            further = itertools.cycle(_FURTHER)
             for name, values in points.items():
-                color, marker, line = _LINES[name]
+                color, marker, line = _LINES[name] if name in _LINES else next(further)
                 own = sorted((100 * v[key], v["metric"]) for v in values if v.get(key) is not None)
                 axes.plot(
                     *zip(*own, strict=True) if own else ([], []),

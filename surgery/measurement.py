@@ -61,7 +61,7 @@ def measure(
         peers: Whether to compare with other policies at the same cost, all with the same skip paths:
             `static`: sites cut in the order of `surgery.cutting`, or by active rate where none was measured, the two
             neighbouring costs interpolated. `static+look`: a cheaper static cut, and a second look at the inputs of
-            smallest margin; of three splits the one nearest to the dense model on this data. `frozen`: the same by the
+            smallest margin; of four splits the one nearest to the dense model on this data. `frozen`: the same by the
             routers' active rates. `importance`: a training-free cut of the branches that change the stream least.
             `random`: the same rates. `shuffled`: the same decisions, given to other inputs of the batch. `one pass`:
             where the model has a second look, itself without.

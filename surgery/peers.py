@@ -28,7 +28,7 @@ from surgery.timing import Ratio, Thunk
 
 ORDER = ("one pass", "static", "static+look", "frozen", "importance", "random", "shuffled")
 """The peers that share the gates and skip paths, as they are listed."""
-_LOOKS = (0.06, 0.12, 0.2)  # shares of second looks that are tried on top of a static cut
+_LOOKS = (0.0, 0.06, 0.12, 0.2)  # what a static cut at least leaves for second looks, of which the best is taken
 _MOST = 0.6
 _FEWEST = 20  # inputs without which a share of second looks cannot be told from chance
 
@@ -158,15 +158,13 @@ class Contest:
         for share in _LOOKS:
             one = policies.cut(self.state.costs, ranks, self.cost - share)
             price = policies.static_cost(self.state.costs, one.lower)
-            if 0 < self.cost - price <= _MOST and one.lower not in found:
+            if 0 <= self.cost - price <= _MOST and one.lower not in found:
                 found.append(one.lower)
         inputs = sum(map(len, self.ours.margins))
-        if not found or inputs < _FEWEST:
-            self.absent["static+look"] = (
-                f"no static policy costs so little less than {self.cost:.3f} that second looks can use the rest"
-                if not found
-                else f"a share of {inputs} inputs is no measure; it takes {_FEWEST}"
-            )
+        if not found:
+            self.absent["static+look"] = f"no static policy costs between {self.cost - _MOST:.3f} and {self.cost:.3f}"
+        elif inputs < _FEWEST:
+            self.absent["static+look"] = f"a share of {inputs} inputs is no measure; it takes {_FEWEST}"
             return []
         return found
 

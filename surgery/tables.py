@@ -146,10 +146,10 @@ def speed_table(speed: Mapping[int, Ratio]) -> RenderableType:
 def _active(report: Report) -> RenderableType | None:
     if not report.active_rate:
         return None
-    table = _table(("site", ">active", ""))
+    table = _table(("site", ">active", ">bits", ""))
     for name, rate in report.active_rate.items():
-        _row(table, name, percent(rate), "█" * round(20 * rate))
-    return _titled("Active rate (share of inputs or tokens for which the branch ran)", table)
+        _row(table, name, percent(rate), f"{report.entropy[name]:.2f}", "█" * round(20 * rate))
+    return _titled("Active rate (share of inputs or tokens for which the branch ran), and its entropy", table)
 
 
 def _totals(sites: Sites) -> str:

@@ -50,7 +50,7 @@ def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
 COMMANDS = (
-    *("sites", "show", "convert", "score", "benchmark", "export"),
+    *("sites", "show", "convert", "score", "compare", "benchmark", "export"),
     *("record", "replay", "audit", "report", "app", "doctor", "demo"),
 )
 
