@@ -91,6 +91,19 @@ def convert(
             help="Run uncertain inputs again in full, within the budget; by default where it pays.",
         ),
     ] = None,
+    first_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--first-tokens",
+            min=0,
+            help="First tokens of every sequence that run in full.",
+            rich_help_panel="Language models",
+        ),
+    ] = None,
+    first_layers: Annotated[
+        int | None,
+        typer.Option("--first-layers", min=0, help="First layers that always run.", rich_help_panel="Language models"),
+    ] = None,
     cost: Annotated[Cost, typer.Option("--cost", help="Budget in FLOPs, or in latency measured here.")] = Cost.flops,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
@@ -133,6 +146,8 @@ def convert(
                 tune=tune.value,
                 skip=skip.value,
                 second_look="auto" if second_look is None else second_look,
+                first_tokens="auto" if first_tokens is None else first_tokens,
+                first_layers="auto" if first_layers is None else first_layers,
                 cost=cost.value,
                 seed=seed,
                 progress=progress,

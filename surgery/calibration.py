@@ -225,7 +225,8 @@ class _Curve:
     def collect(self, events: list[Event]) -> None:
         """Take the scores of one batch."""
         for event in events:
-            assert event.scores is not None
+            if event.scores is None:  # always on
+                continue
             units = event.gate.site.units
             if len(units) > 1:
                 for name, scores in zip(units, event.scores.unbind(1), strict=True):
@@ -251,8 +252,9 @@ class _Curve:
 
     def solve(self, goal: float) -> float:
         """The threshold whose predicted cost is nearest to `goal`."""
-        low = min(float(scores[0]) for scores in self.sorted.values()) - 1.0
-        high = max(float(scores[-1]) for scores in self.sorted.values()) + 1.0
+        finite = [scores[scores.isfinite()] for scores in self.sorted.values()]  # first tokens have infinite ones
+        low = min((float(scores[0]) for scores in finite if len(scores)), default=0.0) - 1.0
+        high = max((float(scores[-1]) for scores in finite if len(scores)), default=0.0) + 1.0
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (middle, high) if self.cost(middle) > goal else (low, middle)
@@ -267,13 +269,17 @@ class _Search:
         self.state = state_of(gated)
         self.curves: dict[float, _Curve] = {}
         self.passes = 0
-        names, costs = self.state.units, self.state.costs
-        closed, opened = (costs.cost(dict.fromkeys(names, rate)) for rate in (0.0, 1.0))
-        self.seen = [
-            BudgetPoint(math.inf, closed, dict.fromkeys(names, 0.0)),
-            BudgetPoint(-math.inf, opened, dict.fromkeys(names, 1.0)),
-        ]
-        self.range = (closed, min(opened, 1.0))
+        closed, opened = (
+            BudgetPoint(threshold, self.state.costs.cost(rates), rates)
+            for threshold, rates in (
+                (math.inf, self.state.constant_rates(0.0)),
+                (-math.inf, self.state.constant_rates(1.0)),
+            )
+        )
+        if self.state.plan.first_tokens:  # what they cost depends on how long sequences are
+            closed = self.evaluate(math.inf)
+        self.seen = [closed, opened]
+        self.range = (closed.cost, min(opened.cost, 1.0))
 
     def evaluate(self, threshold: float) -> BudgetPoint:
         """Run the data once at a threshold."""
@@ -283,8 +289,6 @@ class _Search:
         costs, weights = usage.costs(self.state.costs), usage.weights.double()
         point = BudgetPoint(threshold, float((costs * weights).sum() / weights.sum()), usage.active_rate)
         self.curves[point.cost] = curve.finish()
-        if math.isfinite(threshold):
-            self.seen.append(point)
         self.passes += 1
         self.progress("calibrating", self.passes, None)
         return point
@@ -306,7 +310,7 @@ class _Search:
                     guess = (above.threshold + below.threshold) / 2
             if not above.threshold < guess < below.threshold:
                 return
-            self.evaluate(guess)
+            self.seen.append(self.evaluate(guess))
 
     def points(self, budget: float) -> list[BudgetPoint]:
         """Everything evaluated, static policies added.

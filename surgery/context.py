@@ -86,6 +86,10 @@ class Forced:
     samples: Tensor | None
     count: int = 0
 
+    def names(self, site: str) -> bool:
+        """Whether it decides this site."""
+        return self.rate is not None or site in self.values
+
     def constant(self, site: str) -> bool | None:
         """The decision at a site where it is the same for everything, else None."""
         value = self.values.get(site) if self.rate is None else self.rate == 1 if self.rate in (0, 1) else None
@@ -119,6 +123,9 @@ class Scope:
     """N, or 0 where it is unknown."""
     whole: bool = False
     """Whether attention weights are returned, so that attention runs for every token."""
+    first: Tensor | Literal[False] | None = None
+    """bool `(N, T)`, True at the first tokens of a sequence that run in full; False where the call holds none of them;
+    None where only a token's place in the call is known."""
     decoder: Scope | None = None
     """The decoder's tokens in an encoder-decoder, whose own mask and positions are then those of the encoder."""
     decided: dict[int, Any] = field(default_factory=dict)

@@ -63,6 +63,8 @@ def convert(
     tune: Literal["auto", "oneshot", "train"] = "auto",
     skip: SkipKind | Literal["auto"] = "auto",
     second_look: bool | Literal["auto"] = "auto",
+    first_tokens: int | Literal["auto"] = "auto",
+    first_layers: int | Literal["auto"] = "auto",
     cost: Literal["flops", "latency"] = "flops",
     options: Options | None = None,
     samples: int = 2048,
@@ -88,6 +90,9 @@ def convert(
         skip: Kind of skip path, or `auto`.
         second_look: Whether inputs of which the gated pass is not sure are run again in full, within the same budget;
             `auto` where that brings held-out outputs nearer to the dense model's (classifiers only).
+        first_tokens: For how many first tokens of every sequence all gates per token stay open; `auto` only in causal
+            language models (`surgery.planning.FIRST_TOKENS`).
+        first_layers: In how many first layers all gates stay open; `auto` likewise (`FIRST_LAYERS`).
         cost: What the budget counts: `flops`, or `latency` on this device.
         options: How to train.
         samples: Number of samples to fit routers on.
@@ -132,7 +137,8 @@ def convert(
     found = sites if isinstance(sites, Sites) else find_sites(model, first(fit) if example is None else example)
     if not isinstance(sites, Sites) and sites:
         found = select(found, sites)
-    gated = insert_gates(model, found.plan(granularity=granularity, skip=skip))
+    plan = found.plan(granularity=granularity, skip=skip, first_tokens=first_tokens, first_layers=first_layers)
+    gated = insert_gates(model, plan)
 
     fit_skip_paths(gated, fit, seed=seed, progress=report)
     state = state_of(gated)

@@ -41,12 +41,13 @@ def cut_order(
         progress: Called with the number of sites ordered.
 
     Returns:
-        Site names, the first to be cut first.
+        Site names, the first to be cut first; those that are always on are not among them.
 
     Raises:
         DataError: If the data yields nothing.
     """
     state = state_of(gated)
+    always = state.plan.always_on
     report = progress or silent
     batch = place(gather(data, samples), gated)
 
@@ -61,18 +62,19 @@ def cut_order(
     with torch.no_grad():
         with execution(gated, "dense"):
             dense = read_output(run(gated, batch))
-        heap = [(harm([name]) / price(name), index, name) for index, name in enumerate(state.units)]
+        names = [name for name in state.units if name not in always]
+        heap = [(harm([name]) / price(name), index, name) for index, name in enumerate(names)]
         heapq.heapify(heap)
         order: list[str] = []
         now = 0.0
         while heap:
-            if static_cost(state.costs, [name for _, _, name in heap]) > LOWEST:
+            if static_cost(state.costs, [*always, *(name for _, _, name in heap)]) > LOWEST:
                 found: dict[str, float] = {}  # run again what looks best until it stays the best
                 while len(found) < _TRIES and (name := heap[0][2]) not in found:
                     found[name] = harm([*order, name])
                     heapq.heapreplace(heap, ((found[name] - now) / price(name), heap[0][1], name))
                 now = found.get(heap[0][2], now)
             order.append(heapq.heappop(heap)[2])
-            report("ordering cuts", len(order), len(state.units))
+            report("ordering cuts", len(order), len(names))
     state.order = tuple(order)
     return state.order

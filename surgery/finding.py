@@ -98,7 +98,15 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
         signature=_signature(batch),
         patterns={name: value for name, value in kept.items() if name in used},
         inlined=[name for name in inlined if any(host == "" or name.startswith(f"{host}.") for host in used)],
+        causal=_is_causal(model),
     )
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether it is a causal language model that can generate (transformers)."""
+    can_generate = getattr(model, "can_generate", None)
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return can_generate is not None and bool(can_generate()) and not encodes
 
 
 def check_weights(model: nn.Module) -> None:

@@ -124,6 +124,8 @@ class _TwinPass:
 
     def _decide(self, gate: Gate, residual: Tensor) -> Tensor:
         n = self.count
+        if gate.always_on:
+            return torch.ones(gate.shape_of(residual[n:]), dtype=torch.bool, device=residual.device)
         if self.decisions == "routed":
             return gate.decide(residual)[0][n:]
         if self.decisions == "nested":

@@ -26,6 +26,8 @@ from surgery.skip_paths import SkipPath, make_skip_path
 from surgery.slices import cheaper_than_gathering, may_slice, slices_of
 from surgery.state import GatedState
 
+_LARGEST = torch.finfo(torch.float32).max
+"""No threshold is above it, so that an infinite score is open at every one."""
 Owners = tuple[tuple[nn.Module, str] | None, ...]
 """Module and name of the parameters that make queries and project the output; None where one is unknown; () without
 roles.
@@ -109,6 +111,11 @@ class Gate(nn.Module):
         return self.planned.granularity == "token"
 
     @property
+    def always_on(self) -> bool:
+        """Whether this gate is open unless it is forced; its router is then not asked."""
+        return self.planned.always_on
+
+    @property
     def threshold(self) -> float:
         """Scores above it keep the branch."""
         return self.state.threshold
@@ -135,6 +142,11 @@ class Gate(nn.Module):
             values = [unfold(value, samples, rows) for value in (left, residual, *inputs)]
             merged: Tensor = self(Unfolded(branch, branch.axes), *values)
             return merged.flatten(0, 1)
+        if self.always_on and not (over.forced is not None and over.forced.names(self.site.name)):
+            if over.tape is not None:
+                opened = self._constant(residual, *(True,) * len(self.site.units))
+                over.tape.append(Event(self.site.name, self, opened, None, self._weights(residual)))
+            return self.open(branch, left, inputs)
         if over.forced is not None and over.tape is None and mode != "mask":
             constant = over.forced.constant(self.site.name)
             if constant or (constant is False and self.leaves_out(branch)):
@@ -147,9 +159,7 @@ class Gate(nn.Module):
         else:
             decisions, scores = self.decide(residual, over)
         if over.tape is not None:
-            over.tape.append(
-                Event(self.site.name, self, decisions, scores, self.padding(residual) if self.per_token else None)
-            )
+            over.tape.append(Event(self.site.name, self, decisions, scores, self._weights(residual)))
         if mode == "mask":
             return self.mask(branch, left, residual, inputs, decisions)
         if mode == "cond":
@@ -168,11 +178,26 @@ class Gate(nn.Module):
         threshold: Any = self.threshold if over.thresholds is None else over.thresholds
         if isinstance(threshold, dict):
             threshold = threshold[self.site.name]
-        return scores > threshold, scores
+        return scores > min(threshold, _LARGEST), scores
 
     def scores(self, residual: Tensor) -> Tensor:
-        """Predicted log harm per log saving: `(N,)` or `(N, *positions)`, fp32."""
-        return self.router(residual, self.padding(residual)) - self.offset
+        """Predicted log harm per log saving: `(N,)` or `(N, *positions)`, fp32; infinite at first tokens that run in full."""
+        scores: Tensor = self.router(residual, self.padding(residual)) - self.offset
+        first = self.first_tokens(residual)
+        return scores if first is None else scores.masked_fill(first, float("inf"))
+
+    def first_tokens(self, residual: Tensor) -> Tensor | None:
+        """Which tokens this gate is open for whatever it is asked, bool `(N, T)`, or None where there are none."""
+        count = self.state.plan.first_tokens
+        if count == 0 or not self.per_token or residual.dim() != 3:
+            return None
+        scope = self._scope()
+        first = None if scope is None else scope.first
+        if first is False:
+            return None
+        if first is None or first.shape != residual.shape[:2]:
+            return (torch.arange(residual.shape[1], device=residual.device) < count).expand(residual.shape[:2])
+        return first
 
     def padding(self, residual: Tensor) -> Tensor | None:
         """The call's attention mask, bool `(N, T)`, if it fits the residual stream here."""
@@ -180,6 +205,10 @@ class Gate(nn.Module):
         if scope is None or scope.mask is None or residual.dim() != 3 or scope.mask.shape != residual.shape[:2]:
             return None
         return scope.mask
+
+    def _weights(self, residual: Tensor) -> Tensor | None:
+        """How much each decision counts, for the tape."""
+        return self.padding(residual) if self.per_token else None
 
     def _scope(self) -> Scope | None:
         """The running call, as the half of the model sees it that this gate is in."""

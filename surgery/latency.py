@@ -158,10 +158,13 @@ class _Timer:
         times = (
             opened,
             0.0 if gate.skip_path.is_identity else self.clock(lambda: gate.skip_path(residual)),
-            self.clock(lambda: bool(gate.decide(residual)[0].any())),
+            self._router(gate, residual),
         )
         self.seen.setdefault(gate.site.name, []).append(times)
         return result[0]
+
+    def _router(self, gate: Gate, residual: Tensor) -> float:
+        return 0.0 if gate.always_on else self.clock(lambda: bool(gate.decide(residual)[0].any()))
 
     def _heads(
         self,
@@ -175,7 +178,7 @@ class _Timer:
         """Each head's share of what the branch takes longer with all heads than with none."""
         none = torch.zeros(gate.shape_of(residual), dtype=torch.bool, device=residual.device)
         closed = self.clock(lambda: bool(gate.skip(branch, left, residual, inputs, none) is None))
-        router = self.clock(lambda: bool(gate.decide(residual)[0].any()))
+        router = self._router(gate, residual)
         count = len(gate.site.units)
         for unit in gate.site.units:
             self.seen.setdefault(unit, []).append((max(opened - closed, 0.0) / count, 0.0, router / count))

@@ -241,7 +241,7 @@ class NestedGates:
         """Execute one gate."""
         if gate.site.name in self.watched:
             self.streams[gate.site.name] = residual
-        count, size = self.skipped[gate.site.name], len(residual)
+        count, size = self.skipped.get(gate.site.name, 0), len(residual)
         if count == 0:
             return gate.open(branch, left, inputs)
         if branch.axes is None or branch.escapes or branch.stateful:

@@ -55,6 +55,8 @@ class Status:
         sites: One row per gate, in order of execution.
         notes: What the conversion found worth saying.
         again: Share of inputs that get a second look, which counts in rates and cost.
+        always_on: Sites that run unless they are forced not to.
+        first_tokens: For how many first tokens of every sequence all gates per token are open.
     """
 
     model: str
@@ -66,6 +68,8 @@ class Status:
     sites: tuple[SiteStatus, ...]
     notes: tuple[str, ...]
     again: float = 0.0
+    always_on: tuple[str, ...] = ()
+    first_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form; a threshold that is not finite is None."""
@@ -77,6 +81,7 @@ class Status:
             **result,
             "sites": list(result["sites"]),
             "notes": list(self.notes),
+            "always_on": list(self.always_on),
             "attainable": _listed(self.attainable),
         }
 
@@ -86,7 +91,12 @@ class Status:
 
         from surgery.tables import rows_table
 
-        lines = [Text(self._summary()), *(Text(f"note: {note}") for note in self.notes)]
+        lines = [Text(self._summary())]
+        if self.always_on:
+            lines.append(Text(f"always on: {', '.join(self.always_on)}"))
+        if self.first_tokens:
+            lines.append(Text(f"the first {self.first_tokens} tokens of every sequence run in full"))
+        lines += [Text(f"note: {note}") for note in self.notes]
         return Group(rows_table(f"Gates of {self.model}", self.sites), *lines)
 
     def __str__(self) -> str:
@@ -128,7 +138,7 @@ def status(gated: nn.Module) -> Status:
                 kind=site.kind,
                 granularity=planned.granularity,
                 skip_path=planned.skip,
-                threshold=gate.threshold if runs == "routed" else None,
+                threshold=gate.threshold if runs == "routed" and not gate.always_on else None,
                 active_rate=None
                 if rates is None
                 else sum(rates[unit] for unit in site.units) / len(site.units) + again,
@@ -145,6 +155,10 @@ def status(gated: nn.Module) -> Status:
         budget=state.budget,
         cost=None if rates is None else _cost(state, rates, routed=runs == "routed") + again,
         again=again,
+        always_on=tuple(name for name, gate in iter_gates(gated) if gate.always_on),
+        first_tokens=state.plan.first_tokens
+        if any(planned.granularity == "token" for planned in state.plan.sites)
+        else 0,
         cost_unit=state.costs.unit,
         attainable=(min(costs), max(costs)) if costs else None,
         sites=tuple(rows),

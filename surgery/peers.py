@@ -131,14 +131,14 @@ class Contest:
         self.absent: dict[str, str] = {}
         self.cuts = {
             "static": policies.cut(costs, ranks, self.cost),
-            "importance": policies.cut(costs, importance, self.cost),
+            "importance": policies.cut(costs, self.state.above(importance), self.cost),
         }
         if not self.state.order:
             self.absent["frozen"] = "the same as static: no cut order was measured, so sites are cut by active rate"
         elif self.state.policy == "static":
             self.absent["frozen"] = "no router runs, so there is nothing to freeze"
         else:
-            self.cuts["frozen"] = policies.cut(costs, self.rates, self.cost)
+            self.cuts["frozen"] = policies.cut(costs, self.state.above(self.rates), self.cost)
         self.bases = self._bases(ranks)
         self.one_pass = self.state.margin is not None
         if not self.one_pass:

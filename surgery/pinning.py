@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from surgery import context
 from surgery.calling import Batch, as_batch, call
 from surgery.calling import tensors as output_tensors
-from surgery.context import state_of
+from surgery.context import Scope, state_of
 from surgery.copying import share
 from surgery.errors import PinError, check_choice
 from surgery.gates import Branch, Gate, iter_gates
 from surgery.rewriting import Programs, subclass
-from surgery.roots import padding_of
+from surgery.roots import first_tokens_of, padding_of
 from surgery.tracing import GATES, Pattern, base_class, signature_of
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ class Running:
 
     mask: Tensor | None = None
     """The call's attention mask, bool `(N, T)`."""
+    first: Tensor | None = None
+    """The first tokens of every sequence, where they run in full, bool `(N, T)`."""
     decisions: dict[str, Tensor] | None = None
     """Decisions by site name, where they are wanted."""
 
@@ -93,6 +95,9 @@ class PinnedGate(Gate):
             return None
         return mask
 
+    def _scope(self) -> Scope:
+        return Scope(mask=self.pinned.running.mask, first=self.pinned.running.first)
+
 
 def pin(
     gated: nn.Module,
@@ -134,7 +139,7 @@ def pin(
     for name, module in list(twin.named_modules()):
         if GATES in module._modules:
             _pin_host(module, type(gated.get_submodule(name)), patterns.get(name))
-    _pin_root(twin, running)
+    _pin_root(twin, running, state.plan.first_tokens)
     static, at = state.static, threshold
     if state.margin is not None:  # a graph has no second look, so its one pass gets the whole budget
         from surgery.calibration import current_point
@@ -143,7 +148,7 @@ def pin(
         static = {name: name in point.static for name in state.units}
         at = point.threshold if at is None else at
     for name, gate in iter_gates(twin):
-        constant = static.get(name, True) if execution == "static" else None
+        constant = True if gate.always_on else static.get(name, True) if execution == "static" else None
         at = gate.threshold if at is None else at
         gate.__class__ = PinnedGate
         gate.__dict__["pinned"] = Pinned(
@@ -283,8 +288,8 @@ def _straight(programs: Programs, program: Callable[..., Any], pattern: Pattern)
     return forward
 
 
-def _pin_root(twin: nn.Module, running: Running) -> None:
-    """The call's padding mask, as `surgery.roots` reads it, for the gates of this model."""
+def _pin_root(twin: nn.Module, running: Running, count: int) -> None:
+    """The call's padding mask and first tokens, as `surgery.roots` reads them, for the gates of this model."""
     cls = type(twin)
     base = base_class(twin)
     inner: Callable[..., Any] = vars(cls)["forward"] if GATES in twin._modules else base.forward
@@ -293,11 +298,13 @@ def _pin_root(twin: nn.Module, running: Running) -> None:
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        running.mask = padding_of({**dict(zip(names, args, strict=False)), **kwargs})
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        running.mask = padding_of(arguments)
+        running.first = first_tokens_of(arguments, count) if count else None
         try:
             return inner(self, *args, **kwargs)
         finally:
-            running.mask = None
+            running.mask = running.first = None
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     kept = {k: v for k, v in vars(cls).items() if k.startswith("_branch_")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, get_args
 
-from surgery.errors import PlanMismatch, check_choice
+from surgery.errors import PlanMismatch, SurgeryError, check_choice
 from surgery.routers import router_features
 from surgery.sites import Granularity, Plan, Site, SitePlan, Sites, SkipKind
 
@@ -17,6 +17,10 @@ MEMORY_LIMIT = 0.025
 """All routers together hold at most this share of the model's parameters (likewise)."""
 LINEAR_MEMORY_LIMIT = 0.1
 """A full linear or depthwise skip path holds at most this share of its branch's parameters."""
+FIRST_TOKENS = 0
+"""First tokens of a causal language model's sequences that run in full by default (docs/generation.md)."""
+FIRST_LAYERS = 0
+"""First layers of a causal language model that always run by default (likewise)."""
 _WIDTHS = (64, 32, 16, 8)
 
 
@@ -27,10 +31,13 @@ def choose(
     skip: SkipKind | Literal["auto"],
     rank: int,
     hidden: int | Literal["auto"],
+    first_tokens: int | Literal["auto"] = "auto",
+    first_layers: int | Literal["auto"] = "auto",
 ) -> Plan:
     """See `Sites.plan`."""
     check_choice("granularity", granularity, ("auto", *get_args(Granularity)))
     check_choice("skip", skip, ("auto", *get_args(SkipKind)))
+    layers = _number("first_layers", first_layers, FIRST_LAYERS if sites.causal else 0)
     grains = {site.name: _granularity(site, granularity) for site in sites}
     widths = {grain: _width(sites, grains, grain) if hidden == "auto" else hidden for grain in set(grains.values())}
     return Plan(
@@ -41,6 +48,7 @@ def choose(
                 _skip(site, skip, grains[site.name]),
                 rank if skip == "low-rank" else 0,
                 widths[grains[site.name]],
+                _is_in_first(layers, site),
             )
             for site in sites
         ),
@@ -49,7 +57,22 @@ def choose(
         signature=sites.signature,
         patterns=sites.patterns,
         inlined=sites.inlined,
+        first_tokens=_number("first_tokens", first_tokens, FIRST_TOKENS if sites.causal else 0),
     )
+
+
+def _number(name: str, value: int | Literal["auto"], by_default: int) -> int:
+    if value == "auto":
+        return by_default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise SurgeryError(f"{name} must be a whole number of at least 0, or 'auto', got {value!r}")
+    return value
+
+
+def _is_in_first(layers: int, site: Site) -> bool:
+    """Whether the first number in the site's name, as in `model.layers.0.mlp`, is below `layers`."""
+    number = next((int(part) for part in site.name.split(".") if part.isdigit()), None)
+    return number is not None and number < layers
 
 
 def _granularity(site: Site, wanted: Granularity | Literal["auto"]) -> Granularity:

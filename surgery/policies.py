@@ -61,13 +61,12 @@ def random(rates: Mapping[str, float], seed: int, start: int) -> Choose:
         if len(units) > 1:
             drawn = [context.draw(rates[unit], seed, unit, samples, None) for unit in units]
             return torch.stack(drawn, 1).to(residual.device)
+        first = gate.first_tokens(residual)
         count = shape[1:].numel()
         positions = torch.arange(count).expand(shape[0], count) if len(shape) > 1 else None
-        return (
-            context.draw(rates[gate.site.name], seed, gate.site.name, samples, positions)
-            .view(shape)
-            .to(residual.device)
-        )
+        drawn_once = context.draw(rates[gate.site.name], seed, gate.site.name, samples, positions).view(shape)
+        decisions = drawn_once.to(residual.device)
+        return decisions if first is None else decisions | first
 
     return choose
 
@@ -90,6 +89,9 @@ def shuffled(events: Sequence[Event], seed: int) -> Choose:
         real = torch.arange(len(flat), device=flat.device)
         if event.weights is not None:
             real = real[event.weights.flatten().bool()]
+        first = gate.first_tokens(residual)
+        if first is not None:
+            real = real[~first.flatten()[real]]
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed)).to(flat.device)
         flat[real] = flat[real[order]]
         return flat.view(event.decisions.shape)

@@ -64,7 +64,7 @@ def regress_routers(
         progress: Called with batches labelled and routers fitted.
 
     Returns:
-        Per site, how predictable harm was on held-out rows.
+        Per site that is not always on, how predictable harm was on held-out rows.
     """
     report = progress or silent
     features: dict[str, list[Tensor]] = {}
@@ -87,7 +87,7 @@ def regress_routers(
         if count >= samples:
             break
     result = {}
-    gates = list(iter_gates(gated))
+    gates = [(name, gate) for name, gate in iter_gates(gated) if not gate.always_on]
     for index, (name, gate) in enumerate(gates):
         set_offset(gate)
         rows, harm = torch.cat(features[name])[:_ROWS], torch.cat(harms[name])[:_ROWS]

@@ -295,15 +295,14 @@ def flop_costs(plan: Plan) -> CostModel:
             site = planned.site
             per_token = planned.granularity == "token"
             router = make_router(site.layout, site.channels, planned.granularity, planned.hidden, len(site.units))
+            asked = 0.0 if planned.always_on else float(router.flops(site.positions if per_token else 1))
             if site.heads is not None:
-                share = SiteCost(float(site.heads.flops), 0.0, router.flops(1) / site.heads.count)
+                share = SiteCost(float(site.heads.flops), 0.0, asked / site.heads.count)
                 sites |= dict.fromkeys(site.units, share)
                 continue
             skip = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
             saved = site.query.flops if site.query is not None and per_token else site.flops
-            sites[site.name] = SiteCost(
-                float(saved), float(skip.flops(site.positions)), float(router.flops(site.positions if per_token else 1))
-            )
+            sites[site.name] = SiteCost(float(saved), float(skip.flops(site.positions)), asked)
     return CostModel("flops", float(max(plan.model_flops, 1)), sites)
 
 

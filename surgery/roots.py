@@ -152,7 +152,8 @@ def _scope_of(model: nn.Module, arguments: Mapping[str, Any]) -> Scope:
     forced = context.overrides_of(context.state_of(model)).forced
     main, decoded = _first(arguments, _INPUTS), _first(arguments, _DECODER_INPUTS)
     rows = len(main) if main is not None else len(decoded) if decoded is not None else _rows(arguments)
-    scope = _tokens(arguments, forced, rows)
+    first = context.state_of(model).plan.first_tokens
+    scope = _tokens(arguments, forced, rows, first)
     scope.whole = _wants_attentions(model, arguments)
     if decoded is not None:
         own = {
@@ -161,18 +162,20 @@ def _scope_of(model: nn.Module, arguments: Mapping[str, Any]) -> Scope:
             "position_ids": arguments.get("decoder_position_ids"),
             "cache": _cache_of(arguments),
         }
-        scope.decoder = _tokens(own, forced, rows)
+        scope.decoder = _tokens(own, forced, rows, first)
         scope.decoder.whole = scope.whole
     if forced is not None and _generation.get() is None:
         forced.count += rows
     return scope
 
 
-def _tokens(arguments: Mapping[str, Any], forced: Forced | None, rows: int) -> Scope:
+def _tokens(arguments: Mapping[str, Any], forced: Forced | None, rows: int, first: int = 0) -> Scope:
     """Mask, positions and sample ids of one sequence of tokens."""
-    main, mask = _first(arguments, _INPUTS), arguments.get("attention_mask")
     padding = padding_of(arguments)
     scope = Scope(mask=padding, rows=rows)
+    if first:
+        found = first_tokens_of(arguments, first)
+        scope.first = False if found is not None and not bool(found.any()) else found
     if forced is None:
         return scope
     running = _generation.get()
@@ -183,9 +186,19 @@ def _tokens(arguments: Mapping[str, Any], forced: Forced | None, rows: int) -> S
         scope.start = start
     else:
         scope.start = forced.count
-    length = 0 if main is None or main.dim() < 2 else main.shape[1]
-    scope.positions = _token_positions(arguments, None if padding is None else mask, main, length)
+    scope.positions = _token_positions(arguments)
     return scope
+
+
+def first_tokens_of(arguments: Mapping[str, Any], count: int) -> Tensor | None:
+    """Which tokens of a call are among the first `count` real ones of their sequence, bool `(N, T)`; None where positions are
+    unknown.
+    """
+    positions, padding = _token_positions(arguments), padding_of(arguments)
+    if positions is None:
+        return None
+    first = positions < count
+    return first if padding is None or padding.shape != first.shape else first & padding
 
 
 def _cache_of(arguments: Mapping[str, Any]) -> Any:
@@ -203,16 +216,18 @@ def _rows(arguments: Mapping[str, Any]) -> int:
     return next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.dim() > 0), 1)
 
 
-def _token_positions(
-    arguments: Mapping[str, Any], mask: Tensor | None, main: Tensor | None, length: int
-) -> Tensor | None:
-    if main is None or length == 0:
+def _token_positions(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Position of every token of a call in its sequence, padding left out, `(N, T)`; None where it holds no tokens."""
+    main = _first(arguments, _INPUTS)
+    if main is None or main.dim() < 2:
         return None
+    length = main.shape[1]
     given = arguments.get("position_ids")
     if isinstance(given, Tensor) and given.dim() == 2:
         return given.expand(len(main), -1)
-    if mask is not None:
-        return (mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
     past = _cache_of(arguments)
     start = 0 if past is None else int(past.get_seq_length())
+    mask = None if padding_of(arguments) is None else arguments["attention_mask"]
+    if mask is not None and mask.shape[1] >= start + length:
+        return (mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
     return torch.arange(start, start + length, device=main.device).expand(len(main), length)

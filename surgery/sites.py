@@ -102,13 +102,14 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class SitePlan:
-    """What is done at one site."""
+    """What is done at one site; `always_on` ones run unless they are forced not to, and have no router at work."""
 
     site: Site
     granularity: Granularity
     skip: SkipKind
     rank: int = 0
     hidden: int = 16
+    always_on: bool = False
 
 
 class Sites(Sequence[Site]):
@@ -117,7 +118,8 @@ class Sites(Sequence[Site]):
     `model_flops` is the dense model's FLOPs per sample at the example's shape. `signature` records the example's names,
     shapes, dtypes and Nones; `patterns` how each host was called; `inlined` which modules were traced through. `heads` are
     the sites of kind `heads`, which are chosen only where they are asked for (`sites.filter(kind="heads")`) and then take
-    the place of the attention branch that they are in; `heads_rejections` says where there are none and why.
+    the place of the attention branch that they are in; `heads_rejections` says where there are none and why. `causal` says
+    whether the model is a causal language model that can generate.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Sites(Sequence[Site]):
         signature: Mapping[str, Any] | None = None,
         patterns: Mapping[str, Any] | None = None,
         inlined: Iterable[str] = (),
+        causal: bool = False,
     ) -> None:
         self._sites = tuple(sites)
         self.rejections = tuple(rejections)
@@ -144,6 +147,7 @@ class Sites(Sequence[Site]):
         self.signature = dict(signature or {})
         self.patterns = dict(patterns or {})
         self.inlined = tuple(inlined)
+        self.causal = causal
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -218,6 +222,8 @@ class Sites(Sequence[Site]):
         skip: SkipKind | Literal["auto"] = "auto",
         rank: int = 16,
         hidden: int | Literal["auto"] = "auto",
+        first_tokens: int | Literal["auto"] = "auto",
+        first_layers: int | Literal["auto"] = "auto",
     ) -> Plan:
         """Choose granularity, skip path and router size for every site.
 
@@ -228,10 +234,14 @@ class Sites(Sequence[Site]):
                 parameters, else per-channel affine. `depthwise` means `linear` where the stream is no feature map.
             rank: Rank of `low-rank` skip paths.
             hidden: Width of the routers' bottleneck; `auto` keeps a router within its cost limit.
+            first_tokens: For how many first tokens of every sequence all gates per token stay open; `auto` is
+                `planning.FIRST_TOKENS` in causal language models, else 0.
+            first_layers: In how many first layers all gates stay open; `auto` is `planning.FIRST_LAYERS` in causal
+                language models, else 0.
 
         Raises:
             NoSites: If there is nothing to plan.
-            SurgeryError: If `granularity` or `skip` is none of the kinds above.
+            SurgeryError: If `granularity` or `skip` is none of the kinds above, or a number is negative.
         """
         from surgery.planning import choose
 
@@ -240,7 +250,15 @@ class Sites(Sequence[Site]):
                 f"{self.model_name} has no sites; rejected: "
                 + ("; ".join(f"{r.where}: {r.reason}" for r in self.rejections) or "no residual add was found")
             )
-        return choose(self, granularity=granularity, skip=skip, rank=rank, hidden=hidden)
+        return choose(
+            self,
+            granularity=granularity,
+            skip=skip,
+            rank=rank,
+            hidden=hidden,
+            first_tokens=first_tokens,
+            first_layers=first_layers,
+        )
 
     def _with(self, sites: Iterable[Site]) -> Sites:
         return Sites(
@@ -254,6 +272,7 @@ class Sites(Sequence[Site]):
             signature=self.signature,
             patterns=self.patterns,
             inlined=self.inlined,
+            causal=self.causal,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -293,6 +312,8 @@ class Plan:
     patterns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     inlined: tuple[str, ...] = ()
     format_version: int = PLAN_FORMAT
+    first_tokens: int = 0
+    """For how many first tokens of every sequence all gates per token are open."""
 
     def __post_init__(self) -> None:
         names = [planned.site.name for planned in self.sites]
@@ -314,6 +335,11 @@ class Plan:
     def units(self) -> tuple[str, ...]:
         """Names of everything that is decided, in the order of execution: sites, and heads one by one."""
         return tuple(unit for planned in self.sites for unit in planned.site.units)
+
+    @property
+    def always_on(self) -> tuple[str, ...]:
+        """What of `units` is open for everything unless it is forced."""
+        return tuple(unit for planned in self.sites if planned.always_on for unit in planned.site.units)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +105,14 @@ class GatedState:
         """Names of what is decided, in order of execution: sites, and heads one by one. Costs and rates go by them."""
         return self.plan.units
 
-    def ranks(self, rates: dict[str, float]) -> dict[str, float]:
+    def ranks(self, rates: Mapping[str, float]) -> dict[str, float]:
         """What static policies open first: what is cut last, or is most active where no cut order was measured."""
-        return {name: float(place) for place, name in enumerate(self.order)} or rates
+        return self.above({name: float(place) for place, name in enumerate(self.order)} or rates)
+
+    def above(self, ranks: Mapping[str, float]) -> dict[str, float]:
+        """The ranks with what is always on above everything else."""
+        return {**ranks, **dict.fromkeys(self.plan.always_on, math.inf)}
+
+    def constant_rates(self, rate: float) -> dict[str, float]:
+        """Active rates where every router gives the same decision."""
+        return {**dict.fromkeys(self.units, rate), **dict.fromkeys(self.plan.always_on, 1.0)}

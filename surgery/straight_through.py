@@ -65,6 +65,10 @@ class SoftGates:
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
         """Execute one gate."""
+        if gate.always_on:
+            opened = gate.open(branch, left, inputs)
+            self._watch(gate, left, opened[0] if branch.escapes else opened)
+            return opened
         scores = gate.scores(residual.detach())
         leaf = scores.detach().requires_grad_()
         logits = leaf - self.threshold + self._noise(leaf)
@@ -82,9 +86,12 @@ class SoftGates:
         padding = gate.padding(residual) if gate.per_token else None
         self.decided.append(Decided(gate, scores, leaf, probability.detach(), active, padding))
         result = term if left is None else left + term
-        if gate.site.name in self.watched and left is not None:
-            self.streams[gate.site.name] = result
+        self._watch(gate, left, result)
         return (result, *escaped) if branch.escapes else result
+
+    def _watch(self, gate: Gate, left: Tensor | None, stream: Tensor) -> None:
+        if gate.site.name in self.watched and left is not None:
+            self.streams[gate.site.name] = stream
 
     def _noise(self, logits: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed * 997 + len(self.decided)) % (2**63))
@@ -121,7 +128,9 @@ def prices(decided: Sequence[Decided], costs: CostModel) -> tuple[list[Tensor], 
     counts = next((d.padding.float().sum(1) for d in decided if d.padding is not None), None)
     first = decided[0].leaf
     weights = torch.ones(len(first), device=first.device) if counts is None else counts
-    constant = (costs.fixed + sum(site.router + site.skip for site in costs.sites.values())) / costs.dense
+    asked = {unit for one in decided for unit in one.gate.site.units}  # all others are always on
+    each_site = [s.router + (s.skip if name in asked else s.branch) for name, s in costs.sites.items()]
+    constant = (costs.fixed + sum(each_site)) / costs.dense
     total = constant * weights.sum()
     each = []
     for one in decided:

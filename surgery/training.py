@@ -244,7 +244,7 @@ class _Run:
 
     def _pace(self) -> Pace:
         costs, options, budget = self.state.costs, self.options, self.budget
-        closed = costs.cost(dict.fromkeys(self.state.units, 0.0)) + _ABOVE_CLOSED
+        closed = costs.cost(self.state.constant_rates(0.0)) + _ABOVE_CLOSED
         low, high = options.budgets or (min(budget, _LOWEST), max(budget, _HIGHEST))
         low = min(max(low, closed), 1.0)
         pace = Pace(low, max(low, high), options.anneal * self.total, self.seed)

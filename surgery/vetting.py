@@ -21,6 +21,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "sites": (1, 100_000),
     "characters": (0, 500),
     "count": (0, 2**62),
+    "first_tokens": (0, 2**16),
 }
 """Smallest and largest values; what is outside is no network."""
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -38,6 +39,7 @@ def vet(plan: Plan) -> None:
         CheckpointError: By the name of what is wrong.
     """
     _within("sites", len(plan.sites), "the plan")
+    _within("first_tokens", plan.first_tokens, "the plan")
     for index, planned in enumerate(plan.sites):
         where = f"plan.sites[{index}]"
         for name in _names(planned.site):
