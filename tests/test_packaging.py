@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import surgery
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = "import sys; import {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
@@ -31,8 +34,24 @@ def test_importing_the_adapters_imports_no_ecosystem() -> None:
     assert not {"timm", "transformers", "datasets", "sklearn"} & imported_by("surgery.adapters")
 
 
-def test_the_command_starts_without_an_ecosystem() -> None:
-    assert not {"timm", "transformers", "datasets", "matplotlib"} & imported_by("surgery.scripts.cli")
+def test_the_command_starts_without_torch() -> None:
+    heavy = {"torch", "numpy", "timm", "transformers", "datasets", "matplotlib"}
+    assert not heavy & imported_by("surgery.scripts.cli")
+
+
+def test_every_public_name_is_there_and_declared() -> None:
+    declared = {
+        alias.name
+        for node in ast.walk(ast.parse((ROOT / "surgery" / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgery.")
+        for alias in node.names
+    }
+    assert declared == set(surgery.__all__) <= set(dir(surgery))
+    for name in surgery.__all__:
+        assert getattr(surgery, name).__name__ == name
+    assert surgery.errors.SurgeryError is sys.modules["surgery.errors"].SurgeryError
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = surgery.nothing
 
 
 def test_scripts_shadow_no_module() -> None:
