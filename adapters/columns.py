@@ -123,7 +123,8 @@ def find_columns(
     if missing or not set(found) & set(wanted):
         raise DataError(
             f"{where}: found no column of {' and no column of '.join(missing) or 'inputs'}; "
-            f"columns: {_describe(features)}; name it: columns={{{(missing or ['image'])[0]!r}: <column>}}"
+            f"columns: {_describe(features)}; call the right one {(missing or ['image, text or value'])[0]}, or in Python pass "
+            f"columns={{{(missing or ['image'])[0]!r}: <column>}}"
         )
     return found
 

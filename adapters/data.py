@@ -105,6 +105,10 @@ class Loader:
                 samples.append(self._loaded.preprocess(cells))
             except DataError as error:
                 raise DataError(f"row {row}: {error}") from error
+            if not _finite(samples[-1]):
+                raise DataError(
+                    f"row {row}: {' and '.join(roles.values())} holds NaN or infinity; clean or leave out this row"
+                )
         if self._augment:
             samples = [_augmented(sample, generator) for sample in samples]
         labels: Tensor | None = None
@@ -178,6 +182,11 @@ def load_data(
         seed=seed,
         augment=augment,
     )
+
+
+def _finite(sample: Any) -> bool:
+    values = sample.values() if isinstance(sample, Mapping) else (sample,)
+    return all(bool(torch.isfinite(one).all()) for one in values if isinstance(one, Tensor) and one.is_floating_point())
 
 
 def _labels(table: Table, column: str | None, loaded: Loaded) -> Labels | None:

@@ -144,8 +144,11 @@ def _model(spec: Spec, device: torch.device, dtype: torch.dtype | None, revision
             spec.rest, revision=revision, return_unused_kwargs=True, **options
         )
     except (OSError, ValueError, KeyError) as error:
-        near = did_you_mean(near_files(Path(spec.rest), directories=True))
-        raise UnknownModel(f"{spec.text!r} cannot be read: {error}{near}") from error
+        near = did_you_mean(
+            near_files(Path(spec.rest), directories=True),
+            "without a connection, give a directory that `save_pretrained` wrote",
+        )
+        raise UnknownModel(f"{spec.text!r} cannot be read: {str(error).rstrip('. ')}{near}") from error
     cls = class_of(spec.text, config, spec.options.get("class"))
     if dtype is None and device.type == "cpu" and getattr(config, "dtype", None) in HALF:
         dtype = torch.float32

@@ -12,7 +12,7 @@ import torch
 
 from surgery import consent
 from surgery.adapters.base import Loaded
-from surgery.adapters.registry import adapter_names, get_adapter, table
+from surgery.adapters.registry import get_adapter, table
 from surgery.adapters.specs import Spec, did_you_mean, near_files, parse_spec
 from surgery.errors import UnknownModel
 
@@ -69,10 +69,11 @@ def _adapter_name(spec: Spec) -> str:
             if spec.prefix in ("hf", "huggingface") and directory_layout(Path(spec.rest)) == "timm":
                 return "timm"
             return spec.prefix
-        near = difflib.get_close_matches(spec.prefix, (p for entry in table().values() for p in entry.prefixes))
+        known = [prefix for entry in table().values() for prefix in entry.prefixes]
+        near = difflib.get_close_matches(spec.prefix, known)
         raise UnknownModel(
             f"{spec.text!r}: unknown prefix {spec.prefix!r}"
-            + did_you_mean([f"{one}:{spec.rest}" for one in near], f"known adapters: {', '.join(adapter_names())}")
+            + did_you_mean([f"{one}:{spec.rest}" for one in near], f"known prefixes: {', '.join(known)}")
         )
     layout = directory_layout(Path(spec.rest))
     if layout is not None:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from surgery.adapters.images import ImagePreprocess, to_pil
 from surgery.adapters.specs import Spec, did_you_mean, near_files, numbers
 from surgery.calling import Batch
 from surgery.errors import CheckpointError, DataError, UnknownModel
+from surgery.finding import check_weights
 
 PREPROCESSING = ("mean", "std", "size", "channels")
 
@@ -81,6 +83,12 @@ class PlainAdapter:
             result = function(**spec.without(*preprocessing))
         except TypeError as error:
             raise UnknownModel(f"{spec.text!r}: {function_name} refuses an option: {error}") from error
+        except Exception as error:  # it is the user's code
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UnknownModel(
+                f"{spec.text!r}: {function_name} failed in {Path(place.filename).name}, line {place.lineno}: "
+                f"{type(error).__name__}: {error}; --debug shows the traceback"
+            ) from error
         model, preprocess = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         if not isinstance(model, nn.Module):
             raise UnknownModel(
@@ -89,6 +97,7 @@ class PlainAdapter:
             )
         if preprocess is not None and not callable(preprocess):
             raise UnknownModel(f"{spec.text!r}: preprocess must be callable, got {type(preprocess).__name__}")
+        check_weights(model)
         setattr(model, BASE_ATTRIBUTE, {"base": spec.text, "revision": revision or ""})
         dtypes = {parameter.dtype for parameter in model.parameters()}
         if dtype is None and torch.device(device).type == "cpu" and dtypes & {torch.float16, torch.bfloat16}:
@@ -152,7 +161,7 @@ def collate(samples: Sequence[Any], labels: Tensor | None) -> Any:
 def _refuse(model: nn.Module) -> NoReturn:
     raise DataError(
         f"{type(model).__name__} is a network of your own, so what it is called with is not known: "
-        "pass example=<one batch> or data=<a loader>"
+        "give data (--data in the shell, data=<a loader> in Python) or, in Python, example=<one batch>"
     )
 
 

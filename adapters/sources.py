@@ -135,7 +135,9 @@ def _load(what: str, *args: Any, **kwargs: Any) -> Table:
     try:
         dataset = datasets.load_dataset(*args, **kwargs)
     except Exception as error:  # datasets raises whatever its readers raise
-        reason = f"{error.__cause__ or error}".strip() or type(error).__name__
+        reason = f"{error.__cause__ or error}".strip().rstrip(".!") or type(error).__name__
+        if "corresponds to no data" in reason:
+            raise DataError(f"{what} has no rows; give data with at least one") from error
         raise DataError(f"{what} cannot be read: {reason}; {_readable()}") from error
     finally:
         if bars:

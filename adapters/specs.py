@@ -64,6 +64,11 @@ def parse_spec(text: str) -> Spec:
     return Spec(text, prefix, rest, options)
 
 
+def with_option(text: str, option: str) -> str:
+    """A `MODEL` string with one more option."""
+    return f"{text}{'&' if '?' in text else '?'}{option}"
+
+
 def numbers(value: Any) -> tuple[float, ...]:
     """An option that is one number or several, as several.
 

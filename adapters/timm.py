@@ -24,7 +24,7 @@ from surgery.adapters.base import (
     stack,
 )
 from surgery.adapters.images import natural_images, to_pil
-from surgery.adapters.specs import Spec, did_you_mean, numbers, parse_spec
+from surgery.adapters.specs import Spec, did_you_mean, numbers, parse_spec, with_option
 from surgery.calling import Batch, dtype_of
 from surgery.errors import CheckpointError, UnknownModel
 from surgery.fingerprints import fingerprint
@@ -73,7 +73,13 @@ class TimmAdapter:
             raise UnknownModel(f"{spec.text!r}: timm.create_model refuses an option: {error}") from error
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
             kind = CheckpointError if "state_dict" in str(error) else UnknownModel
-            raise kind(f"{spec.text!r} cannot be loaded: {error}") from error
+            hint = (
+                f"; {with_option(spec.text, 'pretrained=false')} builds it with random weights, "
+                f"{with_option(spec.text, 'checkpoint=FILE')} with weights of your own"
+                if pretrained and kind is UnknownModel
+                else ""
+            )
+            raise kind(f"{spec.text!r} cannot be loaded: {str(error).rstrip('. ')}{hint}") from error
         if checkpoint is not None:
             _load_weights(model, str(checkpoint))
 

@@ -87,8 +87,10 @@ _SYNTHETIC = "note: synthetic inputs; decisions and so times on yours will diffe
 
 def _inputs(loaded: Any, data: str | None, split: str, size: int, seed: int) -> list[Any]:
     """Batches of `size` on the model's device, all of one length."""
+    import torch
+
     from surgery.adapters import load_data
-    from surgery.calling import as_batch, device_of, dtype_of
+    from surgery.calling import batches, call_dense, device_of, dtype_of
 
     if data is None:
         source = loaded.adapter.inputs(loaded.model, 4 * size, size, seed)
@@ -97,9 +99,11 @@ def _inputs(loaded: Any, data: str | None, split: str, size: int, seed: int) -> 
             data, loaded, split=split, batch_size=size, limit=max(SAMPLES, size), seed=seed, shuffle=True
         )
     where, dtype = device_of(loaded.model), dtype_of(loaded.model)
-    whole = [batch for batch in (as_batch(value).to(where, dtype) for value in source) if batch.size == size]
+    whole = [batch for batch in (one.to(where, dtype) for one in batches(source)) if batch.size == size]
     if not whole:
         raise DataError(f"{data} (split {split!r}) has fewer than {size} samples; take a smaller --batch-size")
+    with torch.no_grad():
+        call_dense(loaded.model, whole[0])  # refused by name, if at all
     return whole
 
 

@@ -38,8 +38,8 @@ def record(
 
     from surgery.adapters import load_data
     from surgery.calibration import set_budget
-    from surgery.calling import batches, call
-    from surgery.costs import place
+    from surgery.calling import batches
+    from surgery.costs import place, run
     from surgery.recording import record as recording
 
     with waiting("loading the model"):
@@ -49,7 +49,7 @@ def record(
     rows = load_data(data, loaded, split=split, batch_size=batch_size, limit=limit, seed=seed)
     with progress_bars() as progress, torch.no_grad(), recording(gated, out) as log:
         for index, batch in enumerate(batches(rows)):
-            call(gated, place(batch, gated))
+            run(gated, place(batch, gated))
             progress("recording", index + 1, len(rows))
     found = {"log": str(out), "calls": log.calls, "rows": rows.samples}
     if as_json:

@@ -32,7 +32,6 @@ def show(
 ) -> None:
     """Show the code that runs instead of the original forward, with its gates."""
     import surgery
-    from surgery.context import state_of
 
     machine = Machine(device, dtype, revision=revision)
     with waiting("loading the model"):
@@ -42,11 +41,7 @@ def show(
             loaded = machine.load(model)
             example = example_of(loaded, data, split=split, batch_size=2, seed=0)
             gated = surgery.insert_gates(loaded.model, surgery.find_sites(loaded.model, example))
-    try:
-        code = surgery.show(gated, name)
-    except KeyError as error:
-        known = ", ".join(state_of(gated).names)
-        raise typer.BadParameter(f"nothing named {name!r} was rewritten; sites: {known}", param_hint="NAME") from error
+    code = surgery.show(gated, name)
     if as_json:
         show_json({"name": name, "code": code})
     else:

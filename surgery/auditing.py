@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from surgery.calling import Batch, batches, call, length_of, read_output
+from surgery.calling import Batch, batches, call, call_dense, length_of, read_output
 from surgery.context import Event, runs_dense, state_of, tape
 from surgery.costs import place, rates_of, weights_of
 from surgery.errors import DataError
@@ -319,9 +319,9 @@ class _Run:
         names, size = self.state.units, batch.size
         if runs_dense(self.state):
             self.dense_calls = True
+        reference = call_dense(self.reference, batch)
         with tape(self.gated) as events:
             output = call(self.gated, batch)
-        reference = call(self.reference, batch)
         classes = is_logits(self.reference, batch, reference) and read_output(reference).dim() == 2
         labels = batch.labels if batch.labels is not None and batch.labels.dim() == 1 else None
         found = {

@@ -126,7 +126,8 @@ def point_at(state: GatedState, budget: float) -> BudgetPoint:
     low, high = state.table[0].cost, state.table[-1].cost
     if not low - TOLERANCE <= budget <= high + TOLERANCE:
         raise BudgetError(
-            f"budget {budget:g} is outside the calibrated range [{low:.3f}, {high:.3f}] (or 1.0 for dense)"
+            f"budget {budget:g} is outside the calibrated range [{low:.3f}, {high:.3f}] (or 1.0 for dense); take one inside, "
+            "or for less convert again with more sites"
         )
     return _point(state, budget)
 

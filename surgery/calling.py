@@ -5,23 +5,24 @@ Axis letters: `N` samples, `T` tokens, `K` classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import DataError
+from surgery.errors import DataError, SurgeryError
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The arguments of one call, and the labels that came with them (never passed to the model)."""
+    """The arguments of one call, the labels that came with them (never passed to the model), and its number in the data."""
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     labels: Tensor | None = None
+    number: int | None = None
 
     @property
     def size(self) -> int:
@@ -32,6 +33,11 @@ class Batch:
         raise DataError(f"a batch holds no tensor: got {_describe(self)}")
 
     @property
+    def where(self) -> str:
+        """How messages about it begin: `batch 3 of the data: `, or nothing where it is no part of data."""
+        return "" if self.number is None else f"batch {self.number} of the data: "
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors among the arguments, in order."""
         return tuple(v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
@@ -40,7 +46,8 @@ class Batch:
         """The same call with other `tensors`, in the order of `self.tensors`."""
         left = iter(tensors)
         args = [next(left) if isinstance(v, Tensor) else v for v in self.args]
-        return Batch(tuple(args), {k: next(left) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()})
+        kwargs = {k: next(left) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()}
+        return Batch(tuple(args), kwargs, number=self.number)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Move every tensor to `device`, floating-point inputs to `dtype`."""
@@ -51,7 +58,7 @@ class Batch:
             return value.to(device, dtype if dtype is not None and value.is_floating_point() else None)
 
         labels = None if self.labels is None else self.labels.to(device)
-        return Batch(tuple(map(move, self.args)), {k: move(v) for k, v in self.kwargs.items()}, labels)
+        return Batch(tuple(map(move, self.args)), {k: move(v) for k, v in self.kwargs.items()}, labels, self.number)
 
     def rows(self, index: Tensor) -> Batch:
         """The samples that `index` names; values without a batch axis stay."""
@@ -64,6 +71,7 @@ class Batch:
             tuple(map(cut, self.args)),
             {k: cut(v) for k, v in self.kwargs.items()},
             None if self.labels is None else cut(self.labels),
+            self.number,
         )
 
 
@@ -95,9 +103,11 @@ def as_batch(value: Any) -> Batch:
         )
     for name, item in (*enumerate(batch.args), *batch.kwargs.items()):
         if isinstance(item, Tensor) and item.is_floating_point() and item.device.type != "meta":
-            if not torch.isfinite(item).all():
+            finite = torch.isfinite(item)
+            if not finite.all():
                 raise DataError(
-                    f"input {name!r} of shape {tuple(item.shape)} holds NaN or infinity; clean the data first"
+                    f"input {name!r} of shape {tuple(item.shape)} holds NaN or infinity{_rows_without(finite)}; clean or "
+                    "leave out these samples"
                 )
     first = next((v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0), None)
     if first is not None and len(first) == 0:
@@ -109,14 +119,27 @@ def batches(data: Iterable[Any]) -> Iterator[Batch]:
     """Read every element of `data` with `as_batch`.
 
     Raises:
-        DataError: If there is none.
+        DataError: If there is none, or one is none; its number counts from 0.
     """
     empty = True
-    for value in data:
+    for number, value in numbered(data):
         empty = False
-        yield as_batch(value)
+        try:
+            batch = as_batch(value)
+        except DataError as error:
+            raise DataError(f"batch {number} of the data: {error}") from error
+        yield batch if batch.number is not None else replace(batch, number=number)
     if empty:
-        raise DataError("the data yields no batch: it is empty, or it is an iterator that was already read to its end")
+        raise DataError(
+            "the data yields no batch: it is empty, or it is an iterator that was already read to its end; pass a list, a "
+            "DataLoader, or a dataset"
+        )
+
+
+def numbered(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """The elements of `data` with their numbers; a part of some data knows the numbers in the whole."""
+    given: Callable[[], Iterator[tuple[int, Any]]] | None = getattr(data, "numbered", None)
+    return iter(enumerate(data)) if given is None else given()
 
 
 def length_of(data: Iterable[Any]) -> int | None:
@@ -142,13 +165,27 @@ def refusal(model: nn.Module, batch: Batch, error: Exception) -> DataError:
         for name, v in items
     )
     return DataError(
-        f"{type(model).__name__} refuses what it is called with ({found}): {type(error).__name__}: {error}; "
+        f"{batch.where}{type(model).__name__} refuses what it is called with ({found}): {type(error).__name__}: {error}; "
         "give what the dense model takes, in every batch: a tensor, a tuple, or a dict of keyword arguments"
     )
 
 
 REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """What a model raises when it is called with something wrong."""
+
+
+def call_dense(model: nn.Module, batch: Batch) -> Any:
+    """`call` of a dense model on the user's data.
+
+    Raises:
+        DataError: If the model refuses the batch.
+    """
+    try:
+        return call(model, batch)
+    except (SurgeryError, torch.OutOfMemoryError):
+        raise
+    except REFUSALS as error:
+        raise refusal(model, batch, error) from error
 
 
 def read_output(output: Any) -> Tensor:
@@ -200,6 +237,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _is_labels(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_floating_point() and value.dim() == 1
+
+
+def _rows_without(finite: Tensor) -> str:
+    """The first rows that hold something else, in words."""
+    if finite.dim() == 0:
+        return ""
+    rows = (~finite.reshape(len(finite), -1).all(1)).nonzero().flatten().tolist()
+    return f" in {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows[:5]))}{', …' if len(rows) > 5 else ''}"
 
 
 def _describe(batch: Batch) -> str:

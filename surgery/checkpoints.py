@@ -210,10 +210,9 @@ def config_of(gated: nn.Module, state: GatedState, spec: str | None, **own: Any)
     adapter = adapter_for(gated)
     found: dict[str, Any] = dict(adapter.reference(gated))
     found["spec"] = found.pop("base", "")
-    known = {key: value for key, value in state.base.items() if key != "trainable"}  # belongs to the model in memory
     given = {} if spec is None else {"spec": spec}
     weights = {"dtypes": float_dtypes(gated), "sha256": fingerprint(gated), "included": own.pop("included", False)}
-    base = {**found, **known, **given, **weights, "class": _class_path(gated)}
+    base = {**found, **state.base, **given, **weights, "class": _class_path(gated)}
     numbers = {name: {key: float(getattr(gate, key)) for key in GATE_NUMBERS} for name, gate in iter_gates(gated)}
     return encode(state, base, architecture=adapter.base_config(gated), gates=numbers, **own)
 

@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,7 +127,7 @@ def convert(
         data = made_inputs(model, example, seed)
     check_reiterable(data)
     fit, held = split(data, validation)
-    held = list(Head(held, max(samples // 4, 64)))  # kept, since augmented data differ from pass to pass
+    held = list(batches(Head(held, max(samples // 4, 64))))  # kept, since augmented data differ from pass to pass
     if trains:
         count_steps(fit, options or Options())
     if resume and not interrupted_at(output_dir):
@@ -253,7 +253,7 @@ def select(sites: Sites, wanted: Sequence[str]) -> Sites:
 def first(data: Iterable[Any]) -> Batch:
     """The first batch, at most eight rows of it."""
     batch = next(batches(data))
-    return Batch(batch.args, batch.kwargs).rows(torch.arange(min(8, batch.size)))
+    return replace(batch, labels=None).rows(torch.arange(min(8, batch.size)))
 
 
 def note(gated: nn.Module, text: str) -> None:

@@ -5,6 +5,9 @@ Each message says what happened, where, what was expected and found, and the nex
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
 
 class SurgeryError(Exception):
     """Base of all errors of this package."""
@@ -36,6 +39,13 @@ class SitesMismatch(SurgeryError):
 
 class PlanMismatch(SurgeryError):
     """A plan does not fit the model that it is applied to."""
+
+
+class UnknownSite(SurgeryError, KeyError):
+    """A name that is neither a site nor a module that was rewritten."""
+
+    def __str__(self) -> str:  # `KeyError` shows its message in quotes
+        return Exception.__str__(self)
 
 
 class BudgetError(SurgeryError, ValueError):
@@ -84,6 +94,18 @@ class ExportError(SurgeryError):
 
 class LogError(SurgeryError):
     """A log of decisions that cannot be written, is damaged, or is of another model."""
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """`; did you mean …?` where something like `name` is among `names`, else nothing."""
+    found = get_close_matches(name, list(dict.fromkeys(names)), 3)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def shortened(names: Sequence[str], count: int = 12) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return (", ".join(names[:count]) or "none") + more
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery import policies
-from surgery.calling import Batch, batches, call, device_of, dtype_of, length_of
+from surgery.calling import Batch, batches, call, call_dense, device_of, dtype_of, length_of, read_output
 from surgery.context import Event, execution, handled, state_of, tape
 from surgery.costs import place
-from surgery.errors import DataError
+from surgery.errors import BaseMismatch, DataError
 from surgery.model_timing import times_of
 from surgery.peers import Contest, Judge, Parts, within
 from surgery.policies import Importance, decided
@@ -73,7 +73,9 @@ def measure(
         progress: Called after every batch.
 
     Raises:
-        DataError: If the data yields nothing, can be read only once, changes its order, or its labels do not fit.
+        DataError: If the data yields nothing, can be read only once, changes its order, is refused by the model, or its
+            labels do not fit.
+        BaseMismatch: If the outputs of `dense` have another shape.
         NotConverted: If the model has no gates.
     """
     if iter(data) is data:
@@ -146,10 +148,12 @@ class _Run:
         """Run dense, ours, and ours with its decisions shuffled."""
         for index, batch in enumerate(self._batches("measuring")):
             self.seen.append(_mark(batch))
-            dense = call(self.reference, batch)
+            dense = call_dense(self.reference, batch)
             self.judge.add(self.dense, batch, dense, dense, None)
             with tape(self.gated) as events:
                 output = call(self.gated, batch)
+            if index == 0:
+                _check_alike(self.reference, dense, self.gated, output)
             self.judge.add(self.ours, batch, output, dense, events)
             self._count_policies(events, batch.size)
             self.decides = self.decides or any(not bool(event.decisions.all()) for event in events)
@@ -265,6 +269,16 @@ def _verdict(metric: str, peers: Sequence[Peer]) -> list[str]:
         f"input-dependent routing does not beat the static policy at the same cost beyond the 95 % interval: "
         f"{metric} {static.difference:+.4g} ({static.low:+.4g} … {static.high:+.4g})"
     ]
+
+
+def _check_alike(reference: nn.Module, dense: Any, gated: nn.Module, output: Any) -> None:
+    """Refuse a dense model whose output has another shape."""
+    theirs, ours = tuple(read_output(dense).shape), tuple(read_output(output).shape)
+    if theirs != ours:
+        raise BaseMismatch(
+            f"dense is a {type(reference).__name__} whose output has the shape {theirs}, that of the gated "
+            f"{type(gated).__name__} is {ours}; give the model that was converted, or leave dense out"
+        )
 
 
 def _mark(batch: Batch) -> tuple[int, float]:

@@ -288,6 +288,7 @@ class _Writer:
         pa = arrow()
         self._schema = schema_of(describe(gated, scores))
         try:
+            self._made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             self._file = (path / f"{time.time_ns()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{SUFFIX}").open("wb")
             options = pa.ipc.IpcWriteOptions(compression="zstd" if pa.Codec.is_available("zstd") else None)
@@ -299,6 +300,7 @@ class _Writer:
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
         self._bytes, self._oldest = 0, time.monotonic()
         self._error: Exception | None = None
+        self._any = False
         self._queue: queue.Queue[Call | threading.Event | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._work, name="surgery-log", daemon=True)
         self._thread.start()
@@ -338,6 +340,8 @@ class _Writer:
                 item.set()
             if item is None:
                 self._guarded(self._end)
+                if not self._any:
+                    self._vanish()
                 return
 
     def _guarded(self, step: Callable[..., None], *args: Any) -> None:
@@ -365,6 +369,7 @@ class _Writer:
             return
         pa = arrow()
         arrays = [pa.array(self._columns[f.name], type=f.type) for f in self._schema]
+        self._any = True
         self._stream.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._file.flush()
         for values in self._columns.values():
@@ -374,6 +379,12 @@ class _Writer:
     def _end(self) -> None:
         self._stream.close()
         self._file.close()
+
+    def _vanish(self) -> None:
+        """Leave nothing behind where nothing was recorded."""
+        Path(self._file.name).unlink(missing_ok=True)
+        if self._made and not any(self._path.iterdir()):
+            self._path.rmdir()
 
 
 def _rows_of(call: Call, size: int, state: GatedState, scores: str) -> dict[str, list[Any]]:

@@ -33,7 +33,7 @@ from torch import fx, nn
 from surgery import roots
 from surgery.context import runs_dense, state_of
 from surgery.copying import share
-from surgery.errors import AlreadyConverted, PlanMismatch, TraceError, UnsupportedModel
+from surgery.errors import AlreadyConverted, PlanMismatch, TraceError, UnknownSite, UnsupportedModel, near, shortened
 from surgery.gates import Gate, Owners
 from surgery.head_gates import HeadGate
 from surgery.queries import owner
@@ -208,12 +208,14 @@ def insert_gates(model: nn.Module, plan: Plan | Sites) -> nn.Module:
     if isinstance(plan, Sites):
         plan = plan.plan()
     check_convertible(model)
+    trainable = _trainable(model)
     modules = dict(model.named_modules())
     unknown = sorted({p.site.host for p in plan.sites} - set(modules))
     if unknown:
         raise PlanMismatch(f"the plan for {plan.model_name} names modules that {type(model).__name__} lacks: {unknown}")
     gated = share(model).eval()
     gate_in_place(gated, plan)
+    state_of(gated).trainable = trainable
     for _, gate in _gates(gated):
         gate.eval()
         device = next((p.device for p in gated.parameters()), torch.device("cpu"))
@@ -223,7 +225,7 @@ def insert_gates(model: nn.Module, plan: Plan | Sites) -> nn.Module:
 
 def gate_in_place(model: nn.Module, plan: Plan) -> None:
     """Turn `model` itself into a gated model: for one that nobody else holds, such as a copy or one that is being loaded."""
-    state = GatedState(plan=plan, costs=flop_costs(plan), threshold=float("-inf"))
+    state = GatedState(plan=plan, costs=flop_costs(plan), threshold=float("-inf"), trainable=_trainable(model))
     for host in dict.fromkeys(p.site.host for p in plan.sites):
         install(model, host, [p for p in plan.sites if p.site.host == host], plan, state)
     _make_root(model, state)
@@ -232,10 +234,12 @@ def gate_in_place(model: nn.Module, plan: Plan) -> None:
 def remove(gated: nn.Module) -> nn.Module:
     """The dense model back: a module of the original class without gates, sharing the backbone's weights.
 
+    What required gradients when gates were inserted requires them again.
+
     Raises:
         NotConverted: If the model has no gates.
     """
-    trainable = state_of(gated).base.get("trainable", ())
+    trainable = state_of(gated).trainable
     dense = share(gated)
     for module in list(dense.modules()):
         if GATES in module._modules:
@@ -257,14 +261,17 @@ def show(gated: nn.Module, name: str = "") -> str:
 
     Raises:
         NotConverted: If the model has no gates.
-        KeyError: If nothing of that name was rewritten.
+        UnknownSite: If nothing of that name was rewritten.
     """
     state = state_of(gated)
     host = next((p.site.host for p in state.plan.sites if p.site.name == name), name)
     programs = getattr(type(gated.get_submodule(host)), "_surgery_programs", None) if _has(gated, host) else None
     if programs is None:
         hosts = list(dict.fromkeys(p.site.host or "''" for p in state.plan.sites))
-        raise KeyError(f"{name!r} was not rewritten; rewritten modules: {', '.join(hosts)}")
+        raise UnknownSite(
+            f"{name!r} is neither a site of this {type(gated).__name__} nor a module that was rewritten"
+            f"{near(name, (*state.names, *hosts))}; sites: {shortened(state.names)}; rewritten modules: {shortened(hosts)}"
+        )
     return "\n".join(programs.sources.values())
 
 
@@ -507,6 +514,10 @@ def _compile(source: str, namespace: dict[str, Any], filename: str) -> dict[str,
         for name, value in scope.items()
         if inspect.isfunction(value) and value.__code__.co_filename == filename
     }
+
+
+def _trainable(model: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def _gates(gated: nn.Module) -> Collection[tuple[str, Gate]]:

@@ -69,11 +69,12 @@ def metric_of(model: nn.Module, batch: Batch, output: Any) -> tuple[str, Scores]
         return None
     if logits.shape[:-1] != labels.shape:
         raise DataError(
-            f"labels have shape {tuple(labels.shape)}, the logits {tuple(logits.shape)} expect {tuple(logits.shape[:-1])}"
+            f"{batch.where}labels have shape {tuple(labels.shape)}, the logits {tuple(logits.shape)} expect "
+            f"{tuple(logits.shape[:-1])}; give one label for each"
         )
     if labels.numel() and int(labels.max()) >= logits.shape[-1]:
         raise DataError(
-            f"a label is {int(labels.max())}, but the model tells {logits.shape[-1]} classes apart; "
+            f"{batch.where}a label is {int(labels.max())}, but the model tells {logits.shape[-1]} classes apart; "
             "is this data for another model, or does it count classes in another order?"
         )
     counted = (labels != IGNORED).to(logits.device)

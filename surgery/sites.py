@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 from surgery import decoding
-from surgery.errors import CheckpointError, NoSites, PlanMismatch, SitesMismatch
+from surgery.errors import CheckpointError, NoSites, PlanMismatch, SitesMismatch, UnknownSite, near, shortened
 from surgery.heads import HeadRoles
 from surgery.queries import QueryRoles
 
@@ -112,6 +112,9 @@ class SitePlan:
     always_on: bool = False
 
 
+NO_ADD = "no branch is added to a residual stream anywhere"
+
+
 class Sites(Sequence[Site]):
     """What can be skipped in one model: a sequence of `Site` that prints as a table.
 
@@ -166,7 +169,10 @@ class Sites(Sequence[Site]):
             for site in (*self._sites, *self.heads):
                 if site.name == key:
                     return site
-            raise KeyError(f"no site named {key!r}; there are: {', '.join(self.names)}")
+            names = (*self.names, *(site.name for site in self.heads))
+            raise UnknownSite(
+                f"{self.model_name or 'this model'} has no site {key!r}{near(key, names)}; there are: {shortened(names)}"
+            )
         return self._sites[key]
 
     @property
@@ -197,9 +203,11 @@ class Sites(Sequence[Site]):
         kept = [site for site in chosen if (site.host, site.anchor) in inside or wanted(site)]
         if not kept:
             raise NoSites(
-                f"no site of {self.model_name} is of kind {sorted(kinds)} and matches {list(patterns) or ['*']}; "
-                f"found: {', '.join(f'{s.name} ({s.kind})' for s in (*self._sites, *self.heads)) or 'none'}"
+                f"no site of {self.model_name} is {_asked(patterns, None if kind is None else kinds)}; "
+                f"found: {shortened([f'{s.name} ({s.kind})' for s in (*self._sites, *self.heads)])}"
                 + "".join(f"; {r.where}: {r.reason}" for r in self.heads_rejections if "heads" in kinds)
+                + "".join(near(p, (*KINDS, *self.names)) for p in patterns)
+                + "; ask for kinds and name patterns of these, as in 'mlp' or 'blocks.3.*'"
             )
         return self._with(kept)
 
@@ -247,8 +255,9 @@ class Sites(Sequence[Site]):
 
         if not self._sites:
             raise NoSites(
-                f"{self.model_name} has no sites; rejected: "
-                + ("; ".join(f"{r.where}: {r.reason}" for r in self.rejections) or "no residual add was found")
+                f"{self.model_name} has no sites: "
+                + (shortened([f"{r.where}: {r.reason}" for r in self.rejections], 6) if self.rejections else NO_ADD)
+                + "; what is not added to a residual stream cannot be skipped (docs/limits.md)"
             )
         return choose(
             self,
@@ -299,6 +308,13 @@ class Sites(Sequence[Site]):
 
     def __repr__(self) -> str:
         return f"<Sites of {self.model_name}: {len(self)} found, {len(self.rejections)} rejected>"
+
+
+def _asked(patterns: Sequence[str], kinds: set[Kind] | None) -> str:
+    """What a filter asked for, in words."""
+    words = [] if kinds is None else [f"of kind {' or '.join(sorted(kinds))}"]
+    words += [f"named {' or '.join(patterns)}"] if patterns else []
+    return " and ".join(words) or "chosen by default"
 
 
 @dataclass(frozen=True, slots=True)

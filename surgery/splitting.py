@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from surgery.calling import as_batch, batches, length_of
+from surgery.calling import as_batch, batches, length_of, numbered
 from surgery.errors import DataError
 
 EVERY = 5
@@ -21,9 +21,13 @@ class Part:
         self._count = count
 
     def __iter__(self) -> Iterator[Any]:
+        return (value for _, value in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Any]]:
+        """Every batch with its number in `data`."""
         for index, value in enumerate(self.data):
             if (index % EVERY == EVERY - 1) == self.held:
-                yield value
+                yield index, value
 
     def __len__(self) -> int:
         if self._count is None:
@@ -39,9 +43,13 @@ class Head:
         self.data, self.samples = data, samples
 
     def __iter__(self) -> Iterator[Any]:
+        return (value for _, value in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Any]]:
+        """Every batch with its number in `data`."""
         count = 0
-        for value in self.data:
-            yield value
+        for number, value in numbered(self.data):
+            yield number, value
             count += as_batch(value).size
             if count >= self.samples:
                 return
@@ -84,8 +92,7 @@ def check_reiterable(data: Iterable[Any]) -> None:
 
 def _by_rows(data: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     fit, held = [], []
-    for value in batches(data):
-        batch = as_batch(value)
+    for batch in batches(data):
         index = torch.arange(batch.size)
         last = index % EVERY == EVERY - 1
         if batch.size < 2:

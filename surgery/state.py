@@ -86,6 +86,8 @@ class GatedState:
     order: tuple[str, ...] = ()
     """Sites as static policies cut them, the least harmful first; empty where it was never measured."""
     base: dict[str, Any] = field(default_factory=dict)
+    trainable: frozenset[str] = frozenset()
+    """Names of the backbone's parameters that required gradients before gates were inserted."""
     notes: list[str] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
     looks: list[LookPoint] = field(default_factory=list)

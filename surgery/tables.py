@@ -72,6 +72,8 @@ def sites_table(sites: Sites) -> RenderableType:
         parts.append(Text(f"Heads: {len(offered)} sites with {heads} heads can be had instead, with --sites heads"))
     if sites.heads_rejections:
         parts.append(_reasons("No heads to decide", [(r.where, r.reason) for r in sites.heads_rejections]))
+    if not len(sites) and not offered:
+        parts.append(Text("Nothing here can be skipped: docs/limits.md says in which networks that is so"))
     if sites.rejections:
         parts.append(_reasons("Left alone", [(r.where or "(the model itself)", r.reason) for r in sites.rejections]))
     return Group(*parts)

@@ -188,7 +188,7 @@ def test_show_prints_code(network: str, converted: Path) -> None:
 
 
 def test_show_names_what_there_is(converted: Path) -> None:
-    assert "blocks.0.mlp" in run("show", converted, "nothing", expect=2).stderr
+    assert "blocks.0.mlp" in run("show", converted, "nothing", expect=1).stderr
 
 
 # -- convert, score, benchmark ----------------------------------------------------------------------------------------

@@ -320,7 +320,7 @@ def test_without_data_but_with_an_example() -> None:
     with pytest.warns(UnmeasuredQuality):
         gated = surgery.convert(model, 0.6, example=torch.randn(4, 4))
     assert state_of(gated).budget == 0.6
-    with pytest.raises(DataError, match="network of your own.*example=.*data="):
+    with pytest.raises(DataError, match="network of your own.*data=.*example="):
         surgery.convert(model, 0.6)
 
 
