@@ -154,11 +154,11 @@ def convert(
                 output_dir=work,
                 resume=resume,
             )
+        save(gated, out, overwrite=force, spec=model)
     except KeyboardInterrupt:
         if _resumable(work, since=0 if resume else started):
             interrupted(f"interrupted; what was tuned is kept. Go on with: {_resumed(sys.argv[1:])}")
         interrupted("interrupted before tuning began; nothing was written")
-    save(gated, out, overwrite=force, spec=model)
     shutil.rmtree(work, ignore_errors=True)
     settings = status(gated)
     if as_json:

@@ -1,6 +1,7 @@
 """The content of `surgery_config.json`: written from a gated model's state, read with every value checked.
 
-Every field of `GatedState` is a key of its own name, so what is added there is saved and read without a change here.
+Every field of `GatedState` that is not `IN_MEMORY` alone is a key of its own name, so what is added there is saved and
+read without a change here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from surgery import decoding
 from surgery.errors import CheckpointError, PlanMismatch
 from surgery.sites import Plan
-from surgery.state import GatedState
+from surgery.state import IN_MEMORY, GatedState
 from surgery.vetting import damaged, vet
 
 CONFIG = "surgery_config.json"
@@ -68,7 +69,9 @@ class Recorded:
 
 def encode(state: GatedState, base: Mapping[str, Any], **own: Any) -> dict[str, Any]:
     """JSON-ready form of everything that is not a tensor."""
-    values = {field.name: getattr(state, field.name) for field in fields(state) if field.name != "base"}
+    values = {
+        field.name: getattr(state, field.name) for field in fields(state) if field.name not in ("base", *IN_MEMORY)
+    }
     content = {"format_version": FORMAT_VERSION, "versions": versions(), **own, "base": base, **values}
     return {key: plain(value) for key, value in content.items()}
 
@@ -80,6 +83,8 @@ def decode(config: Mapping[str, Any]) -> Recorded:
         CheckpointError: If a key is unknown or missing, or a value is none that `encode` gives.
     """
     hints = {**decoding.hints(GatedState), **_OWN_KEYS}
+    for name in IN_MEMORY:
+        del hints[name]
     check_version(config)
     decoding.check_keys(config, hints, _REQUIRED, "")
     version = config["plan"].get("format_version") if isinstance(config["plan"], dict) else None

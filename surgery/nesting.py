@@ -9,6 +9,7 @@ Axis letters: `N` samples.
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,6 +94,8 @@ def train_skip_paths(
     kept = _Kept(None if output_dir is None else Path(output_dir) / CHECKPOINT, parameters, optimiser, schedule)
     if resume:
         losses, before, distance = kept.load(total, before, distance)
+    same = {"total": total, "before": before, "distance": distance}
+    kept.keep(losses, same)
     stream = stream_of(data, skip=len(losses) * options.accumulate)
     gated.train()
     try:
@@ -111,16 +114,17 @@ def train_skip_paths(
                 optimiser.zero_grad()
                 schedule.step()
                 losses.append(float(loss))
+                kept.keep(losses, same)
                 report("training skip paths", step + 1, total)
                 if (step + 1) % options.save_every == 0:
-                    kept.save(total, losses, before, distance)
+                    kept.save()
     except KeyboardInterrupt:
-        optimiser.zero_grad()
-        kept.save(total, losses, before, distance)
+        kept.save()
         raise
     finally:
+        optimiser.zero_grad()
         gated.eval()
-    kept.save(total, losses, before, distance)
+    kept.save()
     if not _distance(gated, validation, levels) <= distance:
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
@@ -128,7 +132,7 @@ def train_skip_paths(
     return losses
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Kept:
     """What is written to continue a training."""
 
@@ -136,17 +140,27 @@ class _Kept:
     parameters: list[nn.Parameter]
     optimiser: torch.optim.Optimizer
     schedule: Any
+    content: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, total: int, losses: list[float], before: list[Tensor], distance: float) -> None:
-        """Write the checkpoint."""
+    def keep(self, losses: Sequence[float], same: Mapping[str, Any]) -> None:
+        """Remember the step that just ended, and what is the same for all: Ctrl-C may come in the middle of the next one."""
         if self.path is None:
+            return
+        self.content = {
+            **same,
+            "losses": list(losses),
+            "parameters": [p.detach().clone() for p in self.parameters],
+            "optimiser": copy.deepcopy(self.optimiser.state_dict()),
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))},
+        }
+
+    def save(self) -> None:
+        """Write what was kept."""
+        if self.path is None or not self.content:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        schedule = {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))}
-        values = [p.detach() for p in self.parameters]
-        content = {"total": total, "losses": losses, "before": before, "distance": distance, "parameters": values}
-        torch.save({**content, "optimiser": self.optimiser.state_dict(), "schedule": schedule}, part)
+        torch.save(self.content, part)
         os.replace(part, self.path)
 
     def load(self, total: int, before: list[Tensor], distance: float) -> tuple[list[float], list[Tensor], float]:

@@ -73,6 +73,10 @@ class LookPoint:
     margins: tuple[float, ...]
 
 
+IN_MEMORY = ("trainable",)
+"""Fields of `GatedState` that belong to a model in memory and are not saved."""
+
+
 @dataclass(slots=True)
 class GatedState:
     """Everything about a gated model that is not a tensor."""

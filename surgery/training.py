@@ -13,6 +13,7 @@ Axis letters: `N` samples.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import pickle
@@ -241,6 +242,7 @@ class _Run:
         self.watched = watched_sites(self.state.names) if self.stream_weight > 0 else frozenset[str]()
         self.held = _Held(gated, validation)
         self.history = History()
+        self.kept: dict[str, Any] = {}
 
     def _pace(self) -> Pace:
         costs, options, budget = self.state.costs, self.options, self.budget
@@ -258,6 +260,7 @@ class _Run:
         """Run from the current step to the last one."""
         stream = stream_of(self.data, skip=self.step * self.options.accumulate)
         looks = {round(self.total * k / _LOOKS) for k in range(1, _LOOKS + 1)}
+        self.keep()
         if self.step == 0:
             self.held.look(self.pace.threshold(self.budget), self.parameters)
         self.gated.train()
@@ -270,6 +273,7 @@ class _Run:
                     row |= self.held.look(self.pace.threshold(self.budget), self.parameters)
                     self.gated.train()
                 self.history.rows.append(row)
+                self.keep()
                 if self.tracker is not None:
                     self.tracker.log(row, step=self.step - 1)
                 progress("training routers", self.step, self.total)
@@ -285,28 +289,35 @@ class _Run:
                 for name, parameter in self.parameters.items():
                     parameter.copy_(self.held.best[name])
 
+    @property
+    def keeps(self) -> bool:
+        """Whether this process writes checkpoints."""
+        return self.path is not None and bool(self.accelerator.is_main_process)
+
+    def keep(self) -> None:
+        """Remember the step that just ended: Ctrl-C may come in the middle of the next one."""
+        if not self.keeps:
+            return
+        self.kept = {
+            "parameters": {name: p.detach().clone() for name, p in self.parameters.items()},
+            "optimiser": copy.deepcopy(self.optimiser.state_dict()),
+            "scaler": copy.deepcopy(self.scaler.state_dict()),
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))},
+            "step": self.step,
+            "total": self.total,
+            "thresholds": copy.deepcopy(self.pace.thresholds),
+            "best": self.held.state(),
+            "offsets": {name: gate.offset for name, gate in iter_gates(self.gated)},
+            "options": asdict(self.options),
+        }
+
     def save(self) -> None:
-        """Write the checkpoint atomically, from the main process."""
-        if self.path is None or not self.accelerator.is_main_process:
+        """Write what was kept atomically, from the main process."""
+        if self.path is None or not self.kept:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        torch.save(
-            {
-                "parameters": {name: p.detach().cpu() for name, p in self.parameters.items()},
-                "optimiser": self.optimiser.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "schedule": {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))},
-                "step": self.step,
-                "total": self.total,
-                "thresholds": self.pace.thresholds,
-                "best": self.held.state(),
-                "offsets": {name: gate.offset for name, gate in iter_gates(self.gated)},
-                "history": self.history.rows,
-                "options": asdict(self.options),
-            },
-            part,
-        )
+        torch.save({**self.kept, "history": self.history.rows[: self.kept["step"]]}, part)
         os.replace(part, self.path)
 
     def load(self) -> None:

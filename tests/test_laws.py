@@ -409,6 +409,7 @@ def test_remove_gives_the_dense_model_back(name: str) -> None:
     assert list(dense.state_dict()) == list(one.model.state_dict())
     assert [type(m) for m in dense.modules()] == [type(m) for m in one.model.modules()]
     assert_equal(outputs(dense, one.example), outputs(one.model, one.example))
+    assert not any(p.requires_grad for p in dense.parameters())  # as the zoo's are
     again = surgery.insert_gates(dense, one.sites)  # and it can be converted once more
     with surgery.force(again, 1.0):
         assert_equal(outputs(again, one.example), outputs(one.model, one.example))

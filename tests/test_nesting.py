@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Residual, Stack, assert_same, convolution, frozen, gate_all, gates, mlp
+from toys import Residual, Stack, assert_same, convolution, frozen, gate_all, gates, interrupt_after_update, mlp
 
 import surgery
 from surgery.calibration import static_policy
@@ -125,7 +125,7 @@ def skip_paths(gated: nn.Module) -> dict[str, Tensor]:
 
 
 def test_interrupted_training_goes_on_as_if_it_had_not_been(
-    network: nn.Module, images: list[Tensor], tmp_path: Path
+    network: nn.Module, images: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fresh() -> nn.Module:
         gated = gate_all(network, images[0], skip="affine")
@@ -141,6 +141,10 @@ def test_interrupted_training_goes_on_as_if_it_had_not_been(
     losses = train_skip_paths(whole, images, options=options, validation=images)
     with pytest.raises(KeyboardInterrupt):
         train_skip_paths(parts, images, options=options, validation=images, output_dir=tmp_path, progress=interrupt)
+    interrupt_after_update(monkeypatch, step=2)  # the fifth: its parameters are new, the rest of its state is not
+    with pytest.raises(KeyboardInterrupt):
+        train_skip_paths(fresh(), images, options=options, validation=images, output_dir=tmp_path, resume=True)
+    monkeypatch.undo()
     again = fresh()
     assert losses == train_skip_paths(
         again, images, options=options, validation=images, output_dir=tmp_path, resume=True

@@ -6,6 +6,7 @@ import pytest
 import torch
 from subjects import assert_equal, outputs, subject
 from torch import nn
+from toys import Residual
 
 import surgery
 from surgery import errors
@@ -124,3 +125,64 @@ def test_unknown_execution() -> None:
 def test_selection_that_leaves_nothing() -> None:
     with pytest.raises(errors.NoSites, match="blocks"):
         subject("timm/vit_pico").sites.filter("stages.*")
+
+
+def test_kinds_and_names_that_are_near() -> None:
+    sites = subject("timm/vit_pico").sites
+    with pytest.raises(errors.NoSites, match=r"named blocks\.0\.mpl; found: .*did you mean blocks\.0\.mlp"):
+        sites.filter("blocks.0.mpl")
+    with pytest.raises(errors.NoSites, match="named atention;.*did you mean attention"):
+        sites.filter("atention")
+    with pytest.raises(errors.NoSites, match="of kind block and named .*; found: "):
+        sites.filter("blocks.*", kind="block")
+
+
+def test_unknown_site() -> None:
+    one = subject("timm/vit_pico")
+    for use in (lambda: one.sites["blocks.0.mpl"], lambda: surgery.show(one.gated, "blocks.0.mpl")):
+        with pytest.raises(errors.UnknownSite, match=r"'blocks\.0\.mpl'.*did you mean blocks\.0\.mlp") as caught:
+            use()
+        assert isinstance(caught.value, KeyError) and not str(caught.value).startswith('"')
+
+
+def residual() -> nn.Module:
+    wide = [nn.Sequential(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 8)) for _ in range(2)]
+    return nn.Sequential(*map(Residual, wide), nn.Linear(8, 3)).eval()
+
+
+@pytest.mark.parametrize("number", [1, 4, 6])  # fitted on, and held out
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(16, 7), r"refuses .*float32 \[16, 7\]"),
+        (torch.zeros(16, 8).index_fill(0, torch.tensor([3, 5]), torch.nan), "holds NaN or infinity in rows 3, 5"),
+        (torch.zeros(0, 8), "no sample"),
+        ("text", "must be a tensor.*got str"),
+    ],
+)
+def test_a_wrong_batch_is_named_by_its_number(number: int, wrong: object, message: str) -> None:
+    model = residual()
+    data: list[object] = [torch.randn(16, 8) for _ in range(10)]
+    gated = surgery.convert(model, 0.8, data=data, tune="oneshot")
+    data[number] = wrong
+    with pytest.raises(errors.DataError, match=f"batch {number} of the data: .*{message}"):
+        surgery.convert(model, 0.8, data=data, tune="oneshot")
+    for use in (surgery.measure, surgery.audit):
+        with pytest.raises(errors.DataError, match=f"batch {number} of the data: .*{message}"):
+            use(gated, data)
+
+
+def test_a_dense_model_with_other_outputs() -> None:
+    gated = surgery.convert(residual(), 0.8, data=[torch.randn(16, 8) for _ in range(5)], tune="oneshot")
+    with pytest.raises(errors.BaseMismatch, match=r"Linear whose output has the shape \(16, 4\).*\(16, 3\)"):
+        surgery.measure(gated, [torch.randn(16, 8)], dense=nn.Linear(8, 4), speed=())
+
+
+def test_flags_of_gradients_come_back() -> None:
+    model = residual()
+    model[0].requires_grad_(False)
+    gated = surgery.insert_gates(model, surgery.find_sites(model, torch.randn(4, 8)))
+    assert not any(p.requires_grad for name, p in gated.named_parameters() if "surgery_gates" not in name)
+    dense = surgery.remove(gated)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {name: p.requires_grad for name, p in dense.named_parameters()} == flags and len(set(flags.values())) == 2

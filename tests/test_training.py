@@ -17,7 +17,7 @@ import two_processes
 from subjects import subject
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from toys import Stack, Unsized, assert_same, frozen, gate_all, gates, mlp
+from toys import Stack, Unsized, assert_same, frozen, gate_all, gates, interrupt_after_update, mlp
 
 import surgery
 from surgery.calibration import calibrate
@@ -206,6 +206,20 @@ def test_interrupted_and_resumed_is_uninterrupted(train: Callable[..., Trained],
     assert again.rows == history.rows
     assert_same(resumed, expected)
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]  # no half-written files
+
+
+def test_interrupted_in_the_middle_of_a_step(
+    train: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"steps": 6, "router_rate": 1e-2}
+    expected, history = train(**options)
+    interrupt_after_update(monkeypatch, step=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(**options, output_dir=tmp_path)
+    monkeypatch.undo()
+    resumed, again = train(**options, output_dir=tmp_path, resume=True)
+    assert again.rows == history.rows
+    assert_same(resumed, expected)
 
 
 def test_killed_and_resumed_goes_on_from_the_last_save(train: Callable[..., Trained], tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ Axis letters: `N` samples, `T` tokens, `C` channels.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -154,3 +156,16 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Bit for bit, for the names in `expected`."""
     changed = [name for name, value in expected.items() if not torch.equal(actual[name], value)]
     assert expected and not changed, changed
+
+
+def interrupt_after_update(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C in the middle of a training step: parameters are new already, everything else is not."""
+    update, count = torch.optim.AdamW.step, itertools.count(1)
+
+    def interrupted(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        result = update(self, *args, **kwargs)
+        if next(count) == step:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
