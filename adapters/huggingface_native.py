@@ -27,6 +27,7 @@ from surgery.context import state_of
 from surgery.copying import align
 from surgery.errors import CheckpointError, PlanMismatch, SurgeryError
 from surgery.gates import Gate
+from surgery.healing import install
 from surgery.rewriting import gate_in_place
 from surgery.routers import Router
 
@@ -82,6 +83,8 @@ class GatesQuantizer(HfQuantizer):
             raise
         except Exception as error:  # a plan from elsewhere can be wrong in ways that only tracing finds
             raise PlanMismatch(f"the gates cannot be put into this {type(model).__name__}: {error}") from error
+        if recorded.values.get("healing") is not None:
+            install(model, recorded.values["healing"])
         keep_routers_in_float32(model)
         if self.tensors is not None:  # one more shard of the checkpoint
             kwargs["checkpoint_files"].append(str(self.tensors))

@@ -31,6 +31,7 @@ _LABELS = {
     "random": "random gates, same rates",
     "shuffled": "decisions shuffled across inputs",
     "one pass": "gated, without its second look",
+    "unhealed": "gated, backbone not healed",
 }
 
 
@@ -121,7 +122,12 @@ class Comparison:
         metric = self.metric
         for budget, report in self.reports.items():
             ours = report.metric.get(metric, report.agreement)
-            mine = {"budget": budget, "policy": "gated", "cost": report.cost, metric: ours}
+            mine = {
+                "budget": budget,
+                "policy": "gated, healed" if report.healed else "gated",
+                "cost": report.cost,
+                metric: ours,
+            }
             found.append({**mine, "gated minus it": None, "95 % interval": "", "time": _time(report.speed)})
             for peer in report.peers:
                 found.append(

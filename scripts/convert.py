@@ -54,6 +54,13 @@ class Cost(str, Enum):
     latency = "latency"
 
 
+class Heal(str, Enum):
+    """What of the backbone is adapted, as copies."""
+
+    norms = "norms"
+    lora = "lora"
+
+
 @command
 def convert(
     model: options.ModelArgument,
@@ -105,6 +112,10 @@ def convert(
         typer.Option("--first-layers", min=0, help="First layers that always run.", rich_help_panel="Language models"),
     ] = None,
     cost: Annotated[Cost, typer.Option("--cost", help="Budget in FLOPs, or in latency measured here.")] = Cost.flops,
+    heal: Annotated[
+        Heal | None,
+        typer.Option("--heal", help="Also adapt the backbone a little: copies of its norms, or low-rank changes."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
     ] = False,
@@ -149,6 +160,7 @@ def convert(
                 first_tokens="auto" if first_tokens is None else first_tokens,
                 first_layers="auto" if first_layers is None else first_layers,
                 cost=cost.value,
+                heal=None if heal is None else heal.value,
                 seed=seed,
                 progress=progress,
                 output_dir=work,

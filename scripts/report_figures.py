@@ -19,6 +19,8 @@ DPI = 110
 _INK = {False: "#1b1f24", True: "#e6e8ea"}
 _LINES = {
     "gated": ("#0072B2", "o", "-"),
+    "gated, healed": ("#0072B2", "*", "-"),
+    "unhealed": ("#0072B2", "o", ":"),
     "static": ("#E69F00", "s", "--"),
     "random": ("#D55E00", "^", ":"),
     "static+look": ("#E69F00", "P", "-"),
@@ -95,7 +97,7 @@ def tradeoff(
                 own = sorted((100 * v[key], v["metric"]) for v in values if v.get(key) is not None)
                 axes.plot(
                     *zip(*own, strict=True) if own else ([], []),
-                    color=_DARK_BLUE if dark and name == "gated" else color,
+                    color=_DARK_BLUE if dark and name.startswith("gated") else color,
                     marker=marker,
                     linestyle=line if key == "cost" else "none",
                     label=name,

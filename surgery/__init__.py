@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgery.adaptation import heal as heal
     from surgery.auditing import Audit as Audit
     from surgery.auditing import audit as audit
     from surgery.calibration import budget_range as budget_range
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from surgery.fitting import fit_skip_paths as fit_skip_paths
     from surgery.guarding import Guard as Guard
     from surgery.guarding import Health as Health
+    from surgery.healing import unhealed as unhealed
     from surgery.hub import pull as pull
     from surgery.hub import push as push
     from surgery.hub import push_to_hub as push_to_hub
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adaptation": ("heal",),
     "auditing": ("Audit", "audit"),
     "calibration": ("budget_range", "calibrate", "set_budget"),
     "checkpoints": ("load", "save"),
@@ -69,6 +72,7 @@ _HOMES = {
     "finding": ("find_sites",),
     "fitting": ("fit_skip_paths",),
     "guarding": ("Guard", "Health"),
+    "healing": ("unhealed",),
     "hub": ("pull", "push", "push_to_hub"),
     "logs": ("Log", "read_log"),
     "look_calibration": ("calibrate_second_look",),

@@ -33,6 +33,7 @@ from surgery.directories import written_directory
 from surgery.errors import BaseMismatch, CheckpointError, PlanMismatch, SurgeryError, UnknownModel
 from surgery.fingerprints import fingerprint, float_dtypes
 from surgery.gates import iter_gates
+from surgery.healing import install, stored
 from surgery.rewriting import check_convertible, insert_gates, remove
 from surgery.routers import Router
 from surgery.state import GatedState
@@ -158,6 +159,8 @@ def load(
     check_convertible(model)
     check_base(place, recorded.base, model, allow_other_base)
     gated = _insert(place, model, recorded)
+    if recorded.values.get("healing") is not None:
+        install(gated, recorded.values["healing"])
     _fill(place, gated, load_file(place / TENSORS))
     restore(gated, recorded)
     _cast(gated, dtype)
@@ -319,7 +322,7 @@ def _read(place: Path, config: Mapping[str, Any]) -> Recorded:
     file = place / TENSORS
     if not file.is_file():
         raise CheckpointError(f"{place} holds no {TENSORS}; expected a directory that surgery.save wrote")
-    vet_tensors(file, expected_tensors(recorded.plan))
+    vet_tensors(file, {**expected_tensors(recorded.plan), **stored(recorded.values.get("healing"))})
     if recorded.tensors_sha256 is not None and (found := _sha256(file)) != recorded.tensors_sha256:
         raise damaged(file, f"sha256 {found}, {CONFIG} says {recorded.tensors_sha256}")
     return recorded

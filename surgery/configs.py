@@ -19,7 +19,7 @@ from surgery import decoding
 from surgery.errors import CheckpointError, PlanMismatch
 from surgery.sites import Plan
 from surgery.state import IN_MEMORY, GatedState
-from surgery.vetting import damaged, vet
+from surgery.vetting import damaged, vet, vet_healing
 
 CONFIG = "surgery_config.json"
 NATIVE_CONFIG = "config.json"
@@ -95,6 +95,7 @@ def decode(config: Mapping[str, Any]) -> Recorded:
     except PlanMismatch as error:
         raise CheckpointError(str(error)) from error
     vet(found["plan"])
+    vet_healing(found.get("healing"))
     _check_base(found["base"])
     _check_numbers(found)
     rest = {field.name: found[field.name] for field in fields(GatedState) if field.name in found}

@@ -106,6 +106,8 @@ class Overrides:
     handler: Handler | None = None
     thresholds: Mapping[str, float] | float | None = None
     recorder: Recording | None = None
+    healed: bool = True
+    """Whether changes to the backbone (`surgery.healing`) are in force where the model does not run dense."""
 
 
 @dataclass(slots=True)
@@ -270,9 +272,16 @@ def tape(gated: nn.Module) -> Iterator[Tape]:
 
 
 @contextmanager
-def handled(gated: nn.Module, handler: Handler) -> Iterator[None]:
-    """Let `handler(gate, branch, left, residual, inputs)` execute every gate inside the block."""
-    with override(state_of(gated), handler=handler):
+def handled(gated: nn.Module, handler: Handler, *, healed: bool = False) -> Iterator[None]:
+    """Let `handler(gate, branch, left, residual, inputs)` execute every gate inside the block.
+
+    Args:
+        gated: A gated model.
+        handler: Called for every gate.
+        healed: Whether a healed backbone stays healed; else it is the dense model's, whatever gates do.
+    """
+    state = state_of(gated)
+    with override(state, handler=handler, healed=healed and overrides_of(state).healed):
         yield
 
 

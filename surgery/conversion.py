@@ -1,7 +1,7 @@
 """`convert`: the whole pipeline, readable from top to bottom.
 
 find_sites -> plan -> insert_gates -> fit_skip_paths -> cut_order -> regress_routers -> calibrate -> train_routers ->
-calibrate -> calibrate_second_look
+calibrate (-> heal -> calibrate) -> calibrate_second_look
 
 Where every gate decides per sample, skip paths are trained for static policies first (`train_skip_paths`), and routers are
 trained only if routing is then worth more than the static policy of the same cost.
@@ -20,12 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from surgery.adaptation import KINDS as HEALING
+from surgery.adaptation import heal as heal_backbone
 from surgery.calibration import COSTS, calibrate, check_budget, set_budget
 from surgery.calling import Batch, as_batch, batches
 from surgery.context import execution, state_of
 from surgery.costs import Usage, observe
 from surgery.cutting import cut_order
-from surgery.errors import check_choice
+from surgery.errors import SurgeryError, check_choice
 from surgery.finding import check_weights, find_sites
 from surgery.fitting import fit_skip_paths
 from surgery.gates import iter_gates
@@ -66,6 +68,7 @@ def convert(
     first_tokens: int | Literal["auto"] = "auto",
     first_layers: int | Literal["auto"] = "auto",
     cost: Literal["flops", "latency"] = "flops",
+    heal: Literal["norms", "lora"] | None = None,
     options: Options | None = None,
     samples: int = 2048,
     seed: int = 0,
@@ -94,6 +97,8 @@ def convert(
             language models (`surgery.planning.FIRST_TOKENS`).
         first_layers: In how many first layers all gates stay open; `auto` likewise (`FIRST_LAYERS`).
         cost: What the budget counts: `flops`, or `latency` on this device.
+        heal: Whether to adapt the backbone a little as well, as copies of its `norms` or by `lora` (docs/healing.md); the
+            dense model stays within the result bit for bit.
         options: How to train.
         samples: Number of samples to fit routers on.
         seed: Seed of everything random.
@@ -112,7 +117,9 @@ def convert(
         UnsupportedModel: If it is no module, or on the meta device.
         AlreadyConverted: If the model carries gates.
         CheckpointError: If `resume` is set and `output_dir` holds nothing to resume.
-        SurgeryError: If `tune`, `cost`, `granularity`, `skip` or `second_look` is none of the above.
+        MissingDependency: If `heal` needs a library that is not installed.
+        SurgeryError: If `tune`, `cost`, `granularity`, `skip`, `second_look` or `heal` is none of the above, or healing is
+            asked for without data.
     """
     check_budget(budget)
     check_convertible(model)
@@ -120,6 +127,9 @@ def convert(
     check_choice("tune", tune, ("auto", "oneshot", "train"))
     check_choice("cost", cost, COSTS)
     check_choice("second_look", second_look, ("auto", True, False))
+    check_choice("heal", heal, (None, *HEALING))
+    if heal is not None and data is None:
+        raise SurgeryError("healing learns from the dense model's answers to your inputs: give data=… with heal=…")
     report = progress or silent
     made = data is None
     trains = tune == "train" or (tune == "auto" and not made and budget < 1)
@@ -185,6 +195,9 @@ def convert(
     if budget < 1:
         if not is_static:
             prefer_static_where_it_wins(gated, held)
+        if heal is not None:
+            heal_backbone(gated, fit, heal, options=options, seed=seed, validation=held, progress=report)
+            calibrate(gated, held, budget, cost=cost, progress=report)
         if second_look:
             calibrate_second_look(gated, held, mode="auto" if second_look == "auto" else True, progress=report)
     if made:

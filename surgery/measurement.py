@@ -64,7 +64,8 @@ def measure(
             smallest margin; of four splits the one nearest to the dense model on this data. `frozen`: the same by the
             routers' active rates. `importance`: a training-free cut of the branches that change the stream least.
             `random`: the same rates. `shuffled`: the same decisions, given to other inputs of the batch. `one pass`:
-            where the model has a second look, itself without.
+            where the model has a second look, itself without. `unhealed`: where its backbone is healed, itself without
+            that; all others are healed like it.
         others: Makes other networks to compare with, given the realised cost of the gated model.
         time_peers: Whether to time peers, in turns with the gated and the dense model.
         seed: For random and shuffled decisions, and the bootstrap.
@@ -113,6 +114,7 @@ def measure(
         peers=rows,
         absent={} if contest is None else contest.absent,
         notes=(*notes, *untimed),
+        healed="" if state.healing is None else state.healing.kind,
     )
     state.report = {**state.report, "dense" if state.budget is None else f"{state.budget:g}": report.to_dict()}
     return report

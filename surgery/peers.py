@@ -5,7 +5,7 @@ Axis letters: `N` samples, `S` sites, `K` classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +19,7 @@ from surgery.calibration import current_point
 from surgery.calling import Batch, call, read_output
 from surgery.context import Event, Tape, execution, force, state_of, tape
 from surgery.errors import DataError
+from surgery.healing import unhealed
 from surgery.model_timing import Prepared
 from surgery.policies import Decided, decided
 from surgery.reports import Other, Peer
@@ -26,7 +27,7 @@ from surgery.scoring import Scores, agreement_of, is_logits, metric_of
 from surgery.second_look import given_to_others, least_certain, margin_of
 from surgery.timing import Ratio, Thunk
 
-ORDER = ("one pass", "static", "static+look", "frozen", "importance", "random", "shuffled")
+ORDER = ("unhealed", "one pass", "static", "static+look", "frozen", "importance", "random", "shuffled")
 """The peers that share the gates and skip paths, as they are listed."""
 _LOOKS = (0.0, 0.06, 0.12, 0.2)  # what a static cut at least leaves for second looks, of which the best is taken
 _MOST = 0.6
@@ -143,9 +144,11 @@ class Contest:
         self.one_pass = self.state.margin is not None
         if not self.one_pass:
             self.absent["one pass"] = "the gated model has no second look"
+        itself = {"one pass": self.one_pass, "unhealed": self.state.healing is not None}
+        self.itself = [name for name, applies in itself.items() if applies]
         kept = {names for one in self.cuts.values() for names in (one.lower, one.upper)} | set(self.bases)
         self.parts: dict[Any, Parts] = {names: Parts() for names in kept}
-        self.parts |= {key: Parts() for key in ("random", *(["one pass"] if self.one_pass else []))}
+        self.parts |= {key: Parts() for key in ("random", *self.itself)}
         self.parts |= {("other", other.name): Parts() for other in others}
         self.start = 0
 
@@ -178,8 +181,8 @@ class Contest:
             events: Tape | None = None
             if isinstance(key, tuple) and key[:1] == ("other",):
                 output = call(self._other(key[1]).model, batch)
-            elif key == "one pass":
-                with one_pass(self.gated), tape(self.gated) as events:
+            elif key in self.itself:
+                with _ITSELF[key](self.gated), tape(self.gated) as events:
                     output = call(self.gated, batch)
             else:
                 with decided(self.gated, self._choice(key)) as events:
@@ -224,10 +227,9 @@ class Contest:
             parts = self.parts[base]
             decisions = replace(parts.decided, looked=looked)
             add("static+look", decisions.cost(self.names, costs), self._answered(parts, looked), timed("static+look"))
-        for name in ("one pass", "random"):
-            if name in self.parts:
-                parts = self.parts[name]
-                add(name, parts.decided.cost(self.names, costs), parts.score, timed(name))
+        for name in (*self.itself, "random"):
+            parts = self.parts[name]
+            add(name, parts.decided.cost(self.names, costs), parts.score, timed(name))
         routed = replace(self.shuffled.decided, routed=self.ours.decided.routed)  # the routers had to run to decide
         add("shuffled", routed.cost(self.names, costs), self.shuffled.score, {})
         for other in self.others:
@@ -274,9 +276,8 @@ class Contest:
         if self.bases:
             base, _, limit = self.best_look()
             found["static+look"] = within(gated, partial(static_only, gated, base, limit))
-        if self.one_pass:
-            found["one pass"] = within(gated, partial(one_pass, gated))
-        else:
+        found |= {name: within(gated, partial(_ITSELF[name], gated)) for name in self.itself}
+        if not self.one_pass:
             found["random"] = self._random
         for other in self.others:
             found["other", other.name] = within(other.model, nullcontext)
@@ -342,3 +343,10 @@ def within(model: nn.Module, context: Callable[[], AbstractContextManager[None]]
         return run
 
     return prepared
+
+
+_ITSELF: Mapping[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
+    "one pass": one_pass,
+    "unhealed": unhealed,
+}
+"""The gated model, run without something."""

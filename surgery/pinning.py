@@ -26,6 +26,7 @@ from surgery.context import Scope, state_of
 from surgery.copying import share
 from surgery.errors import PinError, check_choice
 from surgery.gates import Branch, Gate, iter_gates
+from surgery.healing import make_permanent
 from surgery.rewriting import Programs, subclass
 from surgery.roots import first_tokens_of, padding_of
 from surgery.tracing import GATES, Pattern, base_class, signature_of
@@ -135,6 +136,7 @@ def pin(
         )
     patterns, nested = _rehearse(gated, example)
     twin = share(gated).eval()
+    make_permanent(twin)
     running = Running()
     for name, module in list(twin.named_modules()):
         if GATES in module._modules:

@@ -36,7 +36,7 @@ def decided(gated: nn.Module, choose: Choose) -> Iterator[Tape]:
         events.append(Event(gate.site.name, gate, decisions, None, padding))
         return gate.skip(branch, left, residual, inputs, decisions)
 
-    with handled(gated, handler):
+    with handled(gated, handler, healed=True):
         yield events
 
 

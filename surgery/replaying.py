@@ -232,7 +232,7 @@ class _Run:
                 output = read_output(call(self.gated, batch))
             return output, events, [next(name for name in self.state.names if name in self.what_if)] * batch.size
         player = _Player(rows)
-        with handled(self.gated, player):
+        with handled(self.gated, player, healed=True):
             output = read_output(call(self.gated, batch))
         return output, player.events, player.places
 

@@ -79,6 +79,7 @@ class Report:
         peers: Other policies at the same cost.
         absent: Peers that do not apply to this model, and why.
         notes: What to know before believing the numbers.
+        healed: `norms` or `lora` where the backbone is healed; the peer `unhealed` is the model without that.
     """
 
     data: str
@@ -100,6 +101,7 @@ class Report:
     peers: tuple[Peer, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    healed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from surgery.sites import Plan
 
@@ -77,6 +77,21 @@ IN_MEMORY = ("trainable",)
 """Fields of `GatedState` that belong to a model in memory and are not saved."""
 
 
+@dataclass(frozen=True, slots=True)
+class Healing:
+    """Small own changes to backbone parameters, in force wherever the model does not run dense.
+
+    Args:
+        kind: `norms`: scales and shifts of normalisation layers; `lora`: low-rank changes of linear maps.
+        shapes: Shape of every changed parameter, by its name in the state dict.
+        rank: Of low-rank changes.
+    """
+
+    kind: Literal["norms", "lora"]
+    shapes: Mapping[str, tuple[int, ...]]
+    rank: int = 0
+
+
 @dataclass(slots=True)
 class GatedState:
     """Everything about a gated model that is not a tensor."""
@@ -100,6 +115,7 @@ class GatedState:
     """Inputs whose margin is below it are looked at again, or None."""
     policy: str = "routed"
     """`routed`, or `static` where input-dependence did not pay and the frozen policy runs."""
+    healing: Healing | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -100,7 +100,8 @@ def report_table(report: Report) -> RenderableType:
 
 
 def _quality(report: Report) -> RenderableType:
-    table = _table(("", ">gated", ">dense", ">difference"))
+    gated = f">gated, healed ({report.healed})" if report.healed else ">gated"
+    table = _table(("", gated, ">dense", ">difference"))
     for name, value in report.metric.items():
         dense = report.dense_metric[name]
         _row(table, _words(name), _metric(name, value), _metric(name, dense), _metric(name, value - dense, signed=True))

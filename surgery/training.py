@@ -62,6 +62,8 @@ class Options:
         stream_weight: Weight of the error of the residual streams; by default 0 where every gate decides per token (the
             output tells which tokens matter, their streams do not), else 1.
         anneal: Share of the steps in which the smallest budget falls from the largest one.
+        heal_rate: Peak learning rate of healing.
+        heal_rank: Rank of low-rank changes while healing.
         label_weight: Weight of cross-entropy with the labels, if the data has some.
         accumulate: Batches per optimiser step.
         save_every: Steps between checkpoints.
@@ -81,17 +83,20 @@ class Options:
     temperature: float = 2.0
     stream_weight: float | None = None
     anneal: float = 0.1
+    heal_rate: float = 1e-3
+    heal_rank: int = 8
     label_weight: float = 0.0
     accumulate: int = 1
     save_every: int = 100
     mixed_precision: str = "no"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "accumulate", "save_every"):
+        for name in ("epochs", "steps", "accumulate", "save_every", "heal_rank"):
             value = getattr(self, name)
             if not ((isinstance(value, int) and value >= 1) or (name == "steps" and value is None)):
                 raise SurgeryError(f"Options.{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("router_rate", "skip_rate", "nested_rate", "noise", "stream_weight", "anneal", "label_weight"):
+        rates = ("router_rate", "skip_rate", "nested_rate", "heal_rate")
+        for name in (*rates, "noise", "stream_weight", "anneal", "label_weight"):
             value = getattr(self, name)
             if not (value is None and name == "stream_weight") and not 0 <= value < math.inf:
                 raise SurgeryError(f"Options.{name} must be a number that is not negative, got {value!r}")

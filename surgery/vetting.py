@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from surgery.errors import CheckpointError
 from surgery.rewriting import empty_gates
 from surgery.sites import Plan, Site
+from surgery.state import Healing
 from surgery.tracing import Pattern
 
 LIMITS: Mapping[str, tuple[int, int]] = {
@@ -54,6 +55,28 @@ def vet(plan: Plan) -> None:
             raise CheckpointError(f"{where}: plan.patterns lacks its host {planned.site.host!r}")
     for host, patterns in plan.patterns.items():
         _vet_patterns(host, patterns)
+
+
+def vet_healing(healing: Healing | None) -> None:
+    """Refuse changes to the backbone that no healing can have made.
+
+    Raises:
+        CheckpointError: By the name of what is wrong.
+    """
+    if healing is None:
+        return
+    low_rank = healing.kind == "lora"
+    if not healing.shapes:
+        raise CheckpointError("healing.shapes names no parameter")
+    if low_rank != (healing.rank > 0):
+        raise CheckpointError(f"healing.rank must be {'positive' if low_rank else '0'}, got {healing.rank}")
+    _within("rank", healing.rank, "healing")
+    for name, shape in healing.shapes.items():
+        _vet_name(name, "healing.shapes")
+        if not name.rpartition(".")[2].isidentifier() or len(shape) != (2 if low_rank else 1):
+            raise CheckpointError(f"healing.shapes: {name[:60]!r} of shape {shape} is no parameter of {healing.kind}")
+        for length in shape:
+            _within("channels", length, f"healing.shapes[{name!r}]")
 
 
 def expected_tensors(plan: Plan) -> dict[str, tuple[int, ...]]:
