@@ -312,24 +312,34 @@ def draw(rate: float, seed: int, site: str, samples: Tensor, positions: Tensor |
     Returns:
         bool `(N,)` or `(N, T)`.
     """
-    start = (seed & 0x7FFFFFFF) * 0x9E3779B1 + zlib.crc32(site.encode())
     if positions is None and len(samples) <= _FEW and samples.device.type == "cpu":
-        key = _mix_int(start)  # a few Python integers are faster than a dozen operations on tensors
-        return torch.tensor([(_mix_int(key + sample) & 0xFFFFFF) / 0x1000000 < rate for sample in samples.tolist()])
+        # a few Python integers are faster than a dozen operations on tensors
+        return torch.tensor([draw_one(rate, seed, site, sample, None) for sample in samples.tolist()])
     if positions is not None and positions.numel() <= _FEW and positions.device.type == "cpu":
-        key = _mix_int(start)
-        rows = [_mix_int(key + sample) for sample in samples.tolist()]
         return torch.tensor(
             [
-                [(_mix_int(row + place * 0x85EBCA77) & 0xFFFFFF) / 0x1000000 < rate for place in places]
-                for row, places in zip(rows, positions.tolist(), strict=True)
+                [draw_one(rate, seed, site, sample, place) for place in places]
+                for sample, places in zip(samples.tolist(), positions.tolist(), strict=True)
             ]
         )
+    start = _key(seed, site)
     mixed = _mix(_mix(torch.tensor(start, dtype=torch.int64, device=samples.device)) + samples)
     if positions is not None:
         mixed = _mix(mixed[:, None] + positions * 0x85EBCA77)
     uniform = (mixed & 0xFFFFFF).double() / 0x1000000
     return uniform < rate
+
+
+def draw_one(rate: float, seed: int, site: str, sample: int, position: int | None) -> bool:
+    """One decision of the same generator."""
+    mixed = _mix_int(_mix_int(_key(seed, site)) + sample)
+    if position is not None:
+        mixed = _mix_int(mixed + position * 0x85EBCA77)
+    return (mixed & 0xFFFFFF) / 0x1000000 < rate
+
+
+def _key(seed: int, site: str) -> int:
+    return (seed & 0x7FFFFFFF) * 0x9E3779B1 + zlib.crc32(site.encode())
 
 
 def draw_unit(seed: int, number: int) -> float:

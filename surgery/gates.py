@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from surgery import context
 from surgery.context import Event, Forced, Overrides, Scope
 from surgery.errors import ForceError
-from surgery.queries import ActiveQueries, worth_gathering
+from surgery.queries import MOST_ACTIVE, ActiveQueries
 from surgery.routers import Router, make_router
 from surgery.sites import RegionInput, SitePlan
 from surgery.skip_paths import SkipPath, make_skip_path
@@ -148,9 +148,11 @@ class Gate(nn.Module):
                 over.tape.append(Event(self.site.name, self, opened, None, self._weights(residual)))
             return self.open(branch, left, inputs)
         if over.forced is not None and over.tape is None and mode != "mask":
-            constant = over.forced.constant(self.site.name)
+            constant = self._forced_alike(residual, over.forced)
             if constant or (constant is False and self.leaves_out(branch)):
                 return self.open(branch, left, inputs) if constant else self.closed(branch, left, residual)
+            if constant is False and mode == "skip" and self.query:
+                return self._skip_queries(branch, left, residual, inputs, None)
         if mode == "static" and over.forced is None:
             kept = [self.state.static.get(unit, True) for unit in self.site.units]
             if over.tape is None and (all(kept) or (not any(kept) and self.leaves_out(branch))):
@@ -233,6 +235,17 @@ class Gate(nn.Module):
         if len(values) == 1:
             return torch.full(self.shape_of(residual), values[0], dtype=torch.bool, device=residual.device)
         return torch.tensor(values, device=residual.device).expand(self.shape_of(residual))
+
+    def _forced_alike(self, residual: Tensor, forced: Forced) -> bool | None:
+        """The forced decision where there is only one, or all are the same; else None."""
+        name = self.site.name
+        constant = forced.constant(name)
+        if constant is not None or forced.rate is None or self.site.heads is not None:
+            return constant
+        if self.shape_of(residual).numel() != 1:
+            return None
+        position = _position(self._scope()) if self.per_token else None
+        return context.draw_one(forced.rate, forced.seed, name, _sample_id(forced), position)
 
     def _forced(self, residual: Tensor, forced: Forced) -> Tensor | None:
         name, shape = self.site.name, self.shape_of(residual)
@@ -339,7 +352,9 @@ class Gate(nn.Module):
         if count == 0 and not branch.stateful:
             return self.closed(branch, left, residual)
         if self.query:
-            return self._skip_queries(branch, left, residual, inputs, decisions)
+            if count > MOST_ACTIVE * decisions.numel():
+                return self.mask(branch, left, residual, inputs, decisions)
+            return self._skip_queries(branch, left, residual, inputs, decisions if count else None)
         if branch.axes is None:
             return self.mask(branch, left, residual, inputs, decisions)
         if self.per_token:
@@ -400,17 +415,24 @@ class Gate(nn.Module):
         return merged.view(residual.shape)
 
     def _skip_queries(
-        self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
+        self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor | None
     ) -> Any:
-        if not worth_gathering(decisions) or context.whole_rows():
+        """Keys and values for every token, the rest for active ones; `decisions` is None where no token is active."""
+        if context.whole_rows():
+            decisions = self._constant(residual, False) if decisions is None else decisions
             return self.mask(branch, left, residual, inputs, decisions)
         assert self.site.query is not None
         query, output = self.query_parameters()
-        with ActiveQueries(self.site.query, query, output, decisions) as mode:
+        shape, device = self.shape_of(residual), residual.device
+        with ActiveQueries(self.site.query, query, output, shape, decisions, device) as mode:
             value, escaped = split_outputs(branch, branch(*inputs))
+        escaped = tuple(map(mode.restore, escaped)) if escaped else ()
+        if decisions is None:
+            closed = self.closed(branch, left, residual)
+            return (closed[0], *escaped) if branch.escapes else closed
         value = torch.where(self.expand(decisions, value), value, self.skip_path(residual))
         value = value if left is None else left + value
-        return (value, *map(mode.restore, escaped)) if branch.escapes else value
+        return (value, *escaped) if branch.escapes else value
 
     def query_parameters(self) -> tuple[Tensor | None, Tensor | None]:
         """The parameters that make queries and project the output, where they are known."""
@@ -474,6 +496,21 @@ def split_outputs(branch: Branch, output: Any) -> tuple[Tensor, tuple[Any, ...]]
     if branch.escapes:
         return output[0], tuple(output[1:])
     return output, ()
+
+
+def _sample_id(forced: Forced) -> int:
+    """The only sample of the running call."""
+    scope = context.scope()
+    ids = scope.samples if scope is not None and scope.samples is not None else forced.samples
+    if ids is None:
+        return 0 if scope is None else scope.start
+    return int(_sample_ids(forced, 1)[0])
+
+
+def _position(scope: Scope | None) -> int:
+    """Position of the only token of the running call."""
+    positions = None if scope is None else scope.positions
+    return int(positions) if positions is not None and positions.numel() == 1 else 0
 
 
 def _sample_ids(forced: Forced, rows: int) -> Tensor:

@@ -28,7 +28,8 @@ Rows = Literal["NT", "TN"]
 _ATTENTION = F.scaled_dot_product_attention
 _WHOLE = F.multi_head_attention_forward
 _PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__})
-_DENSE_ABOVE = 0.85  # with more active tokens than this, gathering costs more than it saves
+MOST_ACTIVE = 0.85
+"""With a larger share of active tokens than this, gathering costs more than it saves."""
 _ROW_BY_ROW = frozenset(
     getattr(owner, name)
     for owner, names in (
@@ -92,23 +93,40 @@ class ActiveQueries(TorchFunctionMode):
         roles: What to watch for.
         query: The parameter that `roles.query` names, or None.
         output: The parameter that `roles.output` names, or None.
-        decisions: bool `(N, T)`.
+        shape: Samples and tokens `(N, T)`.
+        decisions: bool `(N, T)`, or None where no token is active.
+        device: Where the branch runs; that of `decisions` by default.
     """
 
-    def __init__(self, roles: QueryRoles, query: Tensor | None, output: Tensor | None, decisions: Tensor) -> None:
+    def __init__(
+        self,
+        roles: QueryRoles,
+        query: Tensor | None,
+        output: Tensor | None,
+        shape: torch.Size,
+        decisions: Tensor | None,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
-        self.roles, self.query, self.output = roles, query, output
-        self.shape = decisions.shape
+        self.roles, self.query, self.output, self.shape = roles, query, output, shape
         self.turned: dict[int, tuple[Tensor, Any]] = {}  # transposed weights by id
         self.short: dict[int, Tensor] = {}  # scores of active rows by id; held, so that no id is used twice
+        self.index, self.flat = self._active(decisions, device)
+
+    def _active(self, decisions: Tensor | None, device: torch.device | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Active tokens `(N, K)`, and active rows by order of rows."""
+        rows, length = self.shape
+        if decisions is None:
+            none = torch.empty((rows, 0), dtype=torch.int64, device=device)
+            return none, dict.fromkeys(("NT", "TN"), none.flatten())
+        if rows == 1:
+            one = decisions.nonzero()[:, 1]
+            return one[None], dict.fromkeys(("NT", "TN"), one)
         samples, tokens = decisions.nonzero(as_tuple=True)
-        self.flat = {"NT": samples * self.shape[1] + tokens, "TN": tokens * self.shape[0] + samples}
-        if len(samples) == 0:
-            self.index = samples.new_zeros((self.shape[0], 0))
-            return
         widest = int(decisions.sum(1).max())
         # active tokens first; samples with fewer of them compute some inactive ones, which are not read
-        self.index = decisions.int().argsort(dim=1, descending=True, stable=True)[:, :widest]  # N K
+        index = decisions.int().argsort(dim=1, descending=True, stable=True)[:, :widest]
+        return index, {"NT": samples * length + tokens, "TN": tokens * rows + samples}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the three calls, pass on all others."""
@@ -269,11 +287,6 @@ def _flat(value: Any) -> Iterator[Any]:
         yield from item if isinstance(item, (tuple, list)) else (item,)
 
 
-def worth_gathering(decisions: Tensor) -> bool:
-    """Whether few enough tokens are active for gathering to pay."""
-    return float(decisions.float().mean()) <= _DENSE_ABOVE
-
-
 def find_roles(
     run: Callable[[], tuple[Tensor, Sequence[Any]]],
     value: Tensor,
@@ -327,7 +340,8 @@ def _check(
     decisions[:, 0] = True
     decisions[0, -1] = False
     decisions = decisions.to(value.device)
-    mode = ActiveQueries(roles, parameters.get(roles.query), parameters.get(roles.output), decisions)
+    owned = parameters.get(roles.query), parameters.get(roles.output)
+    mode = ActiveQueries(roles, *owned, decisions.shape, decisions)
     with torch.no_grad(), mode:
         part, others = run()
     tolerance = 2e-4 if value.dtype in (torch.float32, torch.float64) else 5e-2

@@ -63,7 +63,7 @@ def test_active_rows_equal_the_full_result(fused: bool, causal: bool) -> None:
         # per token: 2 * 8 * 8 queries + 2 * 8 * 8 output + 4 * 2 heads * 5 keys * 4 = 128 + 128 + 160
         assert roles.flops == 5 * (128 + 128 + 160)
         decisions = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
-        with ActiveQueries(roles, parameters[roles.query], parameters[roles.output], decisions):
+        with ActiveQueries(roles, parameters[roles.query], parameters[roles.output], decisions.shape, decisions):
             part = attention(x)
     torch.testing.assert_close(part[decisions], full[decisions])
 
