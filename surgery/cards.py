@@ -95,7 +95,18 @@ def _what(config: Mapping[str, Any], name: str, metadata: Mapping[str, Any]) -> 
     return (
         f"`{origin}` ({name}), converted with [Bypass Surgery](https://pypi.org/project/bypass-surgery/): "
         f"{len(sites)} residual branches can be skipped ({counted}), decided {' or '.join(how)}. {policy} "
-        "The weights of the base are unchanged; only routers and what replaces a skipped branch were fitted."
+        f"The weights of the base are unchanged; {_fitted(config)} were fitted."
+    )
+
+
+def _fitted(config: Mapping[str, Any]) -> str:
+    healing = config.get("healing")
+    if not healing:
+        return "only routers and what replaces a skipped branch"
+    what = "scales and shifts of its norms" if healing["kind"] == "norms" else "low-rank changes of its linear maps"
+    return (
+        "routers, what replaces a skipped branch and, beside the base's parameters and in force only where branches may be "
+        f"skipped, {what} (healing)"
     )
 
 
@@ -150,7 +161,9 @@ def _measurements(report: Mapping[str, Any]) -> str:
         dense = (one.get("dense_metric") or {}).get(name)
         static = next((peer for peer in one.get("peers", ()) if peer["name"] == "static"), None)
         speed = ", ".join(f"N={size}: {ratio['median']:.2f}x" for size, ratio in (one.get("speed") or {}).items())
-        cells = [_text(one.get("budget")), _text(one["cost"]), _text(mine), _text(dense)]
+        unhealed = next((peer for peer in one.get("peers", ()) if peer["name"] == "unhealed"), None)
+        beside = f" ({_text(unhealed['metric'])} unhealed)" if unhealed else " (healed)" if one.get("healed") else ""
+        cells = [_text(one.get("budget")), _text(one["cost"]), _text(mine) + beside, _text(dense)]
         if static is None:
             cells += ["not measured", ""]
         else:

@@ -18,6 +18,8 @@ from toys import Stack, assert_same, convolution, frozen, mlp
 import surgery
 from surgery.adaptation import heal
 from surgery.calling import read_output
+from surgery.cards import card
+from surgery.configs import read_config
 from surgery.context import state_of
 from surgery.errors import BudgetError, CheckpointError, PlanMismatch, SurgeryError
 from surgery.fingerprints import fingerprint
@@ -171,15 +173,19 @@ def test_a_model_without_the_parameters_is_refused(healed: Ready) -> None:
         surgery.healing.install(gated, healing)
 
 
-def test_measure_shows_the_unhealed_model_beside(healed: Ready) -> None:
+def test_measure_and_cards_show_the_unhealed_model_beside(healed: Ready, tmp_path: Path) -> None:
     found = measure(healed.gated, healed.held, dense=healed.model, speed=())
     assert found.healed == healed.kind
+    surgery.save(healed.gated, tmp_path / "made")
     alone = found.peer("unhealed")
     with surgery.unhealed(healed.gated):
         without = measure(healed.gated, healed.held, dense=healed.model, speed=(), peers=False)
     assert (alone.metric, alone.cost) == (without.agreement, pytest.approx(without.cost))
     assert alone.metric < found.agreement
     assert f"gated, healed ({healed.kind})" in str(found) and "unhealed" in str(found)
+    text = card(read_config(tmp_path / "made"), "me/it", (), {})
+    changed = "scales and shifts of its norms" if healed.kind == "norms" else "low-rank changes of its linear maps"
+    assert changed in text and f"({alone.metric:.4f}".rstrip("0") + " unhealed)" in text
 
 
 def test_what_does_not_help_is_undone(ready: Ready) -> None:
