@@ -26,6 +26,7 @@ class Granularity(str, Enum):
     auto = "auto"
     sample = "sample"
     token = "token"
+    prefill = "prefill"
 
 
 class Skip(str, Enum):

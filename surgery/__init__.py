@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from surgery.checkpoints import save as save
     from surgery.context import execution as execution
     from surgery.context import force as force
+    from surgery.context import prompt_length as prompt_length
     from surgery.context import tape as tape
     from surgery.conversion import UnmeasuredQuality as UnmeasuredQuality
     from surgery.conversion import convert as convert
@@ -66,7 +67,7 @@ _HOMES = {
     "auditing": ("Audit", "audit"),
     "calibration": ("budget_range", "calibrate", "set_budget"),
     "checkpoints": ("load", "save"),
-    "context": ("execution", "force", "tape"),
+    "context": ("execution", "force", "prompt_length", "tape"),
     "conversion": ("UnmeasuredQuality", "convert"),
     "exporting": ("Exported", "export"),
     "finding": ("find_sites",),

@@ -6,6 +6,7 @@ Axis letters: `N` samples, `T` tokens, `K` classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import DataError, SurgeryError
+
+PROMPT = 0.5
+"""Share of every text that counts as its prompt in passes over data (fitting, calibration, scoring), where gates decide once
+per prompt."""
+_reads_texts: ContextVar[bool] = ContextVar("surgery_reads_texts", default=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +157,17 @@ def length_of(data: Iterable[Any]) -> int | None:
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """`model(*args, **kwargs)`."""
-    return model(*batch.args, **batch.kwargs)
+    """`model(*args, **kwargs)`; of a text, the first `PROMPT` counts as its prompt unless something else is said."""
+    token = _reads_texts.set(True)
+    try:
+        return model(*batch.args, **batch.kwargs)
+    finally:
+        _reads_texts.reset(token)
+
+
+def reads_texts() -> bool:
+    """Whether the running call is one over data, as in calibration, and not a user's own."""
+    return _reads_texts.get()
 
 
 def refusal(model: nn.Module, batch: Batch, error: Exception) -> DataError:

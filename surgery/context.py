@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import ForceError, NotConverted
+from surgery.prompts import Kept, check_length
 
 if TYPE_CHECKING:
     from surgery.gates import Gate
@@ -105,6 +106,7 @@ class Overrides:
     tape: list[Event] | None = None
     handler: Handler | None = None
     thresholds: Mapping[str, float] | float | None = None
+    prompt: int | float | Tensor | None = None
     recorder: Recording | None = None
     healed: bool = True
     """Whether changes to the backbone (`surgery.healing`) are in force where the model does not run dense."""
@@ -128,6 +130,12 @@ class Scope:
     first: Tensor | Literal[False] | None = None
     """bool `(N, T)`, True at the first tokens of a sequence that run in full; False where the call holds none of them;
     None where only a token's place in the call is known."""
+    kept: Kept | None = None
+    """What is decided once per sequence, where the plan has such sites."""
+    continues: bool = False
+    """Whether the call's cache holds tokens already, so that `kept` is not decided any more."""
+    prompt: Tensor | Literal[True] | None = None
+    """Tokens of the prompt, bool `(N, T)`; True where all real ones are; None where it is unknown."""
     decoder: Scope | None = None
     """The decoder's tokens in an encoder-decoder, whose own mask and positions are then those of the encoder."""
     decided: dict[int, Any] = field(default_factory=dict)
@@ -260,6 +268,25 @@ def force(
             raise ForceError(f"the forced active rate must be in [0, 1], got {rate}")
         forced = Forced(rate, {}, seed, ids)
     with override(state, forced=forced):
+        yield
+
+
+@contextmanager
+def prompt_length(gated: nn.Module, length: int | float | Sequence[int] | Tensor) -> Iterator[None]:
+    """Say how much of every text is its prompt, for sites of granularity `prefill`, which decide from it.
+
+    `generate` knows it by itself, and a call with an empty key/value cache is the prompt; any other call needs this.
+
+    Args:
+        gated: A gated model.
+        length: Number of real tokens (padding left out), for all sequences or one for each `(N,)`; or a share of every
+            text, between 0 and 1.
+
+    Raises:
+        PromptError: If it is none of these.
+        NotConverted: If the model has no gates.
+    """
+    with override(state_of(gated), prompt=check_length(length)):
         yield
 
 

@@ -84,6 +84,10 @@ class ForceError(SurgeryError, ValueError):
     """Forced decisions that name unknown sites or have the wrong shape or dtype."""
 
 
+class PromptError(SurgeryError):
+    """Decisions per prompt where nobody knows what the prompt is, or a cache that does not go with them."""
+
+
 class PinError(SurgeryError):
     """A gated model cannot be fixed to one way of being called."""
 

@@ -264,8 +264,9 @@ def _probe(
             hosts, found = _narrow(model, batch, hosts, reference, "")
             rejections += found
             continue
-        sites, failed = _judge(named, second, modules)
-        heads = [one for site in sites if (one := _heads(site, second.claims[site.name])) is not None]
+        once = _is_causal(model) and any(claim.cached for claim in second.claims.values())
+        sites, failed = _judge(named, second, modules, once)
+        heads = [one for site in sites if (one := _heads(site, second.claims[site.name], once)) is not None]
         return sites, heads, rejections + failed, inlined
     return [], [], rejections, []
 
@@ -305,7 +306,7 @@ def _narrow(
 
 
 def _judge(
-    named: list[tuple[Host, Region, Site]], probe: Probe, modules: Mapping[str, list[nn.Module]]
+    named: list[tuple[Host, Region, Site]], probe: Probe, modules: Mapping[str, list[nn.Module]], once: bool
 ) -> tuple[list[Site], list[Rejection]]:
     sites, rejections = [], []
     order = {name: index for index, name in enumerate(probe.claims)}
@@ -317,14 +318,21 @@ def _judge(
         if claim is None or reason:
             rejections.append(Rejection(site.name, reason))
         else:
-            sites.append(_site(site, claim, probe, modules[site.name]))
+            sites.append(_site(site, claim, probe, modules[site.name], once))
     return sites, rejections
 
 
-def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module]) -> Site:
+def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module], once: bool) -> Site:
     granularities: list[Granularity] = [] if claim.per_sample else ["sample"]
     if not claim.per_token:
         granularities.append("token")
+    if (
+        once
+        and claim.layout == "NTC"
+        and not claim.folded
+        and not (claim.per_prompt if claim.cached else claim.per_sample)
+    ):
+        granularities.append("prefill")
     shape = claim.residual
     channels = shape[1] if claim.layout in ("NC", "NCHW") else shape[-1]
     positions = int(torch.Size(shape[1:]).numel()) // channels
@@ -347,7 +355,7 @@ def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module]) -> 
     )
 
 
-def _heads(branch: Site, claim: Claim) -> Site | Rejection | None:
+def _heads(branch: Site, claim: Claim, once: bool) -> Site | Rejection | None:
     """The site of kind `heads` in a branch, or why there is none; None where nobody would look for heads."""
     name = f"{branch.name}.heads"
     if branch.shared or branch.folded:
@@ -357,8 +365,9 @@ def _heads(branch: Site, claim: Claim) -> Site | Rejection | None:
     if isinstance(claim.heads, str):
         return Rejection(name, claim.heads) if claim.heads and branch.kind == "attention" else None
     flops = claim.heads.count * claim.heads.flops
+    granularities: tuple[Granularity, ...] = ("sample", "prefill") if once else ("sample",)
     return replace(
-        branch, name=name, kind="heads", flops=flops, granularities=("sample",), query=None, heads=claim.heads
+        branch, name=name, kind="heads", flops=flops, granularities=granularities, query=None, heads=claim.heads
     )
 
 

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from surgery import context
 from surgery.context import Event, Forced, Overrides, Scope
-from surgery.errors import ForceError
+from surgery.errors import ForceError, PromptError
+from surgery.prompts import cache_in, may_be_compact
 from surgery.queries import MOST_ACTIVE, ActiveQueries
 from surgery.routers import Router, make_router
 from surgery.sites import RegionInput, SitePlan
@@ -103,12 +104,19 @@ class Gate(nn.Module):
             site.layout, site.channels, planned.granularity, planned.hidden, len(site.units)
         )
         self.skip_path: SkipPath = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
+        self.cache_layer: int | None = None
+        """Index of the attention's layer in key/value caches, where it says so."""
         self.offset = 0.0  # log of the cost saved by skipping, subtracted from the predicted log harm
 
     @property
     def per_token(self) -> bool:
         """Whether this gate decides for every token."""
         return self.planned.granularity == "token"
+
+    @property
+    def once(self) -> bool:
+        """Whether this gate decides once per sequence, from the prompt."""
+        return self.planned.granularity == "prefill"
 
     @property
     def always_on(self) -> bool:
@@ -147,13 +155,17 @@ class Gate(nn.Module):
                 opened = self._constant(residual, *(True,) * len(self.site.units))
                 over.tape.append(Event(self.site.name, self, opened, None, self._weights(residual)))
             return self.open(branch, left, inputs)
-        if over.forced is not None and over.tape is None and mode != "mask":
+        if over.forced is not None and over.tape is None and mode != "mask" and not self.once:
             constant = self._forced_alike(residual, over.forced)
             if constant or (constant is False and self.leaves_out(branch)):
                 return self.open(branch, left, inputs) if constant else self.closed(branch, left, residual)
             if constant is False and mode == "skip" and self.query:
                 return self._skip_queries(branch, left, residual, inputs, None)
-        if mode == "static" and over.forced is None:
+        if self.once:
+            decisions, scores = self._decide_once(residual, over, static=mode == "static" and over.forced is None)
+            if self._is_compact():
+                mode = "skip"  # keys and values of what is skipped are missing in the cache
+        elif mode == "static" and over.forced is None:
             kept = [self.state.static.get(unit, True) for unit in self.site.units]
             if over.tape is None and (all(kept) or (not any(kept) and self.leaves_out(branch))):
                 return self.open(branch, left, inputs) if all(kept) else self.closed(branch, left, residual)
@@ -182,9 +194,57 @@ class Gate(nn.Module):
             threshold = threshold[self.site.name]
         return scores > min(threshold, _LARGEST), scores
 
+    def _decide_once(self, residual: Tensor, over: Overrides, *, static: bool) -> tuple[Tensor, Tensor | None]:
+        """What was decided for the sequences of the running call's cache; decided now where it is empty.
+
+        Raises:
+            PromptError: If the cache was filled without these decisions, or holds other sequences.
+        """
+        scope, name = self._scope(), self.site.name
+        kept = None if scope is None else scope.kept
+        if scope is not None and kept is not None and scope.continues:
+            found = kept.decisions.get(name)
+            if found is None or len(found) != len(residual):
+                held = "no decisions" if found is None else f"those of {len(found)} sequences"
+                raise PromptError(
+                    f"{name}: granularity 'prefill' goes on with what was decided from the prompt, but the cache holds {held} "
+                    f"for the {len(residual)} of this call; fill it by calling this model with the whole prompt"
+                )
+            return found, None
+        if static:
+            values = [self.state.static.get(unit, True) for unit in self.site.units]
+            decisions, scores = self._constant(residual, *values), None
+        else:
+            decisions, scores = self.decide(residual, over)
+        if kept is not None:
+            kept.decisions[name] = decisions
+        return decisions, scores
+
+    def _is_compact(self) -> bool:
+        """Whether the running call's cache holds keys and values of active sequences alone here."""
+        scope = self._scope()
+        return scope is not None and scope.kept is not None and self.site.name in scope.kept.compact
+
+    def prompt(self, residual: Tensor) -> Tensor | None:
+        """Tokens of the prompt, bool `(N, T)`, or None where all are.
+
+        Raises:
+            PromptError: If nobody said what the prompt is.
+        """
+        scope = self._scope()
+        known = None if scope is None else scope.prompt
+        if known is None:
+            raise PromptError(
+                f"{self.site.name} is decided from the prompt (granularity 'prefill'), and this call does not say what that is: "
+                "use generate(), pass an empty key/value cache with the prompt, or call inside "
+                "surgery.prompt_length(gated, tokens)"
+            )
+        return self.padding(residual) if known is True else known
+
     def scores(self, residual: Tensor) -> Tensor:
         """Predicted log harm per log saving: `(N,)` or `(N, *positions)`, fp32; infinite at first tokens that run in full."""
-        scores: Tensor = self.router(residual, self.padding(residual)) - self.offset
+        read = self.prompt(residual) if self.once else self.padding(residual)
+        scores: Tensor = self.router(residual, read) - self.offset
         first = self.first_tokens(residual)
         return scores if first is None else scores.masked_fill(first, float("inf"))
 
@@ -340,6 +400,8 @@ class Gate(nn.Module):
         self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
     ) -> Any:
         """Only active samples or tokens run."""
+        if self.once and branch.stateful:
+            return self._skip_sequences(branch, left, residual, inputs, decisions)
         if branch.stateful and not self.query:
             return self.mask(branch, left, residual, inputs, decisions)
         if decisions.numel() == 1:
@@ -351,7 +413,7 @@ class Gate(nn.Module):
             return self.open(branch, left, inputs)
         if count == 0 and not branch.stateful:
             return self.closed(branch, left, residual)
-        if self.query:
+        if self.query and self.per_token:
             if count > MOST_ACTIVE * decisions.numel():
                 return self.mask(branch, left, residual, inputs, decisions)
             return self._skip_queries(branch, left, residual, inputs, decisions if count else None)
@@ -414,6 +476,40 @@ class Gate(nn.Module):
         )
         return merged.view(residual.shape)
 
+    def _skip_sequences(
+        self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
+    ) -> Any:
+        """Only active sequences run; the cache's layer holds theirs alone, or the keys and values of all."""
+        scope, cache = self._scope(), cache_in(inputs)
+        if cache is not None and not self._is_compact():
+            new = scope is not None and scope.kept is not None and not scope.continues
+            if not (new and branch.axes is not None and may_be_compact(cache, self.cache_layer)):
+                count = int(decisions.sum())
+                if count == len(decisions):
+                    return self.open(branch, left, inputs)
+                if not self.query or count > MOST_ACTIVE * len(decisions):
+                    return self.mask(branch, left, residual, inputs, decisions)
+                tokens = decisions[:, None].expand(residual.shape[:2]) if count else None
+                return self._skip_queries(branch, left, residual, inputs, tokens)
+            assert scope is not None and scope.kept is not None and self.cache_layer is not None
+            scope.kept.compact[self.site.name] = self.cache_layer
+        active = decisions.nonzero().squeeze(1)  # K
+        if len(active) == 0:
+            return self.closed(branch, left, residual)
+        if len(active) == len(decisions):
+            return self.open(branch, left, inputs)
+        if branch.axes is None and cache is None:
+            return self.mask(branch, left, residual, inputs, decisions)
+        if branch.axes is None:
+            raise PromptError(
+                f"{self.site.name}: the prompt's cache holds active sequences alone, but this call passes other kinds of "
+                "arguments, of which it is unknown how to leave sequences out; pass an attention mask from the first call on"
+            )
+        cut = [take_samples(v, axes, active, len(decisions)) for v, axes in zip(inputs, branch.axes, strict=True)]
+        value, _ = split_outputs(branch, branch(*cut))
+        merged = self._merge(left, residual, decisions, active, value)
+        return (merged, *(None,) * branch.escapes) if branch.escapes else merged
+
     def _skip_queries(
         self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor | None
     ) -> Any:
@@ -423,7 +519,7 @@ class Gate(nn.Module):
             return self.mask(branch, left, residual, inputs, decisions)
         assert self.site.query is not None
         query, output = self.query_parameters()
-        shape, device = self.shape_of(residual), residual.device
+        shape, device = residual.shape[:-1], residual.device
         with ActiveQueries(self.site.query, query, output, shape, decisions, device) as mode:
             value, escaped = split_outputs(branch, branch(*inputs))
         escaped = tuple(map(mode.restore, escaped)) if escaped else ()

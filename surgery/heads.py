@@ -205,7 +205,7 @@ class ActiveHeads(TorchFunctionMode):
             if parts[0].shape[1] != parts[1].shape[1]:
                 rest["enable_gqa"] = True
             self.made.append(ATTENTION(*parts, mask, dropout_p, is_causal, **rest))
-        return query.new_empty(1).expand(*query.shape[:-1], self.roles.width * self.roles.count // query.shape[1])
+        return query.new_empty(1).expand(*query.shape[:-1], value.shape[-1])
 
     def _gather_up(self, lead: torch.Size, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output projection reads what was made for active heads."""
@@ -221,6 +221,8 @@ class ActiveHeads(TorchFunctionMode):
                 outputs.append(None)
                 continue
             read = made.transpose(1, 2).flatten(2)  # N' T A*D
+            if read.shape[2] != len(heads) * self.roles.width:  # one token, whose grouped queries lie on the token axis
+                read = made.flatten(1)[:, None]
             outputs.append(F.linear(read, _columns_of(weight, heads, self.roles.width), bias))
         self.made = []
         if len(outputs) == 1 and outputs[0] is not None:

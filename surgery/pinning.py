@@ -123,7 +123,7 @@ def pin(
     Raises:
         NotConverted: If the model has no gates.
         PinError: If a module with gates is called in several ways during one call, or in one that cannot be traced, or
-            sites decide heads.
+            sites decide heads, or once per prompt.
     """
     check_choice("execution", execution, EXECUTIONS)
     check_choice("tokens", tokens, TOKENS)
@@ -133,6 +133,12 @@ def pin(
         raise PinError(
             f"{heads[0]} and {len(heads) - 1} other sites decide heads, whose number differs from call to call; a graph holds "
             "one program: convert with sites=['attention', 'mlp'] to pin or export"
+        )
+    once = [planned.site.name for planned in state.plan.sites if planned.granularity == "prefill"]
+    if once:
+        raise PinError(
+            f"{once[0]} and {len(once) - 1} other sites are decided once per prompt and kept with a cache, which a graph has "
+            "not: convert with granularity='token' to pin or export"
         )
     patterns, nested = _rehearse(gated, example)
     twin = share(gated).eval()

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from surgery.errors import PlanMismatch, SurgeryError, check_choice
 from surgery.routers import router_features
-from surgery.sites import Granularity, Plan, Site, SitePlan, Sites, SkipKind
+from surgery.sites import Granularity, Plan, Site, SitePlan, Sites, SkipKind, is_in_first
 
 LINEAR_LIMIT = 0.15
 """A full linear or depthwise skip path is chosen where it costs at most this share of its branch."""
@@ -38,7 +38,7 @@ def choose(
     check_choice("granularity", granularity, ("auto", *get_args(Granularity)))
     check_choice("skip", skip, ("auto", *get_args(SkipKind)))
     layers = _number("first_layers", first_layers, FIRST_LAYERS if sites.causal else 0)
-    grains = {site.name: _granularity(site, granularity) for site in sites}
+    grains = {site.name: _granularity(sites, site, granularity) for site in sites}
     widths = {grain: _width(sites, grains, grain) if hidden == "auto" else hidden for grain in set(grains.values())}
     return Plan(
         sites=tuple(
@@ -48,7 +48,7 @@ def choose(
                 _skip(site, skip, grains[site.name]),
                 rank if skip == "low-rank" else 0,
                 widths[grains[site.name]],
-                _is_in_first(layers, site),
+                is_in_first(layers, site),
             )
             for site in sites
         ),
@@ -69,19 +69,18 @@ def _number(name: str, value: int | Literal["auto"], by_default: int) -> int:
     return value
 
 
-def _is_in_first(layers: int, site: Site) -> bool:
-    """Whether the first number in the site's name, as in `model.layers.0.mlp`, is below `layers`."""
-    number = next((int(part) for part in site.name.split(".") if part.isdigit()), None)
-    return number is not None and number < layers
-
-
-def _granularity(site: Site, wanted: Granularity | Literal["auto"]) -> Granularity:
+def _granularity(sites: Sites, site: Site, wanted: Granularity | Literal["auto"]) -> Granularity:
     if wanted == "auto":
         return "token" if "token" in site.granularities else site.granularities[0]
     if wanted in site.granularities:
         return wanted
+    if wanted == "prefill" and "token" in site.granularities and any("prefill" in one.granularities for one in sites):
+        return "token"
     if wanted == "prefill":
-        raise PlanMismatch(f"{site.name}: granularity 'prefill' needs an attention branch with a key/value cache")
+        raise PlanMismatch(
+            f"{site.name}: granularity 'prefill' is for causal language models, found with an example that makes a key/value "
+            f"cache (without use_cache=False); this site allows: {', '.join(site.granularities)}"
+        )
     return site.granularities[0]
 
 

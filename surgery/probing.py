@@ -43,6 +43,8 @@ class Claim:
     per_sample: str = ""
     """Why samples cannot be left out one by one; "" when they can."""
     per_token: str = ""
+    per_prompt: str = ""
+    """Why whole sequences cannot be left out for good, with what a cache keeps of them; "" when they can."""
     cached: bool = False
     query: QueryRoles | None = None
     shared: bool = False
@@ -114,10 +116,11 @@ class Probe:
                 claim.per_sample = claim.per_token = (
                     "it writes a key/value cache, which skipping would leave incomplete"
                 )
+                claim.per_prompt = _reason(lambda: _separable_by_sample(branch, value, again, axes))
             elif claim.shared:
                 claim.per_sample = claim.per_token = "a second output of its module is used outside the branch"
             else:
-                claim.per_sample = _reason(lambda: _separable_by_sample(branch, value, inputs, axes))
+                claim.per_sample = _reason(lambda: _separable_by_sample(branch, value, lambda: inputs, axes))
                 claim.per_token = _reason(
                     lambda: _separable_by_token(branch, value, residual, inputs, axes, claim.layout)
                 )
@@ -229,11 +232,13 @@ def kind_of_site(operations: frozenset[str], modules: Sequence[tuple[str, nn.Mod
     return "block"
 
 
-def _separable_by_sample(branch: Branch, value: Tensor, inputs: Sequence[Any], axes: tuple[RegionInput, ...]) -> str:
+def _separable_by_sample(
+    branch: Branch, value: Tensor, inputs: Callable[[], Sequence[Any]], axes: tuple[RegionInput, ...]
+) -> str:
     size = len(value)
     for rows in ([size - 1], [size - 1, 0]):
         index = torch.tensor(rows, device=value.device)
-        part = _first(branch, branch(*[take_samples(v, a, index, size) for v, a in zip(inputs, axes, strict=True)]))
+        part = _first(branch, branch(*[take_samples(v, a, index, size) for v, a in zip(inputs(), axes, strict=True)]))
         if part.shape != value[index].shape or not _close(part, value[index], value):
             return "a sample's result depends on its batch mates"
     return ""

@@ -38,7 +38,7 @@ from surgery.gates import Gate, Owners
 from surgery.head_gates import HeadGate
 from surgery.queries import owner
 from surgery.regions import Region, find_regions, is_rest, or_nothing
-from surgery.sites import Plan, RegionInput, SitePlan, Sites
+from surgery.sites import Plan, RegionInput, Site, SitePlan, Sites, is_in_first
 from surgery.state import CostModel, GatedState, SiteCost
 from surgery.tracing import (
     CACHE_NAMES,
@@ -308,7 +308,8 @@ def flop_costs(plan: Plan) -> CostModel:
                 sites |= dict.fromkeys(site.units, share)
                 continue
             skip = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
-            saved = site.query.flops if site.query is not None and per_token else site.flops
+            keeps_keys = per_token or (planned.granularity == "prefill" and is_in_first(1, site))
+            saved = site.query.flops if site.query is not None and keeps_keys else site.flops
             sites[site.name] = SiteCost(float(saved), float(skip.flops(site.positions)), asked)
     return CostModel("flops", float(max(plan.model_flops, 1)), sites)
 
@@ -334,6 +335,7 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
     marked = []
     for one in planned:
         key = gates.hang(one, host, _owners(gated, one))
+        gates._modules[key].cache_layer = _cache_layer(gated, one.site)  # type: ignore[union-attr]
         axes = {i.name: i for i in one.site.inputs} if not one.site.restriction else None
         anchor = tuple(a[len(prefix) :] for a in one.site.anchor)
         marked.append(Marked(one.site.name, key, anchor, axes, one.site.shared))
@@ -352,9 +354,16 @@ def _owners(gated: nn.Module, planned: SitePlan) -> Owners:
     if planned.site.heads is not None:
         return tuple(owner(gated, name) for name in planned.site.heads.names)
     roles = planned.site.query
-    if roles is None or planned.granularity != "token":
+    if roles is None or planned.granularity == "sample":
         return ()
     return tuple(owner(gated, name) if name else None for name in (roles.query, roles.output))
+
+
+def _cache_layer(gated: nn.Module, site: Site) -> int | None:
+    """Index of the site's attention in key/value caches, by the name that transformers gives it."""
+    parts = [part for name in site.modules for part in gated.get_submodule(name).modules()]
+    found = [getattr(part, "layer_idx", None) for part in parts]
+    return next((index for index in found if isinstance(index, int)), None)
 
 
 def _make_root(gated: nn.Module, state: GatedState) -> None:

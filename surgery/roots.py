@@ -11,17 +11,36 @@ import contextvars
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from surgery import context, second_look
+from surgery.calling import PROMPT, reads_texts
 from surgery.context import Forced, Scope
+from surgery.errors import PromptError
 from surgery.gates import Gate
+from surgery.prompts import Kept, cache_in, keep, kept_with, span
+from surgery.state import GatedState
 from surgery.tracing import CACHE_NAMES, Signature, base_class, signature_of
 
-_generation: ContextVar[tuple[int, int] | None] = ContextVar("surgery_generation", default=None)
+
+@dataclass(frozen=True, slots=True)
+class _Generation:
+    """A running `generate`: its first sample's id, its number of samples, its prompt's length, and which tokens of the prompt
+    are real, bool `(N, T)` or None.
+    """
+
+    start: int
+    rows: int
+    width: int
+    real: Tensor | None
+
+
+_generation: ContextVar[_Generation | None] = ContextVar("surgery_generation", default=None)
 _INPUTS = ("input_ids", "inputs_embeds", "input_values", "input_features", "pixel_values")
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
@@ -31,8 +50,11 @@ def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     cls = base_class(self)
 
     def run() -> Any:
-        with context.entered(_scope_of(self, _arguments(cls, args, kwargs))):
+        arguments = _arguments(cls, args, kwargs)
+        with context.entered(_scope_of(self, arguments)) as scope:
             output = cls.__call__(self, *args, **kwargs)
+        if scope.kept is not None and scope.kept.decisions and not scope.continues:
+            _keep(scope.kept, _cache_of(arguments), output)
         if second_look.applies(context.state_of(self)):
             return second_look.look_again(self, output, args, kwargs)
         return output
@@ -57,7 +79,9 @@ def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     rows = next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1), 1)
     given = {"input_ids": next((a for a in args[:1] if isinstance(a, Tensor)), kwargs.get("inputs")), **kwargs}
     start = 0 if forced is None else forced.count
-    token = _generation.set((start, rows))
+    prompt = _first(given, _INPUTS)
+    width = 1 if prompt is None or prompt.dim() < 2 else prompt.shape[1]
+    token = _generation.set(_Generation(start, rows, width, padding_of(given)))
     try:
         with context.entered(_tokens(given, forced, rows)):  # of an encoder, which `generate` calls by itself
             return cls.generate(self, *args, **kwargs)
@@ -166,7 +190,66 @@ def _scope_of(model: nn.Module, arguments: Mapping[str, Any]) -> Scope:
         scope.decoder.whole = scope.whole
     if forced is not None and _generation.get() is None:
         forced.count += rows
+    if any(planned.granularity == "prefill" for planned in context.state_of(model).plan.sites):
+        _see_prompt(scope, context.state_of(model), arguments)
     return scope
+
+
+def _see_prompt(scope: Scope, state: GatedState, arguments: Mapping[str, Any]) -> None:
+    """Find what was decided for the sequences of this call, or from which tokens it is to be decided.
+
+    Raises:
+        PromptError: If the cache was filled in another way, or holds a part of the prompt only.
+    """
+    cache = _cache_of(arguments)
+    known = kept_with(cache)
+    scope.continues = cache is not None and int(cache.get_seq_length()) > 0
+    scope.kept = known if scope.continues and known is not None else Kept()
+    if scope.continues:
+        if known is not None and known.compact and context.runs_dense(state):
+            raise PromptError(
+                "this cache lacks keys and values of what its sequences skip, so the dense model cannot go on with it; "
+                "keep the budget and execution that it was begun with, or begin again with an empty cache"
+            )
+        return
+    main, running = _first(arguments, _INPUTS), _generation.get()
+    if main is None or main.dim() < 2:
+        return
+    rows, tokens = main.shape[:2]
+    length = context.overrides_of(state).prompt
+    if length is None and running is not None:
+        if tokens < running.width:
+            raise PromptError(
+                f"the prompt of {running.width} tokens comes in parts, but granularity 'prefill' decides from the whole of it: "
+                "generate without prefill_chunk_size"
+            )
+        scope.prompt = _prompt_of(running, scope.mask, rows, tokens, main.device)
+        return
+    if length is None and reads_texts():
+        length = PROMPT
+    if length is not None:
+        scope.prompt = span(scope.mask, length, rows, tokens, main.device)
+    elif cache is not None or arguments.get("use_cache") is True:
+        scope.prompt = True
+
+
+def _prompt_of(running: _Generation, padding: Tensor | None, rows: int, tokens: int, device: torch.device) -> Tensor:
+    """Which of a call's tokens are the prompt's real ones, bool `(N, T)`; static caches come with another form of mask."""
+    columns = (torch.arange(tokens, device=device) < running.width).expand(rows, tokens)
+    if padding is not None:
+        return columns & padding
+    if running.real is None or rows % len(running.real):
+        return columns
+    real = running.real.to(device).repeat_interleave(rows // len(running.real), 0)
+    return columns & F.pad(real, (0, tokens - running.width))
+
+
+def _keep(kept: Kept, given: Any, output: Any) -> None:
+    """Attach what a call decided to its cache: the one that it was given, or the one that it made."""
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    cache = cache_in([given, *values])
+    if cache is not None:
+        keep(cache, kept)
 
 
 def _tokens(arguments: Mapping[str, Any], forced: Forced | None, rows: int, first: int = 0) -> Scope:
@@ -180,10 +263,9 @@ def _tokens(arguments: Mapping[str, Any], forced: Forced | None, rows: int, firs
         return scope
     running = _generation.get()
     if running is not None:
-        start, count = running
-        base = forced.samples if forced.samples is not None else torch.arange(start, start + count)
+        base = torch.arange(running.start, running.start + running.rows) if forced.samples is None else forced.samples
         scope.samples = base.repeat_interleave(rows // len(base)) if rows % len(base) == 0 else None
-        scope.start = start
+        scope.start = running.start
     else:
         scope.start = forced.count
     scope.positions = _token_positions(arguments)

@@ -52,7 +52,7 @@ class Site:
         flops: Dense forward of the branch per sample at the example's shape; one multiply-add = 2.
         share: `flops` as a fraction of the model's.
         parameters: Number of parameters in the branch.
-        granularities: What the probes allow, coarsest first; empty never occurs.
+        granularities: What the probes allow: `sample`, `token`, then `prefill`; empty never occurs.
         layout: Layout of the residual stream here.
         channels: Width `C` of the residual stream here.
         positions: Tokens (or spatial positions) per sample at the example's shape.
@@ -90,6 +90,12 @@ class Site:
     def units(self) -> tuple[str, ...]:
         """Names of what is decided for one sample or token: the site, or each of its heads (`blocks.3.attn.heads.0`)."""
         return (self.name,) if self.heads is None else tuple(f"{self.name}.{i}" for i in range(self.heads.count))
+
+
+def is_in_first(layers: int, site: Site) -> bool:
+    """Whether the first number in the site's name, as in `model.layers.0.mlp`, is below `layers`."""
+    number = next((int(part) for part in site.name.split(".") if part.isdigit()), None)
+    return number is not None and number < layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +242,8 @@ class Sites(Sequence[Site]):
         """Choose granularity, skip path and router size for every site.
 
         Args:
-            granularity: `auto` takes the finest that the probes allow; `token` and `sample` apply where allowed.
+            granularity: `auto` takes the finest that the probes allow; `token` and `sample` apply where allowed; `prefill`
+                (once per sequence, from the prompt) is for causal language models.
             skip: Kind of skip path; `auto` takes the identity where decisions are per token, else the first of `depthwise`
                 (feature maps only) and `linear` that costs at most 0.15 of its branch and holds at most 0.1 of its
                 parameters, else per-channel affine. `depthwise` means `linear` where the stream is no feature map.
