@@ -6,7 +6,7 @@ Axis letters: `N` samples, `C` channels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch.nn import functional
 from surgery.adapters.base import Loaded
 from surgery.adapters.columns import find_columns
 from surgery.adapters.labels import Labels, read_labels
+from surgery.adapters.phrases import is_phrase_set
+from surgery.adapters.phrases import whole_texts as find_whole_texts
 from surgery.adapters.sources import Table, open_source
 from surgery.errors import DataError
 
@@ -33,6 +35,7 @@ class Loader:
         batch_size: Samples per batch; the last batch may be smaller.
         seed: Of the augmentation.
         augment: Flip and shift pictures at random.
+        parts: How many rows were left out since their text is part of another one.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class Loader:
         batch_size: int,
         seed: int = 0,
         augment: bool = False,
+        parts: int = 0,
     ) -> None:
+        self.parts = parts
         self.columns = dict(columns)
         self.batch_size = batch_size
         self.labels = labels
@@ -128,6 +133,7 @@ def load_data(
     shuffle: bool = False,
     columns: Mapping[str, str] | None = None,
     augment: bool = False,
+    whole_texts: bool | Literal["auto"] = False,
 ) -> Loader:
     """Open a dataset for a model.
 
@@ -144,6 +150,8 @@ def load_data(
         columns: Role -> column name where the right column is not found by itself; roles are image, text, pair, audio,
             value, target, label.
         augment: Flip and shift pictures at random, anew on every pass.
+        whole_texts: Leave out texts that are parts of other texts; `auto` does so where most of them are, and counts
+            them in `Loader.parts`.
 
     Returns:
         A re-iterable of `(inputs, labels)`, or for transformers of dicts of keyword arguments with `labels`. Without
@@ -172,16 +180,29 @@ def load_data(
         target="decoder_input_ids" in getattr(loaded.preprocess, "names", ()),
         where=source,
     )
+    kept = order.tolist()
+    if whole_texts and "text" in found and not {"pair", "image", "target"} & set(found):
+        kept = _without_parts(table, found["text"], kept, only_phrases=whole_texts == "auto")
     return Loader(
         table,
-        order[:limit].tolist(),
+        kept[:limit],
         found,
         _labels(table, found.get("label"), loaded),
         loaded,
         batch_size=batch_size,
         seed=seed,
         augment=augment,
+        parts=count - len(kept),
     )
+
+
+def _without_parts(table: Table, column: str, order: list[int], *, only_phrases: bool) -> list[int]:
+    """The rows whose text is no part of another one's."""
+    texts = [text or "" for text in table[column]]
+    if only_phrases and not is_phrase_set(texts):
+        return order
+    whole = set(find_whole_texts(texts))
+    return [row for row in order if row in whole]
 
 
 def _finite(sample: Any) -> bool:

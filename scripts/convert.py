@@ -9,7 +9,7 @@ import time
 import warnings
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -84,6 +84,14 @@ def convert(
     augment: Annotated[
         bool, typer.Option("--augment", help="Flip and shift pictures at random.", rich_help_panel="Data")
     ] = False,
+    whole_texts: Annotated[
+        bool | None,
+        typer.Option(
+            "--whole-texts/--all-texts",
+            help="Leave out texts that are parts of other texts; by default where most are, as in sets of phrases.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
     sites: options.SitesOption = None,
     granularity: Annotated[
         Granularity, typer.Option("--granularity", help="How finely is decided.")
@@ -92,6 +100,9 @@ def convert(
     tune: Annotated[
         Tune, typer.Option("--tune", help="oneshot fits in closed form, train goes on with gradients.")
     ] = Tune.auto,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", min=1, help="Passes over the data in training; 3 by default.")
+    ] = None,
     second_look: Annotated[
         bool | None,
         typer.Option(
@@ -137,13 +148,23 @@ def convert(
     from surgery.conversion import UnmeasuredQuality
     from surgery.conversion import convert as convert_model
     from surgery.overview import status
+    from surgery.training import Options
 
     check_budget(budget)
     work = out.with_name(f"{out.name}.tuning")
     _check_output(out, work, force=force, resume=resume)
     with waiting("loading the model"):
         loaded = Machine(device, dtype, threads, seed, revision).load(model)
-    batches, held = _read(loaded, data, split, validation, validation_split, batch_size, limit, seed, augment)
+    batches, held = _read(
+        loaded,
+        data,
+        split,
+        validation,
+        validation_split,
+        common={"batch_size": batch_size, "limit": limit, "seed": seed, "shuffle": True},
+        augment=augment,
+        whole_texts="auto" if whole_texts is None else whole_texts,
+    )
     started = time.time()
     try:
         with progress_bars() as progress, warnings.catch_warnings():
@@ -161,6 +182,7 @@ def convert(
                 first_tokens="auto" if first_tokens is None else first_tokens,
                 first_layers="auto" if first_layers is None else first_layers,
                 cost=cost.value,
+                options=Options() if epochs is None else Options(epochs=epochs),
                 heal=None if heal is None else heal.value,
                 seed=seed,
                 progress=progress,
@@ -207,10 +229,10 @@ def _read(
     split: str,
     validation: str | None,
     validation_split: str,
-    batch_size: int,
-    limit: int | None,
-    seed: int,
+    *,
+    common: dict[str, Any],
     augment: bool,
+    whole_texts: bool | Literal["auto"],
 ) -> tuple[Any, Any]:
     """What to fit on, and what to calibrate on (None for a part of the former)."""
     from surgery.adapters import load_data
@@ -219,9 +241,11 @@ def _read(
         note(
             "no --data: fitting on synthetic inputs, which say little about yours; calibrate on real ones where you can"
         )
-        return loaded.adapter.inputs(loaded.model, limit or 256, batch_size, seed), None
-    common: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "seed": seed, "shuffle": True}
-    batches = load_data(data, loaded, split=split, augment=augment, **common)
+        made = common["limit"] or 256
+        return loaded.adapter.inputs(loaded.model, made, common["batch_size"], common["seed"]), None
+    batches = load_data(data, loaded, split=split, augment=augment, whole_texts=whole_texts, **common)
+    if batches.parts:
+        note(f"left out {batches.parts:,} texts that are parts of other texts; --all-texts keeps them")
     held = None if validation is None else load_data(validation, loaded, split=validation_split, **common)
     return batches, held
 

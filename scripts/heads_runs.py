@@ -24,7 +24,6 @@ SETS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "query and MLP tokens": (("attention", "mlp"), (0.85, 0.75, 0.65)),
 }
 """Kinds of sites, and budgets."""
-_TOKENS = 12  # SST-2 trains on phrases and tests on sentences
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +62,18 @@ def main(
     from surgery import convert, set_budget
     from surgery.adapters import load_data, load_model
     from surgery.calibration import budget_range
-    from surgery.scripts.real_runs import long_texts
 
     torch.set_num_threads(threads)
     loaded = load_model(str(shared / "weights" / "minilm-sst2"))
     common: dict[str, Any] = {"batch_size": 64, "seed": seed}
     source = shared / "data" / "sst2"
-    train = load_data(str(source / "train.parquet"), loaded, split="train", shuffle=True, limit=limit, **common)
+    train = load_data(
+        str(source / "train.parquet"), loaded, split="train", shuffle=True, limit=limit, whole_texts="auto", **common
+    )
     test = list(load_data(str(source / "test.parquet"), loaded, split="test", **common))
-    texts = long_texts(train, _TOKENS)
     rows: list[Row] = []
     for name, (kinds, budgets) in SETS.items():
-        gated = convert(loaded.model, budgets[1], data=texts, sites=kinds, tune="oneshot", seed=seed)
+        gated = convert(loaded.model, budgets[1], data=train, sites=kinds, tune="oneshot", seed=seed)
         low, high = budget_range(gated)
         for budget in budgets:
             if low <= budget <= high:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,8 +35,6 @@ class Run:
     augment: bool = False
     epochs: int = 2
     budget: float = 0.6
-    tokens: int = 0
-    """Leave out training texts with fewer tokens: SST-2 trains on phrases and tests on sentences."""
 
 
 MOBILENET = (
@@ -53,8 +51,7 @@ RUNS = (
         12000,
         32,
         (1, 32),
-        epochs=2,
-        tokens=12,
+        epochs=3,
     ),
     Run("resnet56", "ResNet-56, CIFAR-10", "resnet56", "cifar10", 15000, 50, (1, 256), augment=True, epochs=3),
     Run(
@@ -107,7 +104,6 @@ def perform(run: Run, shared: Path, out: Path, seed: int, limit: int | None, tes
     from surgery import Options, convert, measure, save, set_budget
     from surgery.adapters import load_data, load_model
     from surgery.calibration import budget_range
-    from surgery.calling import as_batch
     from surgery.context import state_of
     from surgery.scripts.bars import progress_bars
 
@@ -115,14 +111,13 @@ def perform(run: Run, shared: Path, out: Path, seed: int, limit: int | None, tes
     common: dict[str, Any] = {"batch_size": run.batch_size, "seed": seed}
     train = load_data(
         str(shared / "data" / run.data / "train.parquet"), loaded, split="train", shuffle=True, augment=run.augment,
-        limit=limit or run.limit, **common,
+        limit=limit or run.limit, whole_texts="auto", **common,
     )  # fmt: skip
     test = load_data(str(shared / "data" / run.data / "test.parquet"), loaded, split="test", limit=test_limit, **common)
-    data: Any = train if run.tokens == 0 else long_texts(train, run.tokens)
     started = time.perf_counter()
     with progress_bars() as progress:
         gated = convert(
-            loaded.model, run.budget, data=data, options=Options(epochs=run.epochs), seed=seed, progress=progress
+            loaded.model, run.budget, data=train, options=Options(epochs=run.epochs), seed=seed, progress=progress
         )
     seconds = time.perf_counter() - started
     save(gated, out / run.name, overwrite=True, spec=_spec(run, shared))
@@ -138,25 +133,11 @@ def perform(run: Run, shared: Path, out: Path, seed: int, limit: int | None, tes
         "name": run.name,
         "title": run.title,
         "seconds": seconds,
-        "samples": sum(as_batch(batch).size for batch in data),
+        "samples": train.samples,
         "policy": state_of(gated).policy,
         "notes": state_of(gated).notes,
         "reports": reports,
     }
-
-
-def long_texts(data: Iterable[Any], tokens: int) -> list[Any]:
-    """The texts of every batch that have at least `tokens` tokens."""
-    from surgery.calling import Batch, batches
-
-    kept = []
-    for batch in batches(data):
-        lengths = batch.kwargs["attention_mask"].sum(1)
-        rows = (lengths >= tokens).nonzero().flatten()
-        if len(rows):
-            part = batch.rows(rows)
-            kept.append(Batch(part.args, {k: v[:, : int(lengths.max())] for k, v in part.kwargs.items()}, part.labels))
-    return kept
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:

@@ -228,7 +228,9 @@ def test_decoders_read_the_target_shifted(tmp_path):
 
 def test_a_model_of_text_needs_text(tmp_path, reader):
     path = write_rows(tmp_path / "numbers.jsonl", [{"a": 1, "b": 2}])
-    with pytest.raises(DataError, match=r"found no column of text; columns: a \(int64\), b \(int64\); name it"):
+    with pytest.raises(
+        DataError, match=r"found no column of text; columns: a \(int64\), b \(int64\); call the right one text"
+    ):
         load_data(path, reader)
     two = write_rows(tmp_path / "two.jsonl", [{"p": "x", "q": "y"}])
     with pytest.raises(DataError, match="found no column of text"):
