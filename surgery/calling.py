@@ -165,6 +165,13 @@ def call(model: nn.Module, batch: Batch) -> Any:
         _reads_texts.reset(token)
 
 
+def is_causal(model: nn.Module) -> bool:
+    """Whether it is a causal language model that can generate (transformers)."""
+    can_generate = getattr(model, "can_generate", None)
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return can_generate is not None and bool(can_generate()) and not encodes
+
+
 def reads_texts() -> bool:
     """Whether the running call is one over data, as in calibration, and not a user's own."""
     return _reads_texts.get()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery import probing
-from surgery.calling import REFUSALS, Batch, as_batch, call, refusal, tensors
+from surgery.calling import REFUSALS, Batch, as_batch, call, is_causal, refusal, tensors
 from surgery.context import handled
 from surgery.copying import share
 from surgery.counting import flop_counter
@@ -98,15 +98,8 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
         signature=_signature(batch),
         patterns={name: value for name, value in kept.items() if name in used},
         inlined=[name for name in inlined if any(host == "" or name.startswith(f"{host}.") for host in used)],
-        causal=_is_causal(model),
+        causal=is_causal(model),
     )
-
-
-def _is_causal(model: nn.Module) -> bool:
-    """Whether it is a causal language model that can generate (transformers)."""
-    can_generate = getattr(model, "can_generate", None)
-    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return can_generate is not None and bool(can_generate()) and not encodes
 
 
 def check_weights(model: nn.Module) -> None:
@@ -264,7 +257,7 @@ def _probe(
             hosts, found = _narrow(model, batch, hosts, reference, "")
             rejections += found
             continue
-        once = _is_causal(model) and any(claim.cached for claim in second.claims.values())
+        once = is_causal(model) and any(claim.cached for claim in second.claims.values())
         sites, failed = _judge(named, second, modules, once)
         heads = [one for site in sites if (one := _heads(site, second.claims[site.name], once)) is not None]
         return sites, heads, rejections + failed, inlined

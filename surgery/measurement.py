@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery import policies
-from surgery.calling import Batch, batches, call, call_dense, device_of, dtype_of, length_of, read_output
+from surgery.calling import Batch, batches, call, call_dense, device_of, dtype_of, is_causal, length_of, read_output
 from surgery.context import Event, execution, handled, state_of, tape
 from surgery.costs import place
 from surgery.errors import BaseMismatch, DataError
 from surgery.model_timing import times_of
 from surgery.peers import Contest, Judge, Parts, within
+from surgery.phases import count_phases
 from surgery.policies import Importance, decided
 from surgery.progress import Progress, silent
 from surgery.reports import Other, Peer, Report
@@ -93,6 +94,8 @@ def measure(
         rows = () if contest is None else contest.rows(resamples, times)
         if rows:
             notes += _verdict(run.name or f"agreement ({run.judge.agreed})", rows)
+        counted = run.name == "nats_per_token" and is_causal(reference)
+        phases = count_phases(gated, reference, data) if counted else ()
     active = run.ours.decided.active(run.names)
     report = Report(
         data=run.description,
@@ -114,6 +117,7 @@ def measure(
         peers=rows,
         absent={} if contest is None else contest.absent,
         notes=(*notes, *untimed),
+        phases=phases,
         healed="" if state.healing is None else state.healing.kind,
     )
     state.report = {**state.report, "dense" if state.budget is None else f"{state.budget:g}": report.to_dict()}

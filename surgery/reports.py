@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from surgery.phases import Phase
 from surgery.timing import Ratio
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Report:
         peers: Other policies at the same cost.
         absent: Peers that do not apply to this model, and why.
         notes: What to know before believing the numbers.
+        phases: What one token costs a causal language model that reads (prefill) and writes (decode).
         healed: `norms` or `lora` where the backbone is healed; the peer `unhealed` is the model without that.
     """
 
@@ -101,6 +103,7 @@ class Report:
     peers: tuple[Peer, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    phases: tuple[Phase, ...] = ()
     healed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +114,7 @@ class Report:
             "peers": [peer.to_dict() for peer in self.peers],
             "absent": dict(self.absent),
             "notes": list(self.notes),
+            "phases": [phase.to_dict() for phase in self.phases],
         }
 
     def peer(self, name: str) -> Peer:

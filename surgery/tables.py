@@ -94,7 +94,7 @@ def rows_table(title: str, rows: Iterable[Any]) -> RenderableType:
 
 def report_table(report: Report) -> RenderableType:
     """Quality and cost against dense, peers at the same cost, speed, active rates, notes."""
-    parts = [_quality(report), _peers(report), _speed(report), _active(report)]
+    parts = [_quality(report), _phases(report), _peers(report), _speed(report), _active(report)]
     notes = [Text(f"note: {note}") for note in report.notes]
     return Group(*(part for part in parts if part is not None), *notes)
 
@@ -111,6 +111,18 @@ def _quality(report: Report) -> RenderableType:
     _row(table, "submodules run (mean over sites)", percent(report.submodules), percent(1.0))
     _row(table, f"distinct policies for {report.deciding}", f"{report.policies:,}", "1")
     return _titled(f"Quality and cost on {report.data}", table)
+
+
+def _phases(report: Report) -> RenderableType | None:
+    if not report.phases:
+        return None
+    table = _table(("phase", ">mean context", ">gated", ">dense", ">share", ">tokens"))
+    for phase in report.phases:
+        numbers = (quantity(round(phase.flops)), quantity(round(phase.dense)), percent(phase.cost), f"{phase.tokens:,}")
+        _row(table, phase.name, f"{phase.context:.0f}", *numbers)
+    return _titled(
+        "FLOPs per token with a key/value cache, one text at a time (counted, keys and values included)", table
+    )
 
 
 def _peers(report: Report) -> RenderableType | None:
