@@ -79,7 +79,7 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
         except REFUSALS as error:
             raise refusal(model, batch, error) from error
         hosts, rejections = _trace_all(model, patterns)
-        hosts, nested = _without_nested(model, hosts)
+        hosts, nested, within = _without_nested(model, hosts)
         rejections += nested
         sites, heads, failed, inlined = _probe(model, batch, hosts, tensors(output))
     rejections += failed
@@ -89,7 +89,7 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
     flops = counter.get_total_flops() // batch.size
     return Sites(
         [replace(site, share=site.flops / max(flops, 1)) for site in sites],
-        _relevant(rejections, covered),
+        [*_relevant(rejections, covered), *(r for name, r in within if name in covered)],
         heads=[replace(site, share=site.flops / max(flops, 1)) for site in heads if isinstance(site, Site)],
         heads_rejections=[site for site in heads if isinstance(site, Rejection)],
         model_name=type(model).__name__,
@@ -182,13 +182,19 @@ def _reads_cache(module: nn.Module, patterns: list[Pattern]) -> bool:
     return bool(names & CACHE_NAMES)
 
 
-def _without_nested(model: nn.Module, hosts: list[Host]) -> tuple[list[Host], list[Rejection]]:
-    """Of a branch and the sites inside it, keep the finer ones if they hold half of its parameters, else the branch."""
+def _without_nested(
+    model: nn.Module, hosts: list[Host]
+) -> tuple[list[Host], list[Rejection], list[tuple[str, Rejection]]]:
+    """Of a branch and the sites inside it, keep the finer ones if they hold half of its parameters, else the branch.
+
+    Returns:
+        The hosts left, the branches left out, and the finer hosts left out with a module of the branch around them.
+    """
     weights = {
         host.name: _weight(model, [host.prefix + c for region in host.regions for c in region.calls]) for host in hosts
     }
     dropped: set[str] = set()
-    rejections = []
+    rejections, within = [], []
     for host in sorted(hosts, key=lambda h: h.name.count(".") + (h.name != "")):  # outermost first
         if host.name in dropped:
             continue
@@ -203,8 +209,10 @@ def _without_nested(model: nn.Module, hosts: list[Host]) -> tuple[list[Host], li
             else:
                 regions.append(region)
                 dropped |= set(inner)
+                reason = "its branch lies inside a larger one, which holds most of the parameters and is kept"
+                within += [(calls[0], Rejection(n, reason)) for n in inner]
         host.regions = regions
-    return [host for host in hosts if host.regions and host.name not in dropped], rejections
+    return [host for host in hosts if host.regions and host.name not in dropped], rejections, within
 
 
 def _weight(model: nn.Module, names: list[str]) -> int:

@@ -102,9 +102,11 @@ class Probe:
         elif self.earlier is not None and claim.flops == 0:
             claim.problem = "nothing worth skipping is in it (0 FLOPs: norms, pooling or shape changes only)"
         if not first_time:
-            claim.problem = claim.problem or "its host runs more than once per call"
+            claim.problem = claim.problem or "its layer runs several times per call, and a gate decides once"
         elif claim.samples != self.size:
-            claim.problem = claim.problem or "the first axis of the residual stream is not the batch"
+            claim.problem = claim.problem or (
+                f"the residual stream has {claim.samples} rows for {self.size} samples, so its rows are not samples"
+            )
         claim.folded = isinstance(branch, Unfolded)
         claim.shared = any(item is not None and not _is_empty(item) for item in escaped)
         claim.layout = layout_of(residual, self.modules[name])
@@ -118,7 +120,10 @@ class Probe:
                 )
                 claim.per_prompt = _reason(lambda: _separable_by_sample(branch, value, again, axes))
             elif claim.shared:
-                claim.per_sample = claim.per_token = "a second output of its module is used outside the branch"
+                what = "the size of its result" if _is_size(escaped) else "a second output"
+                claim.per_sample = claim.per_token = (
+                    f"its module also gives {what}, which is read outside the branch and would be missing"
+                )
             else:
                 claim.per_sample = _reason(lambda: _separable_by_sample(branch, value, lambda: inputs, axes))
                 claim.per_token = _reason(
@@ -166,6 +171,11 @@ class Probe:
             return ""
 
         return _reason(look) or found[0]
+
+
+def _is_size(escaped: Sequence[Any]) -> bool:
+    """Whether what a branch gives beside its result are numbers, as the rows and columns of a feature map."""
+    return all(isinstance(n, int) for item in escaped for n in (item if isinstance(item, (list, tuple)) else (item,)))
 
 
 def _attends(operations: frozenset[str]) -> bool:
