@@ -20,6 +20,8 @@ import typer
 
 from surgery.scripts.running import command
 
+TOKENS = 8
+"""Generated in a check."""
 TOLERANCE = 1e-4  # relative: sums over fewer rows are ordered differently
 
 
@@ -34,11 +36,13 @@ class Row:
         counted: How `expected` was counted.
         kinds: Sites found per kind.
         per_token: Sites that can be decided per token.
+        queries: Of these, attentions that then run for some query tokens only.
         heads: Attentions whose heads can be decided.
         heads_agree: Whether `skip` gives what `mask` gives for forced decisions of heads; None where there are none.
         restricted: Sites that run all-or-nothing on a batch.
         bit_equal: Whether open gates give the original's bits.
         agrees: Whether `skip` gives what `mask` gives for forced decisions.
+        generates: Whether tokens generated with a cache are those generated without; None where nothing is generated.
         rejected: Reasons, and how often.
         seconds: Time to find sites and insert gates.
         error: Text of the error, or "".
@@ -50,11 +54,13 @@ class Row:
     counted: str = ""
     kinds: dict[str, int] | None = None
     per_token: int = 0
+    queries: int = 0
     heads: int = 0
     heads_agree: bool | None = None
     restricted: int = 0
     bit_equal: bool | None = None
     agrees: bool | None = None
+    generates: bool | None = None
     rejected: dict[str, int] | None = None
     seconds: float = 0.0
     error: str = ""
@@ -68,6 +74,7 @@ class Row:
             and self.bit_equal is True
             and self.agrees is True
             and self.heads_agree is not False
+            and self.generates is not False
         )
 
 
@@ -81,6 +88,8 @@ def measure_entry(name: str) -> Row:
         model, example = entry.build()
         row["expected"] = entry.expected(model)
         row |= _convert_and_check(model, example, entry.example(3, seed=1))
+        if row["found"] and getattr(model, "can_generate", bool)():
+            row["generates"] = _generates(model, entry.example(3, seed=1))
     except Exception as error:  # a row reports every failure, whatever its class
         row["error"] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
     return Row(**row)
@@ -95,6 +104,7 @@ def _convert_and_check(model: Any, example: Any, other: Any) -> dict[str, Any]:
         "found": len(sites),
         "kinds": dict(Counter(site.kind for site in sites)),
         "per_token": sum("token" in site.granularities for site in sites),
+        "queries": sum(site.query is not None for site in sites),
         "restricted": sum(bool(site.restriction) for site in sites),
         "rejected": dict(Counter(rejection.reason for rejection in sites.rejections))
         | dict(Counter(f"heads: {rejection.reason}" for rejection in sites.heads_rejections)),
@@ -121,6 +131,42 @@ def _agrees(gated: Any, example: Any) -> bool:
         with execution(gated, mode), force(gated, 0.5, seed=0):
             found.append(_outputs(gated, example))
     return all(_gap(a, b) <= TOLERANCE for a, b in zip(*found, strict=True))
+
+
+def _generates(model: Any, example: Any) -> bool:
+    """Whether a cache changes no generated token, half of all decisions closed; in float64, left-padded."""
+    import torch
+
+    from surgery import find_sites, force, insert_gates
+
+    inputs = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in example.items()
+        if not name.startswith("decoder_")
+    }
+    model = model.double()
+    if not model.config.is_encoder_decoder:
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        shifts = ids.shape[1] - mask.sum(1)
+        for name in ("input_ids", "attention_mask"):
+            rows = zip(inputs[name], shifts.tolist(), strict=True)
+            inputs[name] = torch.stack([row.roll(shift) for row, shift in rows])
+    decoded = {name: value for name, value in example.items() if name.startswith("decoder_")}
+    gated: Any = insert_gates(model, find_sites(model, {**inputs, **decoded}))
+    found = []
+    for cached in (True, False):
+        with torch.no_grad(), force(gated, 0.5, seed=1):
+            found.append(
+                gated.generate(
+                    **inputs,
+                    max_new_tokens=TOKENS,
+                    min_new_tokens=TOKENS,
+                    do_sample=False,
+                    use_cache=cached,
+                    pad_token_id=0,
+                )
+            )
+    return bool(torch.equal(*found))
 
 
 def _outputs(model: Any, example: Any) -> list[Any]:
@@ -210,10 +256,13 @@ def page_of(rows: list[Row], command_line: str) -> str:
         "",
         "`found / expected`: sites, and residual branches counted from the classes of the modules; more are found than "
         "expected where a sum that the count leaves out has a branch as well. `per token`: "
-        "sites that can be decided for every token. `heads`: attentions whose heads can be decided one by one, where `skip` "
+        "sites that can be decided for every token. `queries`: of these, attentions that then run for some query tokens "
+        "only. `heads`: attentions whose heads can be decided one by one, where `skip` "
         "equals `mask` as well. `open`: all gates open is bit-equal to the original, at two batch "
         f"sizes. `skip`: half of all decisions closed at random, `skip` equals `mask` within {TOLERANCE:g} of the "
-        "largest value. `s`: seconds to find the sites and insert the gates.",
+        f"largest value. `generation`: {TOKENS} tokens generated with a cache are those generated without, for three "
+        "left-padded inputs, in float64, half of all decisions closed at random; – where the network does not generate "
+        "([more is checked](generation.md)). `s`: seconds to find the sites and insert the gates.",
     ]
     for family in dict.fromkeys(row.name.split("/")[0] for row in rows):
         mine = [row for row in rows if row.name.split("/")[0] == family]
@@ -223,17 +272,19 @@ def page_of(rows: list[Row], command_line: str) -> str:
 
 def _table(rows: list[Row]) -> list[str]:
     lines = [
-        "| architecture | found / expected | per token | heads | open | skip | s | counted | left alone |",
-        "|---|---:|---:|---:|:-:|:-:|---:|---|---|",
+        "| architecture | found / expected | per token | queries | heads | open | skip | generation | s | counted | left alone |",
+        "|---|---:|---:|---:|---:|:-:|:-:|:-:|---:|---|---|",
     ]
     for row in rows:
         cells = [
             row.name.split("/")[1],
             f"{_dash(row.found)} / {_dash(row.expected)}",
             str(row.per_token),
+            str(row.queries),
             f"{row.heads}{' **not equal**' if row.heads_agree is False else ''}",
             _mark(row.bit_equal),
             _mark(row.agrees),
+            _mark(row.generates),
             f"{row.seconds:.1f}",
             row.counted,
             _words(row),
