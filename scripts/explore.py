@@ -82,6 +82,7 @@ def build(gated: nn.Module, loaded: Loaded, name: str) -> Any:
                     value=round(100 * budget, 1),
                     step=0.1,
                     label="Budget (% of the dense compute, mean over inputs)",
+                    elem_id="budget",
                 )
                 button = gradio.Button("Run", variant="primary", elem_id="run")
                 summary = gradio.HTML(elem_id="summary")
@@ -109,14 +110,15 @@ def look(gated: nn.Module, loaded: Loaded, row: Mapping[str, Any], budget: float
     """Run one input gated, at a budget of this call alone, and dense.
 
     Returns:
-        `gated` and `dense`: class -> probability; `rates`: site -> share run; `cost`; `milliseconds` and
-        `dense_milliseconds`.
+        `gated` and `dense`: class -> probability; `rates`: site -> share run; `cost`, and the part of it that `routers`
+        are; whether the input was run `again` in full; `milliseconds` and `dense_milliseconds`.
     """
     import torch
 
     from surgery.calling import as_batch, call, read_output
     from surgery.context import state_of
-    from surgery.costs import place
+    from surgery.costs import looked_at, place
+    from surgery.costs import run as first_run
     from surgery.guarding import running
     from surgery.recording import costs_of
 
@@ -124,7 +126,7 @@ def look(gated: nn.Module, loaded: Loaded, row: Mapping[str, Any], budget: float
     batch = place(as_batch(loaded.collate([loaded.preprocess(row)], None)), gated)
     with torch.no_grad():
         with running(gated, budget):
-            call(gated, batch)  # the first call pays for what later ones do not
+            first_run(gated, batch)  # it pays for what later ones do not, and is refused by name
         start = time.perf_counter()
         with running(gated, budget) as events:
             output = read_output(call(gated, batch))
@@ -133,6 +135,7 @@ def look(gated: nn.Module, loaded: Loaded, row: Mapping[str, Any], budget: float
             reference = read_output(call(gated, batch))
         end = time.perf_counter()
     rates: dict[str, float] = {}
+    routed = {unit for event in events if event.scores is not None for unit in event.by_unit()}
     for event in events:
         rates.update({unit: float(share[0]) for unit, share in event.by_unit().items()})
     return {
@@ -140,16 +143,24 @@ def look(gated: nn.Module, loaded: Loaded, row: Mapping[str, Any], budget: float
         "dense": _classes(reference[0], loaded.label_names),
         "rates": {name: rates.get(name, 1.0) for name in state.units},
         "cost": float(costs_of(events, state.costs, 1)[0]),
+        "routers": sum(state.costs.sites[unit].router for unit in routed) / state.costs.dense,
+        "again": bool(looked_at(events, 1)[0]),
         "milliseconds": 1e3 * (middle - start),
         "dense_milliseconds": 1e3 * (end - middle),
     }
 
 
 def summary_html(found: Mapping[str, Any]) -> str:
-    """Cost and latency in one line."""
+    """Cost and latency in one line, and in a second one what the cost is made of."""
+    made = f"deciding costs {100 * found['routers']:.1f} %, what ran the rest" if found["routers"] else ""
+    if found["again"]:
+        made = f"the first pass was not sure, so this input was run again in full; both passes count{made and f', and {made}'}"
+    elif found["cost"] > 1:
+        made += ": the routers come on top where everything runs"
     return (
         f"<p>cost <b>{100 * found['cost']:.1f} %</b> of dense · "
         f"gated <b>{found['milliseconds']:.1f} ms</b>, dense {found['dense_milliseconds']:.1f} ms</p>"
+        f'<p style="font-size:.85rem;opacity:.8">{made}</p>'
     )
 
 
@@ -157,18 +168,30 @@ def sites_html(rates: Mapping[str, float]) -> str:
     """The network from top to bottom, each site as a bar of what ran; words and hatching beside colour."""
     from html import escape
 
-    rows = []
+    start = _shared(list(rates))
+    rows = [f'<p style="font-size:.85rem;opacity:.8;margin:.15rem 0">sites of {escape(start)}</p>'] if start else []
     for name, rate in rates.items():
         said = "ran" if rate >= 1 else "skipped" if rate <= 0 else f"{100 * rate:.0f} % of tokens ran"
         rows.append(
             '<div style="display:flex;align-items:center;gap:.6rem;margin:.15rem 0">'
-            f'<span style="flex:0 0 42%;font-size:.85rem;overflow-wrap:anywhere">{escape(name)}</span>'
+            '<span style="flex:0 0 42%;font-size:.85rem;overflow-wrap:anywhere" '
+            f'title="{escape(name, quote=True)}">{escape(name.removeprefix(start))}</span>'
             '<span style="flex:1;height:.9rem;border:1px solid #888;border-radius:3px;'
             'background:repeating-linear-gradient(45deg,transparent 0 4px,#8884 4px 6px)">'
             f'<span style="display:block;height:100%;width:{100 * rate:.1f}%;background:#0072B2"></span></span>'
             f'<span style="flex:0 0 9.5rem;font-size:.85rem">{said}</span></div>'
         )
     return f"<div>{''.join(rows)}</div>"
+
+
+def _shared(names: Sequence[str]) -> str:
+    """What all names begin with, up to a dot; nothing where there is one name only."""
+    start = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(names) < 2 or len(set(parts)) > 1:
+            break
+        start.append(parts[0])
+    return "".join(f"{part}." for part in start)
 
 
 def _classes(logits: Any, names: Sequence[str]) -> dict[str, float]:

@@ -26,7 +26,8 @@ from surgery.calibration import budget_range, point_at, set_budget
 from surgery.calling import batches, call, device_of
 from surgery.context import state_of
 from surgery.costs import place
-from surgery.logs import Log
+from surgery.gates import iter_gates
+from surgery.logs import Log, Row
 from surgery.measurement import measure
 from surgery.policies import decided
 from surgery.reports import Report
@@ -210,6 +211,8 @@ def _figures(
 ) -> list[tuple[str, str, str, figures.Draw, float, float]]:
     state, names = state_of(subject.gated), list(seen.names)
     height = max(3.0, 1.4 + 0.24 * len(names))
+    per_token = any(gate.per_token for _, gate in iter_gates(subject.gated))
+    short = "; a short input counts as much as a long one here, while the budget counts tokens" if per_token else ""
     drawn: list[tuple[str, str, str, figures.Draw, float, float]] = []
     if sweep:
         metric, unit, dense = _metric(next(iter(sweep.values())))
@@ -244,7 +247,7 @@ def _figures(
         (
             "costs",
             "Cost of single inputs",
-            "Every input has a cost of its own, routers and skip paths included.",
+            f"Every input has a cost of its own, routers and skip paths included{short}.",
             figures.histogram(seen.costs.tolist(), state.budget),
             9,
             3.2,
@@ -325,21 +328,29 @@ def _clusters(seen: Observed) -> tuple[Tensor, list[int]] | None:
 
 
 def _drift(log: Log, state: GatedState) -> tuple[list[float], list[float], dict[str, list[float]]]:
-    rows = list(log)
-    slices = min(SLICES, max(1, len(rows) // 8))
-    rows.sort(key=lambda row: row.time)
+    rows = sorted(log, key=lambda row: row.time)
+    parts = _slices(rows, min(SLICES, max(1, len(rows) // 8)))
     budget = next((row.budget for row in rows if row.budget is not None), None)
     expected = point_at(state, budget).active_rate if budget is not None and budget < 1 else {}
     start, times, costs = rows[0].time, [], []
     divergence: dict[str, list[float]] = {name: [] for name in log.sites if name in expected}
-    for index in range(slices):
-        part = rows[index * len(rows) // slices : (index + 1) * len(rows) // slices]
+    for part in parts:
         times.append((part[len(part) // 2].time - start).total_seconds() / 60)
         costs.append(sum(row.cost for row in part) / len(part))
         rates = [row.rates() for row in part]
         for name, values in divergence.items():
             values.append(jensen_shannon(sum(one.get(name, 1.0) for one in rates) / len(rates), expected[name]))
     return times, costs, divergence
+
+
+def _slices(rows: Sequence[Row], count: int) -> list[list[Row]]:
+    """About `count` slices of rows in the order of time; the rows of one call have one time and stay together."""
+    size, parts = len(rows) / count, [[rows[0]]]
+    for row in rows[1:]:
+        if len(parts[-1]) >= size and row.time != parts[-1][-1].time:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
 
 
 def jensen_shannon(p: float, q: float) -> float:

@@ -179,7 +179,7 @@ def drift(times: Sequence[float], costs: Sequence[float], divergence: Mapping[st
         bottom.set_xlabel("time since the log began (minutes)")
         for axes in (top, bottom):
             axes.grid(alpha=0.25)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
 
     return draw

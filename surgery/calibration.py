@@ -104,13 +104,9 @@ def set_budget(gated: nn.Module, budget: float) -> None:
     if budget == 1:
         state.budget, state.threshold, state.static = 1.0, -math.inf, {}
         return
-    point_at(state, budget)  # refuses what is out of range
-    look = look_at(state.looks, budget)
-    point = _interpolate(state.table, look.base)
+    point, state.margin = passes_at(state, budget)
     state.budget, state.threshold = budget, point.threshold
     state.static = {name: name in point.static for name in state.units}
-    if look.margins and look.cost < budget:
-        state.margin = _between(look.margins, budget - look.cost)  # dense costs 1: the rest of the budget is the share
 
 
 def point_at(state: GatedState, budget: float) -> BudgetPoint:
@@ -130,6 +126,18 @@ def point_at(state: GatedState, budget: float) -> BudgetPoint:
             "or for less convert again with more sites"
         )
     return _point(state, budget)
+
+
+def passes_at(state: GatedState, budget: float) -> tuple[BudgetPoint, float | None]:
+    """What the first pass runs at under a budget below 1.0, and the margin below which inputs are looked at again, or None.
+
+    Raises:
+        BudgetError: If the budget is outside the table; names the attainable range.
+    """
+    point_at(state, budget)  # refuses what is out of range
+    look = look_at(state.looks, budget)
+    rest = budget - look.cost  # dense costs 1: the rest of the budget is the share of inputs
+    return _interpolate(state.table, look.base), _between(look.margins, rest) if look.margins and rest > 0 else None
 
 
 def look_at(looks: Sequence[LookPoint], budget: float) -> LookPoint:

@@ -110,6 +110,8 @@ class Overrides:
     recorder: Recording | None = None
     healed: bool = True
     """Whether changes to the backbone (`surgery.healing`) are in force where the model does not run dense."""
+    margin: float | None = None
+    """Inputs below it are looked at again, whatever the model itself is set to."""
 
 
 @dataclass(slots=True)

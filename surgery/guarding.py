@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.calibration import budget_range, point_at
+from surgery.calibration import budget_range, passes_at, point_at
 from surgery.calling import Batch, call, read_output
 from surgery.context import Event, draw_unit, override, state_of, tape
 from surgery.costs import rates_of, weights_of
@@ -171,14 +171,19 @@ class Guard:
                 override(self.state, execution="dense", forced=None, tape=None, handler=None, recorder=None),
             ):
                 reference = call(self.gated, batch)
-            compared = _disagreements(self.gated, batch, output, reference)
-        self._note(batch.size, budget, events, compared, seconds)
+            compared = disagreements(self.gated, batch, output, reference)
+        self.note(batch.size, budget, events, compared, seconds)
         return output
 
     @property
     def budget(self) -> float:
         """The budget in force; 1 is dense."""
         return self._budget
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Changes of the budget so far."""
+        return tuple(self._steps)
 
     def reset(self, budget: float) -> None:
         """Set the budget by hand, and forget what was seen at the former one.
@@ -198,9 +203,18 @@ class Guard:
 
     # -- deciding -------------------------------------------------------------------------------------------------
 
-    def _note(
-        self, size: int, budget: float, events: Sequence[Event], compared: Sequence[bool] | None, seconds: float
+    def note(
+        self, size: int, budget: float, events: Sequence[Event], compared: Sequence[bool] | None, seconds: float = 0.0
     ) -> None:
+        """What one call saw and did; called by the guard itself, and for calls that were made elsewhere.
+
+        Args:
+            size: Inputs of the call.
+            budget: What it ran at; nothing is concluded from a call that began before a change of the budget.
+            events: What the gates did.
+            compared: For every input whether the dense model says something else, or None where it was not run.
+            seconds: What the call took.
+        """
         rates, weights = rates_of(events, self.state.units, size), weights_of(events, size)
         costs = costs_of(events, self.state.costs, size).tolist()
         with self._lock:
@@ -229,7 +243,7 @@ class Guard:
         if len(self._rates) >= self.least and health.drift:
             site = max(health.drift, key=lambda name: health.drift[name])
             if health.drift[site] > self.max_drift:
-                expected = point_at(self.state, self._budget).active_rate[site]
+                expected = passes_at(self.state, self._budget)[0].active_rate[site]
                 return (
                     f"drift at {site}: active rate {100 * health.active_rate[site]:.1f} %, {100 * expected:.1f} % when "
                     f"calibrated (stability index {health.drift[site]:.2f} above {self.max_drift:g})"
@@ -255,7 +269,7 @@ class Guard:
         active = dict(zip(names, self._rates.means(), strict=True)) if len(self._rates) else {}
         drift = {}
         if active and self._budget < 1 and self.state.policy != "static":
-            expected = point_at(self.state, self._budget).active_rate
+            expected = passes_at(self.state, self._budget)[0].active_rate
             drift = {name: stability(active[name], expected[name], len(self._rates)) for name in names}
         return Health(
             calls=self._calls,
@@ -278,7 +292,8 @@ class Guard:
 
 @contextmanager
 def running(gated: nn.Module, budget: float) -> Iterator[list[Event]]:
-    """Calls in the block run at `budget`, whatever the model is set to; its own state stays as it is.
+    """Calls in the block run at `budget`, whatever the model is set to, with the second look of that budget where there is
+    one; its own state stays as it is.
 
     Yields what the gates do, in order.
 
@@ -289,12 +304,14 @@ def running(gated: nn.Module, budget: float) -> Iterator[list[Event]]:
     if budget >= 1:
         with override(state, execution="dense"):
             yield []
-    elif state.policy == "static":
-        with decided(gated, constant(point_at(state, budget).static)) as events:
-            yield events
+        return
+    point, margin = passes_at(state, budget)
+    if state.policy == "static":
+        with decided(gated, constant(point.static)) as events:
+            with override(state, execution="skip", tape=events, margin=margin):
+                yield events
     else:
-        threshold = point_at(state, budget).threshold
-        with override(state, execution="skip", thresholds=threshold), tape(gated) as events:
+        with override(state, execution="skip", thresholds=point.threshold, margin=margin), tape(gated) as events:
             yield events
 
 
@@ -352,7 +369,7 @@ def stability(found: float, expected: float, count: int) -> float:
     return total
 
 
-def _disagreements(gated: nn.Module, batch: Batch, output: Any, dense: Any) -> list[bool]:
+def disagreements(gated: nn.Module, batch: Batch, output: Any, dense: Any) -> list[bool]:
     """For every input whether the predictions differ (for every token of one, whether any does)."""
     mine, theirs = read_output(output), read_output(dense)
     if is_logits(gated, batch, dense):

@@ -55,7 +55,7 @@ def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             output = cls.__call__(self, *args, **kwargs)
         if scope.kept is not None and scope.kept.decisions and not scope.continues:
             _keep(scope.kept, _cache_of(arguments), output)
-        if second_look.applies(context.state_of(self)):
+        if second_look.margin_in_force(context.state_of(self)) is not None:
             return second_look.look_again(self, output, args, kwargs)
         return output
 

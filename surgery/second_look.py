@@ -41,13 +41,16 @@ def least_certain(margin: Tensor, weights: Tensor, share: float) -> Tensor:
     return looked
 
 
-def applies(state: GatedState) -> bool:
-    """Whether a call that runs now gets a second look: not where decisions, thresholds or gates are set by hand."""
-    if state.margin is None:
-        return False
+def margin_in_force(state: GatedState) -> float | None:
+    """The margin below which a call that runs now looks again, or None: not where decisions, thresholds or gates are set
+    by hand.
+    """
     over = context.overrides_of(state)
-    by_hand = over.forced is not None or over.handler is not None or over.thresholds is not None
-    return not by_hand and context.default_execution(state, over) in ("skip", "mask", "static")
+    if over.forced is not None or context.default_execution(state, over) not in ("skip", "mask", "static"):
+        return None
+    if over.margin is not None:
+        return over.margin
+    return None if over.handler is not None or over.thresholds is not None else state.margin
 
 
 def look_again(gated: nn.Module, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -58,9 +61,10 @@ def look_again(gated: nn.Module, output: Any, args: tuple[Any, ...], kwargs: Map
     """
     state = context.state_of(gated)
     logits = read_output(output)
-    if logits.dim() != 2 or logits.shape[1] < 2 or state.margin is None:
+    margin = margin_in_force(state)
+    if logits.dim() != 2 or logits.shape[1] < 2 or margin is None:
         return output
-    unsure = ~(margin_of(logits) >= state.margin)  # NaN is not sure either
+    unsure = ~(margin_of(logits) >= margin)  # NaN is not sure either
     over = context.overrides_of(state)
     if isinstance(over.tape, context.Tape):
         over.tape.looked.append(unsure)
@@ -68,7 +72,7 @@ def look_again(gated: nn.Module, output: Any, args: tuple[Any, ...], kwargs: Map
     if len(rows) == 0:
         return output
     batch = Batch(args, kwargs).rows(rows)
-    with context.override(state, execution="dense", tape=None, recorder=None):
+    with context.override(state, execution="dense", tape=None, recorder=None, handler=None):
         again = read_output(gated(*batch.args, **batch.kwargs))
     return _replaced(output, logits, logits.index_copy(0, rows, again.to(logits.dtype)))
 

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from toys import Residual
 
 import surgery
+from surgery.calibration import point_at
 from surgery.context import state_of
 from surgery.errors import BudgetError, SurgeryError
 from surgery.guarding import stability, wilson
+from surgery.recording import costs_of
+from surgery.second_look import margin_of
+from surgery.state import LookPoint
 
 
 class Net(nn.Module):
@@ -146,6 +150,47 @@ def test_four_threads_lose_nothing_and_agree(converted: nn.Module) -> None:
     assert registry.get_sample_value("surgery_budget") == health.budget
     site = state_of(converted).names[0]
     assert registry.get_sample_value("surgery_active_rate", {"site": site}) == pytest.approx(health.active_rate[site])
+
+
+def spent(gated: nn.Module, x: Tensor) -> float:
+    """Mean cost of a call, both passes counted."""
+    with torch.no_grad(), surgery.tape(gated) as events:
+        gated(x)
+    assert events.looked[0].any()
+    return float(costs_of(events, state_of(gated).costs, len(x)).mean())
+
+
+@pytest.mark.parametrize("policy", ["routed", "static"])
+def test_a_model_with_a_second_look_is_guarded_with_it(converted: nn.Module, policy: str) -> None:
+    gated = copy.deepcopy(converted)
+    state, x = state_of(gated), torch.randn(400, 8)
+    state.policy = policy
+    state.looks = []
+    surgery.set_budget(gated, 0.6)
+    with torch.no_grad():
+        margins = margin_of(gated(x)).sort().values
+    quantiles = tuple(margins[round(q * (len(margins) - 1) / 100)].item() for q in range(101))
+    state.looks = [LookPoint(0.65, 0.6, 0.6, quantiles), LookPoint(0.9, 0.6, 0.6, quantiles)]
+    surgery.set_budget(gated, 0.8)
+    guard = surgery.Guard(gated, dense_fraction=1.0, max_disagreement=1.0, max_drift=1e9)
+    with torch.no_grad():
+        assert torch.equal(guard(x), gated(x))
+        first = converted(x) if policy == "routed" else None
+    assert first is None or not torch.equal(first, gated(x)), "some inputs are looked at again"
+    health = guard.health()
+    assert health.cost == pytest.approx(expected := spent(gated, x), abs=1e-5)
+    assert policy == "static" or expected == pytest.approx(0.8, abs=0.05)
+    drift = {
+        name: stability(health.active_rate[name], rate, 400) for name, rate in point_at(state, 0.6).active_rate.items()
+    }
+    assert health.drift == ({} if policy == "static" else drift)
+    surgery.set_budget(gated, 0.7)
+    expected = spent(gated, x)
+    surgery.set_budget(gated, 1.0)  # the model's own setting counts for nothing here
+    guard.reset(0.7)
+    with torch.no_grad():
+        guard(x)
+    assert guard.health().cost == pytest.approx(expected, abs=1e-5)
 
 
 def test_sampled_share(converted: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 import threading
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import two_loggers
 from subjects import subject
+from toys import launched
 
 import surgery
 from surgery.context import state_of, tape
@@ -216,3 +219,49 @@ def test_refusals(tmp_path: Path) -> None:
         with torch.no_grad(), surgery.record(one.gated, tmp_path / "log") as log:
             log.name_inputs(["a", "b"])
             one.gated(one.entry.example(3, seed=1))
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_log(tmp_path: Path) -> None:
+    result = launched(two_loggers.__file__, str(tmp_path / "log"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    log = surgery.read_log(tmp_path / "log")
+    assert len(log.parts()) == 2 and len({one["process"] for one in log.metadata}) == 2
+    assert len({one["gates_sha256"] for one in log.metadata}) == 1
+    rows = list(log)
+    assert {row.input for row in rows} == {f"input-{index}" for index in range(two_loggers.ROWS)}
+    assert len(rows) == two_loggers.ROWS == len(log.table())
+    assert [len([row for row in rows if row.part == part]) for part in (0, 1)] == [two_loggers.ROWS // 2] * 2
+    gated, inputs = two_loggers.build()
+    with torch.no_grad(), surgery.execution(gated, "skip"), tape(gated) as events:
+        gated(inputs)
+    for row in rows:
+        (taken,) = row.passes
+        index = int(row.input.removeprefix("input-"))
+        assert [bool(one.values) for one in taken] == [bool(event.decisions[index]) for event in events]
+
+
+GROWTH = """
+import resource, sys, torch, surgery
+from two_loggers import build
+gated, _ = build()
+batch = torch.randn(128, 8)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
+with torch.no_grad(), surgery.execution(gated, "skip"), surgery.record(gated, sys.argv[1]) as log:
+    for share in (1, 3):
+        for _ in range(share * int(sys.argv[2]) // 128):
+            gated(batch)
+        log.flush()
+        print(peak())
+"""
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    pytest.importorskip("resource", reason="peak memory is asked of the operating system")
+    folder = str(Path(__file__).parent)
+    command = [sys.executable, "-c", GROWTH, str(tmp_path / "log"), "6400"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": folder})
+    first, last = map(float, done.stdout.split())
+    assert len(surgery.read_log(tmp_path / "log").table()) == 4 * 6400
+    assert last - first < 8, f"peak memory grew from {first:.0f} to {last:.0f} MB over 19,200 more rows"

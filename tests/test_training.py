@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,7 @@ import two_processes
 from subjects import subject
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from toys import Stack, Unsized, assert_same, frozen, gate_all, gates, interrupt_after_update, mlp
+from toys import Stack, Unsized, assert_same, frozen, gate_all, gates, interrupt_after_update, launched, mlp
 
 import surgery
 from surgery.calibration import calibrate
@@ -382,14 +378,7 @@ def test_tracker_gets_every_row(fitted: nn.Module, data: Any) -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # what `accelerate launch` does for several GPUs; for several CPUs it would need MPI
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={port}", two_processes.__file__, str(tmp_path / "trained")]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    result = launched(two_processes.__file__, str(tmp_path / "trained"))
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"trained.{index}", weights_only=True) for index in range(2))
     assert first.pop("processes") == second.pop("processes") == 2

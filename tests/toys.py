@@ -6,7 +6,12 @@ Axis letters: `N` samples, `T` tokens, `C` channels.
 from __future__ import annotations
 
 import itertools
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +174,17 @@ def interrupt_after_update(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+
+
+def launched(script: str, output: str) -> subprocess.CompletedProcess[str]:
+    """Run `script OUTPUT` in two processes of accelerate."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # what `accelerate launch` does for several GPUs; for several CPUs it would need MPI
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    command += [f"--master_port={port}", script, output]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, cwd=Path(output).parent, check=False
+    )
