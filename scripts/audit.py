@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,9 @@ def audit(
     noise: Annotated[
         float, typer.Option("--noise", min=0, help="Noise on the inputs, as a share of their own spread; 0 for none.")
     ] = 0.05,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="PNG to write: groups, or else classes.", rich_help_panel="Output")
+    ] = None,
     base: options.Base = None,
     budget: Annotated[
         float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
@@ -41,6 +45,8 @@ def audit(
     from surgery.adapters import load_data
     from surgery.auditing import audit as audit_model
     from surgery.calibration import set_budget
+    from surgery.scripts.report_figures import drawn
+    from surgery.scripts.report_figures import groups as figures_of
 
     with waiting("loading the model"):
         gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
@@ -63,6 +69,9 @@ def audit(
             seed=seed,
             progress=progress,
         )
+    if picture is not None:
+        parts = found.groups or found.classes
+        picture.write_bytes(drawn(figures_of(parts), 8, 1.6 + 0.4 * len(parts), dark=False, transparent=False))
     if as_json:
         show_json({"directory": str(directory), **found.to_dict()})
     else:

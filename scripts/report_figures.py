@@ -11,9 +11,12 @@ import io
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import MissingDependency
+
+if TYPE_CHECKING:
+    from surgery.auditing import GroupAudit
 
 DPI = 110
 _INK = {False: "#1b1f24", True: "#e6e8ea"}
@@ -181,5 +184,37 @@ def drift(times: Sequence[float], costs: Sequence[float], divergence: Mapping[st
             axes.grid(alpha=0.25)
             axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
+
+    return draw
+
+
+def groups(parts: Sequence[GroupAudit]) -> Draw:
+    """Cost with its interval, and accuracy beside the dense model's, of every class or group."""
+
+    def draw(figure: Any, dark: bool) -> None:
+        blue, ink = _DARK_BLUE if dark else "#0072B2", _INK[dark]
+        left, right = figure.subplots(1, 2, sharey=True)
+        places, names = range(len(parts)), [f"{part.group} ({part.inputs})" for part in parts]
+        spans = [[100 * (part.cost - part.low) for part in parts], [100 * (part.high - part.cost) for part in parts]]
+        left.errorbar([100 * part.cost for part in parts], places, xerr=spans, fmt="o", color=blue, capsize=4)
+        left.set_yticks(places, names)
+        left.set_ylim(len(parts) - 0.5, -0.5)
+        left.set_ylabel("group (inputs)")
+        left.set_xlabel("mean cost, 95 % interval (% of dense)")
+        for name, key, color, marker in (("gated", "accuracy", blue, "o"), ("dense", "dense_accuracy", ink, "*")):
+            values = [getattr(part, key) for part in parts]
+            right.plot(
+                [float("nan") if value is None else 100 * value for value in values],
+                places,
+                marker=marker,
+                color=color,
+                linestyle="none",
+                markersize=12 if marker == "*" else 7,
+                label=name,
+            )
+        right.set_xlabel("accuracy (% of the group's inputs)")
+        for axes in (left, right):
+            axes.grid(alpha=0.25)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
     return draw

@@ -24,11 +24,13 @@ class Decision:
         site: Name of the site.
         values: bool, of the shape of one input's decisions: `()`, or its positions.
         scores: The router's, alike; None where no router ran or none were kept.
+        real: Which of them are of real tokens, not padding; None where all are.
     """
 
     site: str
     values: Tensor
     scores: Tensor | None
+    real: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +70,12 @@ class Row:
     output: Tensor | None
 
     def rates(self) -> dict[str, float]:
-        """Share of this input's decisions that were open, per site; padding counts here."""
+        """Share of this input's decisions that were open, per site; padding does not count."""
         found: dict[str, list[float]] = {}
         for one in self.passes:
             for decision in one:
-                found.setdefault(decision.site, []).append(float(decision.values.float().mean()))
+                values = decision.values if decision.real is None else decision.values[decision.real]
+                found.setdefault(decision.site, []).append(float(values.float().mean()))
         return {site: sum(values) / len(values) for site, values in found.items()}
 
 
@@ -182,9 +185,14 @@ def _metadata(file: Path, schema: Any) -> dict[str, Any]:
 
 def _row(part: int, values: Mapping[str, Any], metadata: Mapping[str, Any]) -> Row:
     passes = tuple(
-        _decisions(sites, shapes, bits, scores, metadata)
-        for sites, shapes, bits, scores in zip(
-            values["sites"], values["shapes"], values["decisions"], values["scores"], strict=True
+        _decisions(sites, shapes, bits, scores, real, metadata)
+        for sites, shapes, bits, scores, real in zip(
+            values["sites"],
+            values["shapes"],
+            values["decisions"],
+            values["scores"],
+            values.get("real") or [b""] * len(values["sites"]),  # older logs have none
+            strict=True,
         )
     )
     same = ("call", "row", "size", "time", "input", "budget", "execution", "latency_ms", "cost", "prediction")
@@ -198,12 +206,16 @@ def _row(part: int, values: Mapping[str, Any], metadata: Mapping[str, Any]) -> R
 
 
 def _decisions(
-    sites: list[int], shapes: list[list[int]], bits: bytes, scores: bytes, metadata: Mapping[str, Any]
+    sites: list[int], shapes: list[list[int]], bits: bytes, scores: bytes, real: bytes, metadata: Mapping[str, Any]
 ) -> tuple[Decision, ...]:
     import numpy
 
     counts = [int(torch.Size(shape).numel()) for shape in shapes]
-    flat = torch.from_numpy(numpy.unpackbits(numpy.frombuffer(bits, numpy.uint8), count=sum(counts))).bool()
+
+    def unpacked(packed: bytes) -> Tensor:
+        return torch.from_numpy(numpy.unpackbits(numpy.frombuffer(packed, numpy.uint8), count=sum(counts))).bool()
+
+    flat, tokens = unpacked(bits), unpacked(real) if real else None
     kept = None
     if scores:
         kept = torch.from_numpy(numpy.frombuffer(scores, metadata["scores"]).astype(numpy.float32))
@@ -212,6 +224,7 @@ def _decisions(
         own = None if kept is None else kept[start : start + count].view(shape)
         if own is not None and count and bool(own.isnan().all()):
             own = None
-        result.append(Decision(metadata["sites"][site], flat[start : start + count].view(shape), own))
+        here = None if tokens is None else tokens[start : start + count].view(shape)
+        result.append(Decision(metadata["sites"][site], flat[start : start + count].view(shape), own, here))
         start += count
     return tuple(result)

@@ -274,6 +274,7 @@ def schema_of(metadata: Mapping[str, Any]) -> Any:
         ("shapes", pa.list_(pa.list_(pa.list_(pa.int32())))),
         ("decisions", pa.list_(pa.binary())),
         ("scores", pa.list_(pa.binary())),
+        ("real", pa.list_(pa.binary())),  # where decisions are of real tokens, not padding; empty: everywhere
         ("output_hash", pa.binary(8)),
         ("output", pa.list_(pa.float32())),
     ]
@@ -407,15 +408,18 @@ def _rows_of(call: Call, size: int, state: GatedState, scores: str) -> dict[str,
         "latency_ms": call.milliseconds,
     }
     passes: dict[str, list[list[Any]]] = {
-        name: [[] for _ in range(size)] for name in ("sites", "shapes", "decisions", "scores")
+        name: [[] for _ in range(size)] for name in ("sites", "shapes", "decisions", "scores", "real")
     }
     for rows, events in passes_of(_settled(call.events), size):
         sites = [names.index(event.site) for event in events]
         shapes = [list(event.decisions.shape[1:]) for event in events]
         packed = _packed([event.decisions for event in events])
         behind = [b"" for _ in rows] if scores == "none" else _scores(events, scores)
-        for row, bits, values in zip(rows, packed, behind, strict=True):
-            for name, value in (("sites", sites), ("shapes", shapes), ("decisions", bits), ("scores", values)):
+        padded = any(event.weights is not None for event in events)
+        real = _packed([_real(event) for event in events]) if padded else [b"" for _ in rows]
+        for row, bits, values, tokens in zip(rows, packed, behind, real, strict=True):
+            kept = {"sites": sites, "shapes": shapes, "decisions": bits, "scores": values, "real": tokens}
+            for name, value in kept.items():
                 passes[name][row].append(value)
     return {
         **{name: [value] * size for name, value in same.items()},
@@ -435,6 +439,13 @@ def _packed(decisions: Sequence[Tensor]) -> list[bytes]:
 
     rows = torch.cat([one.reshape(len(one), -1) for one in decisions], 1).cpu().numpy()
     return [row.tobytes() for row in numpy.packbits(rows, axis=1)]
+
+
+def _real(event: Event) -> Tensor:
+    """Which decisions of an event are of real tokens."""
+    if event.weights is None or event.weights.shape != event.decisions.shape:
+        return torch.ones_like(event.decisions)
+    return event.weights.bool()
 
 
 def _scores(events: Sequence[Event], dtype: str) -> list[bytes]:

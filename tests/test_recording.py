@@ -57,6 +57,14 @@ def test_rows_hold_what_the_tape_saw(name: str, tmp_path: Path) -> None:
             for one, event in zip(taken, events, strict=True):
                 assert torch.equal(one.values, event.decisions[index])
                 assert torch.equal(one.scores, event.scores[index].float())
+                real = (
+                    event.decisions[index]
+                    if event.weights is None
+                    else event.decisions[index][event.weights[index].bool()]
+                )
+                assert row.rates()[one.site] == pytest.approx(float(real.float().mean()))
+            padded = any(not bool(one.real.all()) for one in taken if one.real is not None)
+            assert padded == (name == "transformers/bert" and index > 0)
             assert row.size == len(rows) and row.row == index and row.latency_ms > 0
 
 
