@@ -350,7 +350,9 @@ class Gate(nn.Module):
         elif self.skip_path.is_identity:
             value = left.clone()  # in-place operations may follow; the sum that is skipped made a new tensor as well
         else:
-            value = left + self.skip_path(residual)
+            value = self.skip_path(residual)
+            same = value.dtype == left.dtype and value.shape == left.shape and not torch.is_grad_enabled()
+            value = value.add_(left) if same else left + value  # a skip path's value is nobody else's
         return (value, *(None,) * branch.escapes) if branch.escapes else value
 
     def mask(
