@@ -89,6 +89,7 @@ def heal(
     try:
         with trains as parameters:
             losses = _train(gated, teacher, data, parameters, budget, total, options, seed, report)
+        set_budget(gated, budget)  # the last step may have had another one
         after = _distance(gated, validation, dense)
     finally:
         state.looks = looks

@@ -86,8 +86,8 @@ def test_nearer_to_dense_at_the_same_decisions(ready: Ready) -> None:
     with surgery.unhealed(ready.gated):
         assert ready.distance() == pytest.approx(far)
     assert_same(dict(ready.gated.named_parameters()), gates)
-    notes = state_of(ready.gated).notes
-    assert any(note.startswith(f"healed ({ready.kind}): mean divergence on held-out data") for note in notes)
+    gain = f"{far:.4g} -> {ready.distance():.4g}"
+    assert state_of(ready.gated).notes[-1] == f"healed ({ready.kind}): mean divergence on held-out data {gain}"
 
 
 def test_backbone_and_dense_outputs_stay_bit_for_bit(healed: Ready) -> None:
