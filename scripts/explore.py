@@ -101,8 +101,11 @@ def build(gated: nn.Module, loaded: Loaded, name: str) -> Any:
                 raise gradio.Error(str(error)) from error
             return found["gated"], found["dense"], summary_html(found), sites_html(found["rates"])
 
+        def moved(value: Any, percent: float) -> tuple[Any, ...]:
+            return (gradio.skip(),) * 4 if value is None or value == "" else run(value, percent)
+
         button.click(run, [given, slider], [mine, dense, summary, sites])
-        slider.release(run, [given, slider], [mine, dense, summary, sites])
+        slider.release(moved, [given, slider], [mine, dense, summary, sites])
     return page
 
 
@@ -169,17 +172,20 @@ def sites_html(rates: Mapping[str, float]) -> str:
     from html import escape
 
     start = _shared(list(rates))
-    rows = [f'<p style="font-size:.85rem;opacity:.8;margin:.15rem 0">sites of {escape(start)}</p>'] if start else []
+    rows = (
+        [f'<p style="font-size:.85rem;opacity:.8;margin:.15rem 0">sites of {escape(start[:-1])}</p>'] if start else []
+    )
     for name, rate in rates.items():
         said = "ran" if rate >= 1 else "skipped" if rate <= 0 else f"{100 * rate:.0f} % of tokens ran"
         rows.append(
-            '<div style="display:flex;align-items:center;gap:.6rem;margin:.15rem 0">'
-            '<span style="flex:0 0 42%;font-size:.85rem;overflow-wrap:anywhere" '
+            '<div style="display:grid;grid-template-columns:minmax(0,6fr) minmax(3rem,5fr) minmax(0,8.5rem);'
+            'align-items:center;gap:.6rem;margin:.15rem 0">'
+            '<span style="font-size:.85rem;overflow-wrap:anywhere" '
             f'title="{escape(name, quote=True)}">{escape(name.removeprefix(start))}</span>'
-            '<span style="flex:1;height:.9rem;border:1px solid #888;border-radius:3px;'
+            '<span style="height:.9rem;border:1px solid #888;border-radius:3px;'
             'background:repeating-linear-gradient(45deg,transparent 0 4px,#8884 4px 6px)">'
             f'<span style="display:block;height:100%;width:{100 * rate:.1f}%;background:#0072B2"></span></span>'
-            f'<span style="flex:0 0 9.5rem;font-size:.85rem">{said}</span></div>'
+            f'<span style="font-size:.85rem">{said}</span></div>'
         )
     return f"<div>{''.join(rows)}</div>"
 

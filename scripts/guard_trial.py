@@ -110,8 +110,10 @@ def draw(path: Path, seen: Sequence[Health], change: int, settings: dict[str, An
         middle.axhline(100 * settings["max_disagreement"], color="#D55E00", linestyle="--", label="bound")
         middle.set_ylabel("disagreement\n(% of inputs)")
         middle.set_ylim(0, max(4 * 100 * settings["max_disagreement"], 10))
-        enough = [health if health.inputs >= settings["least"] and health.drift else None for health in seen]
-        worst = [float("nan") if health is None else max(health.drift.values()) for health in enough]
+        enough = [
+            many and bool(health.drift) for health, many in zip(seen, _enough(seen, settings["least"]), strict=True)
+        ]
+        worst = [max(h.drift.values()) if there else float("nan") for h, there in zip(seen, enough, strict=True)]
         bottom.plot(places, worst, color="#0072B2")
         bottom.axhline(settings["max_drift"], color="#D55E00", linestyle="--")
         bottom.set_ylabel("largest drift of a\nsite (index)")
@@ -124,6 +126,15 @@ def draw(path: Path, seen: Sequence[Health], change: int, settings: dict[str, An
         figure.legend(*middle.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 
     path.write_bytes(drawn(picture, 8, 5, dark=False, transparent=False))
+
+
+def _enough(seen: Sequence[Health], least: int) -> Iterator[bool]:
+    """Whether as many inputs were seen since the last step as a guard needs for a conclusion."""
+    begun = steps = 0
+    for health in seen:
+        if len(health.steps) != steps:
+            begun, steps = health.inputs, len(health.steps)
+        yield health.inputs - begun >= least
 
 
 def main(

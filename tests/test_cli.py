@@ -409,8 +409,11 @@ def test_what_was_recorded_is_replayed_bit_for_bit(converted: Path, tmp_path: Pa
     assert "no site named" in run("replay", log, "--from", converted, *data, "--close", "x", expect=1).stderr
 
 
-def test_audit_by_class_and_group(converted: Path) -> None:
-    found = read_json("audit", converted, "--data", "digits", "--limit", 100, "--group", "label")
+def test_audit_by_class_and_group(converted: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "audit.png"
+    options = ("--limit", 100, "--group", "label", "--picture", picture)
+    found = read_json("audit", converted, "--data", "digits", *options)
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert found["inputs"] == 100 and len(found["sites"]) == 4
     assert [row["group"] for row in found["groups"]] == [str(digit) for digit in range(10)]
     assert (

@@ -6,13 +6,15 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_cli import convert, network, read_json, run  # noqa: F401  (network is a fixture)
 
-from surgery.scripts.report_content import _patch_map, _shares, _viridis, jensen_shannon
+from surgery.adapters import digits
+from surgery.errors import DataError
+from surgery.scripts.report_content import _patch_map, _shares, _slices, _viridis, jensen_shannon
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -57,14 +59,10 @@ def test_report_is_one_file_that_asks_for_nothing(made: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_page_in_a_browser(made: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason='the page needs gradio: pip install "bypass-surgery[app]"')
-    webdriver: Any = pytest.importorskip("selenium.webdriver", reason="the click is made by selenium")
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or driver is None:
+    pytest.importorskip("selenium.webdriver", reason="the click is made by selenium")
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         pytest.skip("chromium and chromedriver are not installed")
-    from selenium.webdriver.chrome.service import Service
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
-
+    from surgery.scripts import app_picture
     from surgery.scripts.explore import build
     from surgery.scripts.loading import Machine
 
@@ -73,28 +71,44 @@ def test_page_in_a_browser(made: Path, tmp_path: Path) -> None:
     picture = tmp_path / "digit.png"
     digit(picture)
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", server_port=None)
-    settings = webdriver.ChromeOptions()
-    settings.binary_location = browser
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,900"):
-        settings.add_argument(flag)
-    window = webdriver.Chrome(options=settings, service=Service(driver))
     try:
-        window.get(address)
-        wait = WebDriverWait(window, 60)
-        wait.until(lambda w: w.find_elements(By.CSS_SELECTOR, "input[type=file]"))[0].send_keys(str(picture))
-        wait.until(lambda w: w.find_elements(By.CSS_SELECTOR, "img[src*='/file=']"))
-        window.find_element(By.CSS_SELECTOR, "#run").click()
-        wait.until(lambda w: "of dense" in w.find_element(By.CSS_SELECTOR, "#summary").text)
-        assert all(word in window.page_source for word in ("Gated", "Dense", "blocks.0.mlp"))
-        assert window.save_screenshot(str(tmp_path / "page.png")) and (tmp_path / "page.png").stat().st_size > 10_000
+        with app_picture.browser(1200, 900) as window:
+            window.get(address)
+            app_picture.run(window, None, picture)
+            assert all(word in window.page_source for word in ("Gated", "Dense", "blocks.0.mlp"))
+            assert window.save_screenshot(str(tmp_path / "page.png"))
+            assert (tmp_path / "page.png").stat().st_size > 10_000
     finally:
-        window.quit()
         page.close()
+
+
+def test_rows_of_one_call_stay_together() -> None:
+    rows = [SimpleNamespace(time=call) for call in range(6) for _ in range(5)]
+    parts = _slices(rows, 4)  # type: ignore[arg-type]
+    assert [row.time for part in parts for row in part] == [row.time for row in rows]
+    assert [len(part) for part in parts] == [10, 10, 10] and _slices(rows[:5], 3) == [rows[:5]]  # type: ignore[arg-type]
 
 
 def digit(path: Path) -> None:
     """Write one digit as a picture."""
-    from surgery.adapters import digits
     from surgery.adapters.images import to_pil
 
     to_pil(digits("test")[0][0], colour=False).save(path)
+
+
+def test_the_page_says_what_the_cost_is_made_of(made: Path) -> None:
+    from surgery.scripts.explore import look, sites_html, summary_html
+    from surgery.scripts.loading import Machine
+
+    gated, loaded = Machine("cpu").load_converted(made, None)
+    row = {"image": digits("test")[0][0]}
+    found = look(gated, loaded, row, 0.7)
+    assert 0 < found["routers"] < found["cost"] <= 1 + found["routers"] + 1e-9 and not found["again"]
+    assert f"deciding costs {100 * found['routers']:.1f} %" in summary_html(found)
+    assert "on top" in summary_html({**found, "cost": 1.03}) and "on top" not in summary_html({**found, "cost": 0.9})
+    assert "both passes count" in summary_html({**found, "cost": 1.6, "again": True})
+    page = sites_html({"blocks.0.attn": 1.0, "blocks.0.mlp": 0.25, "blocks.1.mlp": 0.0})
+    assert "sites of blocks<" in page and ">0.attn<" in page and "25 % of tokens ran" in page and "skipped" in page
+    assert "sites of" not in sites_html({"mlp": 1.0})
+    with pytest.raises(DataError, match="refuses what it is called with"):
+        look(gated, loaded, {"image": digits("test", size=16)[0][0]}, 0.7)
