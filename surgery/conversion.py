@@ -49,6 +49,12 @@ _MADE_BATCH = 16
 _CUT_SAMPLES = 128  # a quarter where every sample holds many tokens
 
 
+_WHOLE_TEXTS = (
+    "decisions per sample read the whole of a call: a whole text where one is scored, later tokens included, and single tokens "
+    "while one is generated with a cache; granularity='prefill' decides both alike, from the prompt"
+)
+
+
 class UnmeasuredQuality(UserWarning):
     """The model was converted without data, so nobody knows how much accuracy it keeps."""
 
@@ -149,6 +155,8 @@ def convert(
         found = select(found, sites)
     plan = found.plan(granularity=granularity, skip=skip, first_tokens=first_tokens, first_layers=first_layers)
     gated = insert_gates(model, plan)
+    if found.causal and any(planned.granularity == "sample" for planned in plan.sites):
+        note(gated, _WHOLE_TEXTS)
 
     fit_skip_paths(gated, fit, seed=seed, progress=report)
     state = state_of(gated)

@@ -419,7 +419,8 @@ def _roles(recorder: _Recorder, shape: torch.Size, parameters: Mapping[str, Tens
         flops = shape[1] * (4 * width**2 + core * key.shape[0])
         return QueryRoles(names[id(made)], 0, width, "TN", names[id(projected)], "TN", int(flops), int(core))
     if len(recorder.products) != 1:
-        return f"{len(recorder.products)} attention products instead of 1"
+        found = f"{len(recorder.products)} attention products instead of 1"
+        return found if recorder.products else f"{found} (transformers: load it with attn_implementation='sdpa')"
     query, key, _, product = recorder.products[0]
     if query.dim() != 4 or query.shape[0] != shape[0] or query.shape[2] != shape[1]:
         return "attention runs over windows or folded tokens"

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from surgery import context, second_look
 from surgery.calling import PROMPT, reads_texts
 from surgery.context import Forced, Scope
-from surgery.errors import PromptError
+from surgery.errors import PlanMismatch, PromptError
 from surgery.gates import Gate
 from surgery.prompts import Kept, cache_in, keep, kept_with, span
 from surgery.state import GatedState
@@ -42,6 +42,8 @@ class _Generation:
 
 _generation: ContextVar[_Generation | None] = ContextVar("surgery_generation", default=None)
 _INPUTS = ("input_ids", "inputs_embeds", "input_values", "input_features", "pixel_values")
+_UNSEEN = ("flash", "flex", "paged")
+"""In the names of attention implementations that call neither torch's attention product nor two matrix products."""
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
@@ -190,9 +192,27 @@ def _scope_of(model: nn.Module, arguments: Mapping[str, Any]) -> Scope:
         scope.decoder.whole = scope.whole
     if forced is not None and _generation.get() is None:
         forced.count += rows
+    _check_attention(model)
     if any(planned.granularity == "prefill" for planned in context.state_of(model).plan.sites):
         _see_prompt(scope, context.state_of(model), arguments)
     return scope
+
+
+def _check_attention(model: nn.Module) -> None:
+    """Refuse implementations of attention whose product cannot be seen, where gates work inside of it.
+
+    Raises:
+        PlanMismatch: If there is such a gate in this call.
+    """
+    name = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+    if not any(word in name for word in _UNSEEN) or context.runs_dense(state := context.state_of(model)):
+        return
+    inside = [p.site.name for p in state.plan.sites if p.site.heads or (p.site.query and p.granularity != "sample")]
+    if inside:
+        raise PlanMismatch(
+            f"{inside[0]}: attention runs as {name!r}, inside of which no token or head can be left out; "
+            "use model.set_attn_implementation('sdpa'), or 'eager'"
+        )
 
 
 def _see_prompt(scope: Scope, state: GatedState, arguments: Mapping[str, Any]) -> None:

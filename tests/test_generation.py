@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -217,6 +218,19 @@ def test_every_implementation_of_attention_skips(attention: str, built: Any) -> 
     finally:
         gated.set_attn_implementation(was)
     torch.testing.assert_close(skipped[MASK.bool()], masked[MASK.bool()])
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "paged|sdpa", "flex_attention"])
+def test_attention_that_cannot_be_seen_is_refused_by_name(name: str, built: Any) -> None:
+    model, gated = built("llama")
+    was = model.config._attn_implementation
+    gated.config._attn_implementation = name
+    try:
+        with pytest.raises(surgery.errors.PlanMismatch, match=f"self_attn: attention runs as '{re.escape(name)}'"):
+            with surgery.force(gated, 0.5):
+                gated(input_ids=IDS, attention_mask=MASK)
+    finally:
+        gated.config._attn_implementation = was
 
 
 def test_returned_attention_weights_are_those_of_every_token(built: Any) -> None:
