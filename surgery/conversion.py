@@ -153,7 +153,13 @@ def convert(
     found = sites if isinstance(sites, Sites) else find_sites(model, first(fit) if example is None else example)
     if not isinstance(sites, Sites) and sites:
         found = select(found, sites)
-    plan = found.plan(granularity=granularity, skip=skip, first_tokens=first_tokens, first_layers=first_layers)
+    plan = found.plan(
+        granularity=granularity,
+        skip=skip,
+        first_tokens=first_tokens,
+        first_layers=first_layers,
+        trained=trains and (options or Options()).skip_rate > 0,
+    )
     gated = insert_gates(model, plan)
     if found.causal and any(planned.granularity == "sample" for planned in plan.sites):
         note(gated, _WHOLE_TEXTS)

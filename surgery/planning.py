@@ -11,6 +11,8 @@ from surgery.sites import Granularity, Plan, Site, SitePlan, Sites, SkipKind, is
 
 LINEAR_LIMIT = 0.15
 """A full linear or depthwise skip path is chosen where it costs at most this share of its branch."""
+LOW_RANK_LIMIT = 0.1
+"""A trained low-rank skip path is chosen per token where it costs at most this share of its branch."""
 ROUTER_LIMIT = {"sample": 0.005, "token": 0.01}
 """All routers together cost at most this share of the model (reported where even the narrowest ones exceed it)."""
 MEMORY_LIMIT = 0.025
@@ -33,6 +35,7 @@ def choose(
     hidden: int | Literal["auto"],
     first_tokens: int | Literal["auto"] = "auto",
     first_layers: int | Literal["auto"] = "auto",
+    trained: bool = False,
 ) -> Plan:
     """See `Sites.plan`."""
     check_choice("granularity", granularity, ("auto", *get_args(Granularity)))
@@ -40,13 +43,14 @@ def choose(
     layers = _number("first_layers", first_layers, FIRST_LAYERS if sites.causal else 0)
     grains = {site.name: _granularity(sites, site, granularity) for site in sites}
     widths = {grain: _width(sites, grains, grain) if hidden == "auto" else hidden for grain in set(grains.values())}
+    kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0) for site in sites}
     return Plan(
         sites=tuple(
             SitePlan(
                 site,
                 grains[site.name],
-                _skip(site, skip, grains[site.name]),
-                rank if skip == "low-rank" else 0,
+                kinds[site.name],
+                rank if kinds[site.name] == "low-rank" else 0,
                 widths[grains[site.name]],
                 is_in_first(layers, site),
             )
@@ -84,15 +88,17 @@ def _granularity(sites: Sites, site: Site, wanted: Granularity | Literal["auto"]
     return site.granularities[0]
 
 
-def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity) -> SkipKind:
+def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity, rank: int) -> SkipKind:
+    """The kind of skip path; `rank` is that of low-rank ones where they will be trained, else 0."""
     if site.layout == "other" or site.kind == "heads":
         return "identity"
     if wanted == "depthwise" and not _is_map(site):
         return "linear"
     if wanted != "auto":
         return wanted
-    if grain == "token":
-        return "identity"  # fitted paths did not pay per token (docs/results.md), and cost time at every skipped token
+    if grain == "token":  # fitted paths alone did not pay per token, trained ones do (docs/results.md)
+        cheap = 4 * site.positions * site.channels * rank <= LOW_RANK_LIMIT * site.flops
+        return "low-rank" if rank and cheap else "identity"
     kinds: tuple[SkipKind, ...] = ("depthwise", "linear") if _is_map(site) else ("linear",)
     return next((kind for kind in kinds if _is_cheap(site, kind)), "affine")
 

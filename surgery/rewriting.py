@@ -361,7 +361,7 @@ def _owners(gated: nn.Module, planned: SitePlan) -> Owners:
 
 def _cache_layer(gated: nn.Module, site: Site) -> int | None:
     """Index of the site's attention in key/value caches, by the name that transformers gives it."""
-    parts = [part for name in site.modules for part in gated.get_submodule(name).modules()]
+    parts = [part for name in site.modules if _has(gated, name) for part in gated.get_submodule(name).modules()]
     found = [getattr(part, "layer_idx", None) for part in parts]
     return next((index for index in found if isinstance(index, int)), None)
 

@@ -238,13 +238,15 @@ class Sites(Sequence[Site]):
         hidden: int | Literal["auto"] = "auto",
         first_tokens: int | Literal["auto"] = "auto",
         first_layers: int | Literal["auto"] = "auto",
+        trained: bool = False,
     ) -> Plan:
         """Choose granularity, skip path and router size for every site.
 
         Args:
             granularity: `auto` takes the finest that the probes allow; `token` and `sample` apply where allowed; `prefill`
                 (once per sequence, from the prompt) is for causal language models.
-            skip: Kind of skip path; `auto` takes the identity where decisions are per token, else the first of `depthwise`
+            skip: Kind of skip path; `auto` takes the identity where decisions are per token (where it will be trained,
+                `low-rank`, unless that costs more than 0.1 of the branch), else the first of `depthwise`
                 (feature maps only) and `linear` that costs at most 0.15 of its branch and holds at most 0.1 of its
                 parameters, else per-channel affine. `depthwise` means `linear` where the stream is no feature map.
             rank: Rank of `low-rank` skip paths.
@@ -253,6 +255,7 @@ class Sites(Sequence[Site]):
                 `planning.FIRST_TOKENS` in causal language models, else 0.
             first_layers: In how many first layers all gates stay open; `auto` is `planning.FIRST_LAYERS` in causal
                 language models, else 0.
+            trained: Whether skip paths will be trained.
 
         Raises:
             NoSites: If there is nothing to plan.
@@ -274,6 +277,7 @@ class Sites(Sequence[Site]):
             hidden=hidden,
             first_tokens=first_tokens,
             first_layers=first_layers,
+            trained=trained,
         )
 
     def _with(self, sites: Iterable[Site]) -> Sites:

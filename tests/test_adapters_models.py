@@ -311,5 +311,7 @@ def test_what_cannot_be_a_network(network):
 def test_nothing_is_known_about_the_inputs_of_a_users_network():
     model = torch.nn.Linear(1, 1)
     for ask in (adapter_for(model).example, lambda m: adapter_for(m).inputs(m, 4)):
-        with pytest.raises(DataError, match=r"Linear is a network of your own.*example=<one batch> or data="):
+        with pytest.raises(
+            DataError, match=r"Linear is a network of your own.*--data in the shell.*example=<one batch>"
+        ):
             ask(model)

@@ -134,6 +134,7 @@ def test_vision_transformer(vit: nn.Module, images: list[Tensor]) -> None:
     assert spent(gated, held_out(images)) == pytest.approx(0.6, abs=0.01)
     assert list(dict.fromkeys(stages)) == [
         "finding sites",
+        "fitting skip paths",
         "ordering cuts",
         "labelling harm",
         "fitting routers",

@@ -303,7 +303,14 @@ def test_convert_save_load_measure(tmp_path: Path) -> None:
     rates = observe(gated, data).costs(state.costs)
     assert abs(float(rates.mean()) - 0.92) < 0.05
     report = surgery.measure(gated, data, speed=(), resamples=10)
-    assert {peer.name for peer in report.peers} == {"static", "random", "shuffled", "importance"}
+    assert {peer.name for peer in report.peers} == {
+        "static",
+        "static+look",
+        "frozen",
+        "random",
+        "shuffled",
+        "importance",
+    }
     assert [row.kind for row in surgery.status(gated).sites] == ["heads", "heads"]
     surgery.save(gated, tmp_path / "saved")
     loaded = surgery.load(tmp_path / "saved", model=model)
