@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ _GRID_GOAL = 0.02
 _GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _NEAR_CLOSED = 0.04  # above the cost of all gates closed, where thresholds run off to infinity
 _STEP = 0.02  # largest gap in the table of budgets
+_STEEP = 10  # times the usual change of cost with the threshold: a step
 _TRIES = 10
 COSTS = ("flops", "latency")
 """What a budget may count."""
@@ -413,7 +415,20 @@ def _interpolate(table: list[BudgetPoint], budget: float) -> BudgetPoint:
         return low if share < 0.5 else high
     rates = _mixed(low, high, share)
     nearer = high if share >= 1 - 1e-9 else low  # the static policy must stay within the budget
-    return BudgetPoint(low.threshold + share * (high.threshold - low.threshold), budget, rates, nearer.static)
+    along = float(share >= 0.5) if _is_step(table, low, high) else share
+    return BudgetPoint(low.threshold + along * (high.threshold - low.threshold), budget, rates, nearer.static)
+
+
+def _is_step(table: list[BudgetPoint], low: BudgetPoint, high: BudgetPoint) -> bool:
+    """Whether cost jumps between two neighbours, so that no threshold gives what lies between and any may give the farther
+    one.
+    """
+
+    def slope(first: BudgetPoint, second: BudgetPoint) -> float:
+        return (second.cost - first.cost) / max(first.threshold - second.threshold, 1e-12)
+
+    usual = [slope(a, b) for a, b in itertools.pairwise(table) if math.isfinite(a.threshold)]
+    return slope(low, high) > _STEEP * statistics.median(usual)
 
 
 def _mixed(low: BudgetPoint, high: BudgetPoint, share: float) -> dict[str, float]:

@@ -82,8 +82,7 @@ def test_every_budget_in_range_is_met(calibrated: Calibrated) -> None:
         set_budget(gated, budget)
         costs.append(spent(gated, data))
     assert costs == sorted(costs)
-    # between two points of the table, which are 0.02 apart, cost follows the threshold only about linearly
-    assert costs == pytest.approx(budgets, abs=0.015)
+    assert costs == pytest.approx(budgets, abs=0.01)
 
 
 def test_table_is_monotone(calibrated: Calibrated) -> None:
