@@ -8,6 +8,7 @@ Axis letters: `N` samples, `T` tokens.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -361,7 +362,7 @@ def draw(rate: float, seed: int, site: str, samples: Tensor, positions: Tensor |
 
 def draw_one(rate: float, seed: int, site: str, sample: int, position: int | None) -> bool:
     """One decision of the same generator."""
-    mixed = _mix_int(_mix_int(_key(seed, site)) + sample)
+    mixed = _mix_int(_mixed_key(seed, site) + sample)
     if position is not None:
         mixed = _mix_int(mixed + position * 0x85EBCA77)
     return (mixed & 0xFFFFFF) / 0x1000000 < rate
@@ -369,6 +370,11 @@ def draw_one(rate: float, seed: int, site: str, sample: int, position: int | Non
 
 def _key(seed: int, site: str) -> int:
     return (seed & 0x7FFFFFFF) * 0x9E3779B1 + zlib.crc32(site.encode())
+
+
+@functools.lru_cache(maxsize=4096)
+def _mixed_key(seed: int, site: str) -> int:
+    return _mix_int(_key(seed, site))
 
 
 def draw_unit(seed: int, number: int) -> float:

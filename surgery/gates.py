@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from surgery import context
 from surgery.context import Event, Forced, Overrides, Scope
 from surgery.errors import ForceError, PromptError
+from surgery.key_values import KeyWriter
 from surgery.prompts import cache_in, may_be_compact
 from surgery.queries import MOST_ACTIVE, ActiveQueries
 from surgery.routers import Router, make_router
@@ -47,6 +48,9 @@ class Branch(Protocol):
     inplace: bool
     """Whether the original sum was written into the branch's output (`x += shortcut`)."""
 
+    keys: KeyWriter | None
+    """Writes its keys and values alone, where that is known; then it has no further outputs."""
+
     def __call__(self, *inputs: Any) -> Any:
         """Run it."""
         ...
@@ -61,6 +65,7 @@ class Unfolded:
     escapes: int = 0
     stateful: bool = False
     inplace: bool = False
+    keys: KeyWriter | None = None
 
     def __call__(self, *inputs: Any) -> Tensor:
         """Fold, run, unfold."""
@@ -521,6 +526,15 @@ class Gate(nn.Module):
             return self.mask(branch, left, residual, inputs, decisions)
         assert self.site.query is not None
         query, output = self.query_parameters()
+        if (
+            decisions is None
+            and branch.keys is not None
+            and self._is_apart(query)
+            and not torch.compiler.is_compiling()
+        ):
+            host: nn.Module = branch.__self__  # type: ignore[attr-defined]
+            if branch.keys.write(host, inputs):
+                return self.closed(branch, left, residual)
         shape, device = residual.shape[:-1], residual.device
         with ActiveQueries(self.site.query, query, output, shape, decisions, device) as mode:
             value, escaped = split_outputs(branch, branch(*inputs))
@@ -536,6 +550,11 @@ class Gate(nn.Module):
         """The parameters that make queries and project the output, where they are known."""
         query, output = (None if found is None else getattr(*found) for found in self.query)
         return query, output
+
+    def _is_apart(self, query: Tensor | None) -> bool:
+        """Whether no projection makes queries together with keys or values, in rows that could be left out."""
+        roles = self.site.query
+        return query is None or (roles is not None and (roles.last - roles.first) * self.site.channels == query.numel())
 
     def _merge(self, left: Tensor | None, residual: Tensor, decisions: Tensor, active: Tensor, value: Tensor) -> Tensor:
         """`left` plus the branch at active rows and the skip path at the others."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import inspect
 import keyword
-import linecache
 import logging
 import operator
 import re
@@ -35,7 +34,9 @@ from surgery.context import runs_dense, state_of
 from surgery.copying import share
 from surgery.errors import AlreadyConverted, PlanMismatch, TraceError, UnknownSite, UnsupportedModel, near, shortened
 from surgery.gates import Gate, Owners
+from surgery.generating import code_of, functions_of
 from surgery.head_gates import HeadGate
+from surgery.key_values import KeyWriter
 from surgery.queries import owner
 from surgery.regions import Region, find_regions, is_rest, or_nothing
 from surgery.sites import Plan, RegionInput, Site, SitePlan, Sites, is_in_first
@@ -176,7 +177,7 @@ class Programs:
             logger.warning("%s: called in a new way in which %s cannot be skipped", self.name or "model", missing)
         index = len(self.compiled)
         source, namespace = _generate(self, graph, pattern, matched, index)
-        functions = _compile(source, namespace, f"<surgery {self.name or 'model'} #{index}>")
+        functions = functions_of(source, namespace, f"<surgery {self.name or 'model'} #{index}>")
         program = functions.pop(f"_forward_{index}")
         cls = type(module)
         for mark, region in matched:
@@ -185,10 +186,26 @@ class Programs:
             function.axes = _axes(mark, region)
             function.stateful = any(node.name in CACHE_NAMES for node in region.inputs) or mark.shared
             function.inplace = region.add.meta.get(INPLACE, False) and region.add.args[0] is region.term
+            function.keys = self._key_writer(module, mark, region, index) if function.stateful else None
             setattr(cls, function.__name__, function)
         self.sources[pattern] = source
         self.compiled[pattern] = program
         return program
+
+    def _key_writer(self, module: nn.Module, mark: Marked, region: Region, index: int) -> KeyWriter | None:
+        """Writes the branch's keys and values alone, where its attention is one module that takes the cache."""
+        takers = [
+            node
+            for node in region.nodes
+            if node.op == "call_module" and any(source.name in CACHE_NAMES for source in node.all_input_nodes)
+        ]
+        if len(takers) != 1 or region.escapes:
+            return None
+        name = f"{_branch_name(mark.key, index)}_arguments"
+        namespace: dict[str, Any] = {}
+        source = code_of(_arguments_graph(region, takers[0]), name, namespace)
+        arguments = functions_of(source, namespace, f"<surgery {self.name or 'model'} {name}>")[name]
+        return KeyWriter(str(takers[0].target), arguments)
 
 
 def insert_gates(model: nn.Module, plan: Plan | Sites) -> nn.Module:
@@ -435,9 +452,9 @@ def _generate(
     namespace: dict[str, Any] = {}
     parts = []
     for mark, region in matched:
-        parts.append(_code(_branch_graph(region), _branch_name(mark.key, index), namespace))
+        parts.append(code_of(_branch_graph(region), _branch_name(mark.key, index), namespace))
     main = _main_graph(programs, graph, pattern, matched, index)
-    parts.append(_code(main, f"_forward_{index}", namespace))
+    parts.append(code_of(main, f"_forward_{index}", namespace))
     return "\n\n".join(parts) + "\n", namespace
 
 
@@ -452,6 +469,21 @@ def _branch_graph(region: Region) -> fx.Graph:
     if region.escapes:
         result = (result, *(_copy_escape(graph, node, env) for node in region.escapes))
     graph.output(result)
+    return graph
+
+
+def _arguments_graph(region: Region, call: fx.Node) -> fx.Graph:
+    """The branch up to the call of one module: what that is called with."""
+    graph = new_graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in region.inputs:
+        env[node] = graph.placeholder(node.name)
+    for node in region.nodes:
+        if node is call:
+            break
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(fx.map_arg((call.args, call.kwargs), env.__getitem__))
+    remove_dead_code(graph)
     return graph
 
 
@@ -506,23 +538,6 @@ def _gate_calls(
         left = call
     assert left is not None
     return left
-
-
-def _code(graph: fx.Graph, name: str, namespace: dict[str, Any]) -> str:
-    python = graph.python_code("self")
-    namespace.update(python.globals)
-    return python.src.strip().replace("def forward(", f"def {name}(", 1)
-
-
-def _compile(source: str, namespace: dict[str, Any], filename: str) -> dict[str, Any]:
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    scope = dict(namespace)
-    exec(compile(source, filename, "exec"), scope)
-    return {
-        name: value
-        for name, value in scope.items()
-        if inspect.isfunction(value) and value.__code__.co_filename == filename
-    }
 
 
 def _trainable(model: nn.Module) -> frozenset[str]:

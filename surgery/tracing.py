@@ -151,20 +151,25 @@ def signature_of(cls: type) -> Signature:
     return Signature(tuple(p for p in parameters if p.kind not in _VARIADIC), extra, keywords)
 
 
-def trace(module: nn.Module, pattern: Pattern, inlined: Collection[str] = ()) -> fx.Graph:
+def trace(
+    module: nn.Module, pattern: Pattern, inlined: Collection[str] = (), *, until_cached: bool = False
+) -> fx.Graph:
     """Trace `type(module).forward` for one call pattern.
 
     Args:
         module: The module; it is not changed and none of its children run.
         pattern: Which arguments are None, constants, tensors or other objects.
         inlined: Names (relative to `module`) of descendants to trace through instead of recording a call.
+        until_cached: Stop where keys and values go into a cache; the graph's output is what `update` is called with,
+            its positional arguments in a tuple and the named ones in a dict.
 
     Returns:
         A graph without dead code. Its placeholders are the arguments that are not constants; the names of calls and
         attributes are relative to `module`.
 
     Raises:
-        TraceError: If `forward` reads a tensor's value, sets attributes, uses a context manager, or cannot be traced.
+        TraceError: If `forward` reads a tensor's value, sets attributes, uses a context manager, or cannot be traced; if it
+            should stop at a cache and none is updated.
     """
     cls = base_class(module)
     if "forward" in module.__dict__:
@@ -176,7 +181,7 @@ def trace(module: nn.Module, pattern: Pattern, inlined: Collection[str] = ()) ->
         raise TraceError(
             f"{cls.__name__}.forward takes {len(signature.named)} arguments, the pattern has {len(pattern.named)}"
         )
-    tracer = _Tracer(module)
+    tracer = _Tracer(module, until_cached=until_cached)
     positional, keyword = [], {}
     for parameter, kind in zip(signature.named, pattern.named, strict=True):
         value = tracer.argument(parameter.name, kind)
@@ -189,7 +194,11 @@ def trace(module: nn.Module, pattern: Pattern, inlined: Collection[str] = ()) ->
     stand_in = _stand_in(module, "", tracer, frozenset(inlined), root=True)
     try:
         result = cls.forward(stand_in, *positional, **keyword)
+        if until_cached:
+            raise TraceError(f"{cls.__name__}.forward updates no cache")
         tracer.graph.output(tracer.create_arg(result))
+    except _Updates as reached:
+        tracer.graph.output(tracer.create_arg(reached.arguments))
     except TraceError:
         raise
     except (
@@ -305,10 +314,11 @@ class _Dtype(fx.proxy.Attribute):
 class _Tracer(fx.proxy.TracerBase):
     """Records into one graph; knows which proxies stand for tensors."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, until_cached: bool = False) -> None:
         super().__init__()
         self.graph = new_graph()
         self.module = module
+        self.until_cached = until_cached
         self.trace_asserts = False
         self.proxy_buffer_attributes = True
         self._attributes: dict[str, fx.Proxy] = {}
@@ -337,7 +347,9 @@ class _Tracer(fx.proxy.TracerBase):
         if tag == "sized":
             rank, _, sizes = text.partition(":")
             return _Sized(node, self, int(rank), tuple(map(int, sizes.split(","))))
-        return _Argument(node, self, int(text)) if tag == "tensor" else fx.Proxy(node, self)
+        if tag == "tensor":
+            return (_Ranked if self.until_cached else _Argument)(node, self, int(text))
+        return _Cache(node, self) if self.until_cached and name in CACHE_NAMES else fx.Proxy(node, self)
 
     def attribute(self, name: str) -> fx.Proxy:
         if name not in self._attributes:
@@ -372,6 +384,29 @@ class _Argument(_Proxy):
         return self.ndim
 
     ndimension = dim
+
+
+class _Ranked(_Argument):
+    """A tensor argument whose shape is as many sizes as it has axes."""
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return tuple(self.size(axis) for axis in range(self.ndim))
+
+
+class _Cache(fx.Proxy):
+    """A key/value cache at which tracing stops."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Updates((args, kwargs))
+
+
+class _Updates(Exception):
+    """A cache is updated with these arguments."""
+
+    def __init__(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        super().__init__()
+        self.arguments = arguments
 
 
 class _Sized(_Argument):

@@ -12,7 +12,7 @@ from torch import nn
 
 import surgery
 from surgery.gates import Gate
-from surgery.queries import ActiveQueries
+from surgery.key_values import KeyWriter
 
 transformers = pytest.importorskip("transformers")
 
@@ -149,20 +149,71 @@ def test_not_writing_keys_of_skipped_tokens_is_noticed(built: Any, monkeypatch: 
     assert not torch.equal(cached, masked)
 
 
-def test_decoding_one_token_runs_no_query_projection_when_it_is_skipped(
-    built: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoding_one_token_runs_no_query_projection_when_it_is_skipped(built: Any) -> None:
     _, gated = built("llama")
-    rows = []
-    some = ActiveQueries._some
-    monkeypatch.setattr(
-        ActiveQueries,
-        "_some",
-        lambda self, x, w, b, order: rows.append(len(self.flat[order])) or some(self, x, w, b, order),
-    )
+    calls = []
+    attention = gated.model.layers[0].self_attn
+    handles = [
+        child.register_forward_hook(lambda module, args, output, name=name: calls.append(name))
+        for name, child in attention.named_children()
+    ]
     with surgery.force(gated, 0.0):
         generate(gated, slice(0, 1))
-    assert rows and set(rows) == {0}
+        calls.clear()
+        generate(gated, slice(0, 1))
+    for handle in handles:
+        handle.remove()
+    assert calls == ["k_proj", "v_proj"] * NEW
+
+
+KEYS_ALONE = frozenset({"llama", "qwen3", "gemma3", "gemma2", "olmo2", "mixtral", "gptj", "gpt_neox", "opt"})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_and_values_alone_are_those_of_the_whole_attention(
+    name: str, built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, gated = built(name)
+    written = []
+    write = KeyWriter.write
+
+    def noted(self: KeyWriter, host: nn.Module, inputs: Any) -> bool:
+        written.append(write(self, host, inputs))
+        return written[-1]
+
+    def filled() -> list[torch.Tensor]:
+        cache = transformers.DynamicCache(config=gated.config)
+        with torch.no_grad(), surgery.force(gated, 0.0):
+            gated(input_ids=IDS, attention_mask=MASK, past_key_values=cache, use_cache=True)
+            more = torch.cat((MASK, MASK[:, :1] | 1), 1)
+            gated(input_ids=IDS[:, -1:], attention_mask=more, past_key_values=cache, use_cache=True)
+        return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+    monkeypatch.setattr(KeyWriter, "write", noted)
+    alone = filled()
+    monkeypatch.setattr(KeyWriter, "write", lambda *_: False)
+    whole = filled()
+    assert all(map(torch.equal, alone, whole)) and len(alone) == 4
+    assert (bool(written) and all(written)) == (name in KEYS_ALONE)
+
+
+def test_keys_alone_are_not_written_where_the_module_would_write_others(
+    built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = built("llama")
+    forward = transformers.models.llama.modeling_llama.LlamaAttention.forward
+
+    def doubled(self: Any, hidden_states: Any, **kwargs: Any) -> Any:
+        if isinstance(hidden_states, torch.Tensor):  # what a trace does not see
+            hidden_states = 2 * hidden_states
+        return forward(self, hidden_states, **kwargs)
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaAttention, "forward", doubled)
+    gated = surgery.insert_gates(model, surgery.find_sites(model, {"input_ids": IDS, "attention_mask": MASK}))
+    with surgery.force(gated, 0.5, seed=1):
+        cached = generate(gated)
+    with surgery.force(gated, 0.5, seed=1), surgery.execution(gated, "mask"):
+        assert torch.equal(cached, generate(gated, cache=False))
 
 
 # -- what generation can be asked for ---------------------------------------------------------------------------------
