@@ -40,6 +40,13 @@ class Skip(str, Enum):
     depthwise = "depthwise"
 
 
+class Routers(str, Enum):
+    """Whether sites share routers."""
+
+    own = "own"
+    shared = "shared"
+
+
 class Tune(str, Enum):
     """How routers and skip paths get their values."""
 
@@ -97,6 +104,10 @@ def convert(
         Granularity, typer.Option("--granularity", help="How finely is decided.")
     ] = Granularity.auto,
     skip: Annotated[Skip, typer.Option("--skip", help="What replaces a skipped branch.")] = Skip.auto,
+    routers: Annotated[
+        Routers,
+        typer.Option("--routers", help="shared: an MLP reads what the router of its layer's attention made."),
+    ] = Routers.own,
     tune: Annotated[
         Tune, typer.Option("--tune", help="oneshot fits in closed form, train goes on with gradients.")
     ] = Tune.auto,
@@ -181,6 +192,7 @@ def convert(
                 second_look="auto" if second_look is None else second_look,
                 first_tokens="auto" if first_tokens is None else first_tokens,
                 first_layers="auto" if first_layers is None else first_layers,
+                routers=routers.value,
                 cost=cost.value,
                 options=Options() if epochs is None else Options(epochs=epochs),
                 heal=None if heal is None else heal.value,

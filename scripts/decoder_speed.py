@@ -58,7 +58,7 @@ class Row:
         return cls(what, ratio.median, ratio.q1, ratio.q3, ratio.total, ratio.b_ms, limit)
 
 
-def build(sizes: dict[str, Any], layers: int, vocabulary: int) -> tuple[Any, Any]:
+def build(sizes: dict[str, Any], layers: int, vocabulary: int, routers: Any = "own") -> tuple[Any, Any]:
     """A random Llama and its gated copy, which decides per token and skips by identity."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,7 +69,7 @@ def build(sizes: dict[str, Any], layers: int, vocabulary: int) -> tuple[Any, Any
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=vocabulary)).eval()
     ids = torch.randint(3, vocabulary, (2, 16))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return model, insert_gates(model, find_sites(model, example).plan(skip="identity"))
+    return model, insert_gates(model, find_sites(model, example).plan(skip="identity", routers=routers))
 
 
 def layer_rows(repeats: int) -> Iterator[Row]:

@@ -116,6 +116,16 @@ class Overrides:
 
 
 @dataclass(slots=True)
+class Shared:
+    """What a router that others read from saw."""
+
+    residual: Tensor
+    """The residual stream before its site, `(N, *positions, C)`."""
+    hidden: Tensor | None = None
+    """Its hidden features, `(N, hidden)` or `(N, *positions, hidden)`, once somebody asked for them."""
+
+
+@dataclass(slots=True)
 class Scope:
     """One call of a gated model."""
 
@@ -141,7 +151,8 @@ class Scope:
     """Tokens of the prompt, bool `(N, T)`; True where all real ones are; None where it is unknown."""
     decoder: Scope | None = None
     """The decoder's tokens in an encoder-decoder, whose own mask and positions are then those of the encoder."""
-    decided: dict[int, Any] = field(default_factory=dict)
+    shared: dict[str, Shared] = field(default_factory=dict)
+    """What routers that others read from were asked last, by site."""
 
 
 NONE = Overrides()

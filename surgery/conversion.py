@@ -37,7 +37,7 @@ from surgery.objectives import divergence
 from surgery.progress import Progress, silent
 from surgery.regression import regress_routers
 from surgery.rewriting import check_convertible, insert_gates
-from surgery.sites import KINDS, Granularity, Sites, SkipKind
+from surgery.sites import KINDS, Granularity, Routers, Sites, SkipKind
 from surgery.splitting import Head, check_reiterable, split
 from surgery.training import CHECKPOINT as TRAINING
 from surgery.training import Options, count_steps, find_checkpoint, train_routers, trainable
@@ -73,6 +73,7 @@ def convert(
     second_look: bool | Literal["auto"] = "auto",
     first_tokens: int | Literal["auto"] = "auto",
     first_layers: int | Literal["auto"] = "auto",
+    routers: Routers = "own",
     cost: Literal["flops", "latency"] = "flops",
     heal: Literal["norms", "lora"] | None = None,
     options: Options | None = None,
@@ -102,6 +103,8 @@ def convert(
         first_tokens: For how many first tokens of every sequence all gates per token stay open; `auto` only in causal
             language models (`surgery.planning.FIRST_TOKENS`).
         first_layers: In how many first layers all gates stay open; `auto` likewise (`FIRST_LAYERS`).
+        routers: `own`, or `shared` where an MLP's router may read the hidden features of the attention's before it
+            (docs/routers.md).
         cost: What the budget counts: `flops`, or `latency` on this device.
         heal: Whether to adapt the backbone a little as well, as copies of its `norms` or by `lora` (docs/healing.md); the
             dense model stays within the result bit for bit.
@@ -124,8 +127,8 @@ def convert(
         AlreadyConverted: If the model carries gates.
         CheckpointError: If `resume` is set and `output_dir` holds nothing to resume.
         MissingDependency: If `heal` needs a library that is not installed.
-        SurgeryError: If `tune`, `cost`, `granularity`, `skip`, `second_look` or `heal` is none of the above, or healing is
-            asked for without data.
+        SurgeryError: If `tune`, `cost`, `granularity`, `skip`, `routers`, `second_look` or `heal` is none of the above, or
+            healing is asked for without data.
     """
     check_budget(budget)
     check_convertible(model)
@@ -158,6 +161,7 @@ def convert(
         skip=skip,
         first_tokens=first_tokens,
         first_layers=first_layers,
+        routers=routers,
         trained=trains and (options or Options()).skip_rate > 0,
     )
     gated = insert_gates(model, plan)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from surgery import context
-from surgery.context import Event, Forced, Overrides, Scope
+from surgery.context import Event, Forced, Overrides, Scope, Shared
 from surgery.errors import ForceError, PromptError
 from surgery.key_values import KeyWriter
 from surgery.prompts import cache_in, may_be_compact
 from surgery.queries import MOST_ACTIVE, ActiveQueries
-from surgery.routers import Router, make_router
+from surgery.routers import FollowingRouter, Router, make_router
 from surgery.sites import RegionInput, SitePlan
 from surgery.skip_paths import SkipPath, make_skip_path
 from surgery.slices import cheaper_than_gathering, may_slice, slices_of
@@ -105,9 +105,10 @@ class Gate(nn.Module):
         self.state = state
         self.decodes = "decoder" in site.name.split(".")
         self.query = query  # in a tuple, so that the modules do not become children
-        self.router: Router = make_router(
-            site.layout, site.channels, planned.granularity, planned.hidden, len(site.units)
-        )
+        self.leader: tuple[Gate, ...] = ()
+        """The gate whose router's hidden features this one's router reads, if any; in a tuple likewise."""
+        self.leads = any(other.leader == site.name for other in state.plan.sites)
+        self.router: Router | FollowingRouter = make_router(planned)
         self.skip_path: SkipPath = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
         self.cache_layer: int | None = None
         """Index of the attention's layer in key/value caches, where it says so."""
@@ -144,6 +145,10 @@ class Gate(nn.Module):
     def forward(self, branch: Branch, left: Tensor | None, residual: Tensor, *inputs: Any) -> Any:
         """What the original sum gives where the branch is active, `left + skip_path(residual)` where it is not."""
         over = context.overrides_of(self.state)
+        if self.leads:
+            self.shared()[self.site.name] = Shared(residual)
+        elif self.leader and self.leader[0].site.name not in self.shared():
+            return self.open(branch, left, inputs)  # its leader was called in a way in which it cannot be skipped
         if over.handler is not None:
             return over.handler(self, branch, left, residual, inputs)
         mode = context.default_execution(self.state, over)
@@ -248,10 +253,39 @@ class Gate(nn.Module):
 
     def scores(self, residual: Tensor) -> Tensor:
         """Predicted log harm per log saving: `(N,)` or `(N, *positions)`, fp32; infinite at first tokens that run in full."""
-        read = self.prompt(residual) if self.once else self.padding(residual)
-        scores: Tensor = self.router(residual, read) - self.offset
+        if self.leader:
+            asked = self.router(self.leader[0].hidden_features())
+        elif self.leads:
+            asked = self.router.read(self.hidden_features(residual))
+        else:
+            asked = self.router(residual, self._read(residual))
+        scores: Tensor = asked - self.offset
         first = self.first_tokens(residual)
         return scores if first is None else scores.masked_fill(first, float("inf"))
+
+    def hidden_features(self, residual: Tensor | None = None) -> Tensor:
+        """What the router that leads makes of `residual`, or made of the stream in the running call: `(N, hidden)` or
+        `(N, *positions, hidden)`.
+        """
+        seen = self.shared().get(self.site.name)
+        if residual is None:
+            assert seen is not None
+            if seen.hidden is not None:
+                return seen.hidden
+            residual = seen.residual
+        hidden: Tensor = self.router(residual, self._read(residual), hidden=True)
+        if seen is not None:
+            seen.hidden = hidden
+        return hidden
+
+    def shared(self) -> dict[str, Shared]:
+        """What the running call keeps for routers that read from others."""
+        scope = context.scope()
+        return {} if scope is None else scope.shared
+
+    def _read(self, residual: Tensor) -> Tensor | None:
+        """Which tokens the router pools, bool `(N, T)`, or None where all are."""
+        return self.prompt(residual) if self.once else self.padding(residual)
 
     def first_tokens(self, residual: Tensor) -> Tensor | None:
         """Which tokens this gate is open for whatever it is asked, bool `(N, T)`, or None where there are none."""

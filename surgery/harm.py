@@ -22,7 +22,7 @@ from surgery.costs import run
 from surgery.gates import Branch, Gate, split_outputs
 from surgery.head_gates import HeadGate
 from surgery.objectives import margin
-from surgery.routers import SampleRouter
+from surgery.routers import Router, SampleRouter
 
 
 @dataclass(slots=True)
@@ -30,7 +30,8 @@ class HarmLabels:
     """Labels of one site on one batch.
 
     Args:
-        features: Router inputs before standardisation: pooled `(N, F)`, or normalised tokens `(N, *positions, C)`.
+        features: Router inputs before standardisation: pooled `(N, F)`, or normalised tokens `(N, *positions, C)`; those
+            of its leader where a site shares a router.
         harm: `(N,)`, `(N, *positions)`, or `(N, H)` of heads.
         weights: False at padding, like `harm`; None where everything counts.
     """
@@ -90,11 +91,18 @@ class _Collector:
             value = value + probe
         with torch.no_grad():
             padding = gate.padding(stream)
-            router = gate.router
-            features = router.pool(stream, padding) if isinstance(router, SampleRouter) else router.extract(stream)
+            features = self._features(gate, stream, padding)
         self.sites.append(_Seen(gate, probe, difference, features, padding if gate.per_token else None))
         result = value if left is None else left + value
         return (result, *escaped) if branch.escapes else result
+
+    def _features(self, gate: Gate, stream: Tensor, padding: Tensor | None) -> Tensor:
+        if gate.leader:
+            return next(seen.features for seen in reversed(self.sites) if seen.gate is gate.leader[0])
+        if isinstance(gate.router, SampleRouter):
+            return gate.router.pool(stream, padding)
+        assert isinstance(gate.router, Router)
+        return gate.router.extract(stream)
 
 
 def _scaled(x: Tensor, probes: list[Tensor]) -> Tensor:

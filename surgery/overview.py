@@ -30,6 +30,7 @@ class SiteStatus:
         threshold: Scores above it keep the branch; None where no router runs.
         active_rate: Share of calibration inputs (or tokens, or heads) for which the branch ran; None before calibration.
         cost_share: What branch, skip path and router cost at that rate, as a fraction of the dense model.
+        router: `own`, or the name of the site whose router it shares; shown where one does.
     """
 
     site: str
@@ -39,6 +40,7 @@ class SiteStatus:
     threshold: float | None
     active_rate: float | None
     cost_share: float | None
+    router: str = "own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,11 @@ class Status:
         if self.first_tokens:
             lines.append(Text(f"the first {self.first_tokens} tokens of every sequence run in full"))
         lines += [Text(f"note: {note}") for note in self.notes]
-        return Group(rows_table(f"Gates of {self.model}", self.sites), *lines)
+        rows = [asdict(row) for row in self.sites]
+        if all(row["router"] == "own" for row in rows):
+            for row in rows:
+                del row["router"]
+        return Group(rows_table(f"Gates of {self.model}", rows), *lines)
 
     def __str__(self) -> str:
         from surgery.tables import render
@@ -146,6 +152,7 @@ def status(gated: nn.Module) -> Status:
                 if rates is None
                 else _cost_share(state, site.units, rates, routed=runs == "routed")
                 + again * _branch_share(state, site.units),
+                router=planned.leader or "own",
             )
         )
     costs = [point.cost for point in state.table]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from surgery import context
 from surgery.calling import Batch, as_batch, call
 from surgery.calling import tensors as output_tensors
-from surgery.context import Scope, state_of
+from surgery.context import Scope, Shared, state_of
 from surgery.copying import share
 from surgery.errors import PinError, check_choice
 from surgery.gates import Branch, Gate, iter_gates
@@ -48,6 +48,8 @@ class Running:
     """The first tokens of every sequence, where they run in full, bool `(N, T)`."""
     decisions: dict[str, Tensor] | None = None
     """Decisions by site name, where they are wanted."""
+    shared: dict[str, Shared] = field(default_factory=dict)
+    """What routers that others read from were asked last, by site."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,10 @@ class PinnedGate(Gate):
     def forward(self, branch: Branch, left: Tensor | None, residual: Tensor, *inputs: Any) -> Any:
         """As `Gate.forward`."""
         pinned = self.pinned
+        if self.leads and pinned.constant is None:
+            self.shared()[self.site.name] = Shared(residual)
+        elif self.leader and pinned.constant is None and self.leader[0].site.name not in self.shared():
+            return self.open(branch, left, inputs)
         if pinned.constant is not None:
             if pinned.constant or not branch.stateful:
                 return self.open(branch, left, inputs) if pinned.constant else self.closed(branch, left, residual)
@@ -95,6 +101,10 @@ class PinnedGate(Gate):
         if mask is None or residual.dim() != 3 or mask.shape != residual.shape[:2]:
             return None
         return mask
+
+    def shared(self) -> dict[str, Shared]:
+        """What the running call keeps for routers that read from others."""
+        return self.pinned.running.shared
 
     def _scope(self) -> Scope:
         return Scope(mask=self.pinned.running.mask, first=self.pinned.running.first)
@@ -313,6 +323,7 @@ def _pin_root(twin: nn.Module, running: Running, count: int) -> None:
             return inner(self, *args, **kwargs)
         finally:
             running.mask = running.first = None
+            running.shared.clear()
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     kept = {k: v for k, v in vars(cls).items() if k.startswith("_branch_")}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 from surgery.errors import PlanMismatch, SurgeryError, check_choice
 from surgery.routers import router_features
-from surgery.sites import Granularity, Plan, Site, SitePlan, Sites, SkipKind, is_in_first
+from surgery.sites import Granularity, Plan, Routers, Site, SitePlan, Sites, SkipKind, is_in_first
 
 LINEAR_LIMIT = 0.15
 """A full linear or depthwise skip path is chosen where it costs at most this share of its branch."""
@@ -36,26 +38,30 @@ def choose(
     first_tokens: int | Literal["auto"] = "auto",
     first_layers: int | Literal["auto"] = "auto",
     trained: bool = False,
+    routers: Routers = "own",
 ) -> Plan:
     """See `Sites.plan`."""
     check_choice("granularity", granularity, ("auto", *get_args(Granularity)))
     check_choice("skip", skip, ("auto", *get_args(SkipKind)))
+    check_choice("routers", routers, get_args(Routers))
     layers = _number("first_layers", first_layers, FIRST_LAYERS if sites.causal else 0)
     grains = {site.name: _granularity(sites, site, granularity) for site in sites}
-    widths = {grain: _width(sites, grains, grain) if hidden == "auto" else hidden for grain in set(grains.values())}
     kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0) for site in sites}
+    planned = [
+        SitePlan(
+            site,
+            grains[site.name],
+            kinds[site.name],
+            rank if kinds[site.name] == "low-rank" else 0,
+            always_on=is_in_first(layers, site),
+        )
+        for site in sites
+    ]
+    if routers == "shared":
+        planned = _following(planned)
+    widths = {grain: _width(sites, planned, grain) if hidden == "auto" else hidden for grain in set(grains.values())}
     return Plan(
-        sites=tuple(
-            SitePlan(
-                site,
-                grains[site.name],
-                kinds[site.name],
-                rank if kinds[site.name] == "low-rank" else 0,
-                widths[grains[site.name]],
-                is_in_first(layers, site),
-            )
-            for site in sites
-        ),
+        sites=tuple(replace(one, hidden=widths[one.granularity]) for one in planned),
         model_name=sites.model_name,
         model_flops=sites.model_flops,
         signature=sites.signature,
@@ -63,6 +69,12 @@ def choose(
         inlined=sites.inlined,
         first_tokens=_number("first_tokens", first_tokens, FIRST_TOKENS if sites.causal else 0),
     )
+
+
+def _following(planned: Sequence[SitePlan]) -> list[SitePlan]:
+    """Every site follows the one right before it, where that may lead."""
+    pairs = itertools.pairwise(planned)
+    return [*planned[:1], *(replace(one, leader=last.site.name) if last.may_lead(one) else one for last, one in pairs)]
 
 
 def _number(name: str, value: int | Literal["auto"], by_default: int) -> int:
@@ -114,26 +126,20 @@ def _is_cheap(site: Site, kind: SkipKind) -> bool:
     return cheap and weights <= LINEAR_MEMORY_LIMIT * site.parameters
 
 
-def _width(sites: Sites, grains: dict[str, Granularity], grain: Granularity) -> int:
+def _width(sites: Sites, planned: Iterable[SitePlan], grain: Granularity) -> int:
     limit = ROUTER_LIMIT["token" if grain == "token" else "sample"] * sites.model_flops
     memory = MEMORY_LIMIT * sites.model_parameters
-    ours = [site for site in sites if grains[site.name] == grain]
+    ours = [one for one in planned if one.granularity == grain]
 
     def fits(width: int) -> bool:
-        return _cost(ours, grain, width) <= limit and _parameters(ours, grain, width) <= memory
+        flops = sum(2 * (one.site.positions if grain == "token" else 1) * _weights(one, width) for one in ours)
+        return flops <= limit and sum(_weights(one, width) for one in ours) <= memory
 
     return next((width for width in _WIDTHS if fits(width)), _WIDTHS[-1])
 
 
-def _parameters(sites: Iterable[Site], grain: Granularity, width: int) -> int:
-    return sum(width * (router_features(site.layout, site.channels, grain) + 1) for site in sites)
-
-
-def _cost(sites: Iterable[Site], grain: Granularity, width: int) -> int:
-    return sum(
-        2
-        * (site.positions if grain == "token" else 1)
-        * width
-        * (router_features(site.layout, site.channels, grain) + 1)
-        for site in sites
-    )
+def _weights(planned: SitePlan, width: int) -> int:
+    """Weights of one site's router."""
+    site = planned.site
+    features = 0 if planned.leader else router_features(site.layout, site.channels, planned.granularity)
+    return width * (features + 1)

@@ -199,6 +199,8 @@ class Decided:
                 rates[:, site] += active.cpu()
                 calls[site] += 1  # a module that is used several times has one gate
                 routed[site] |= event.scores is not None
+                if event.scores is not None and event.gate.planned.leader:
+                    routed[names.index(event.gate.planned.leader)] = True
         rates = torch.where(calls > 0, rates / calls.clamp_min(1), torch.ones(()))
         return cls(rates, weights_of(events, size), routed, looked_at(events, size))
 

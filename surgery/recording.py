@@ -234,7 +234,7 @@ def costs_of(events: Sequence[Event], costs: CostModel, size: int) -> Tensor:
         for unit, active in event.by_unit().items():
             rates.setdefault(unit, []).append(active.double().cpu())
             if event.scores is not None:
-                routed.add(unit)
+                routed |= {unit, event.gate.planned.leader}
     for unit, site in costs.sites.items():
         rate = torch.stack(rates[unit]).mean(0) if unit in rates else torch.ones(size, dtype=torch.float64)
         total += rate * site.branch + (1 - rate) * site.skip + (unit in routed) * site.router

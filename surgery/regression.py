@@ -7,7 +7,7 @@ Axis letters: `N` samples, `T` tokens, `F` router features, `M` rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from surgery.calling import batches
 from surgery.costs import place
 from surgery.gates import Gate, iter_gates
-from surgery.harm import label_harm
+from surgery.harm import HarmLabels, label_harm
 from surgery.progress import Progress, silent
-from surgery.routers import SampleRouter
+from surgery.routers import Router, SampleRouter
 
 _ROWS_PER_BATCH = 2048
 _ROWS = 60_000
@@ -56,6 +56,8 @@ def regress_routers(
 ) -> dict[str, Predictability]:
     """Fit every router to first-order harm labels (`surgery.harm`) and set every gate's offset to its log saving.
 
+    Where sites share a router, it is fitted to the labels of all of them at once.
+
     Args:
         gated: A gated model; only its routers change.
         data: Batches; labels are not used.
@@ -67,16 +69,19 @@ def regress_routers(
         Per site that is not always on, how predictable harm was on held-out rows.
     """
     report = progress or silent
+    groups = {name: [name] for name, gate in iter_gates(gated) if not gate.leader}
+    for name, gate in iter_gates(gated):
+        if gate.leader:
+            groups[gate.planned.leader].append(name)
     features: dict[str, list[Tensor]] = {}
     harms: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
     count = 0
     for batch in batches(data):
         batch = place(batch, gated)
-        for name, label in label_harm(gated, batch, generator).items():
-            rows, harm = label.features.float(), label.harm.float()  # N F, N H
-            if rows.dim() != 2 or harm.dim() != 2:
-                rows, harm = _flatten(label.features, label.harm, label.weights)
+        labels = label_harm(gated, batch, generator)
+        for name in (name for name in labels if name in groups):
+            rows, harm = _rows_of([labels[member] for member in groups[name]])
             if len(rows) > _ROWS_PER_BATCH:
                 chosen = torch.randperm(len(rows), generator=generator)[:_ROWS_PER_BATCH].to(rows.device)
                 rows, harm = rows[chosen], harm[chosen]
@@ -86,17 +91,15 @@ def regress_routers(
         report("labelling harm", min(count, samples), samples)
         if count >= samples:
             break
-    result = {}
-    gates = [(name, gate) for name, gate in iter_gates(gated) if not gate.always_on]
-    for index, (name, gate) in enumerate(gates):
+    result: dict[str, Predictability] = {}
+    gates = {name: gate for name, gate in iter_gates(gated) if not gate.always_on}
+    for index, (name, gate) in enumerate(gates.items()):
         set_offset(gate)
-        rows, harm = torch.cat(features[name])[:_ROWS], torch.cat(harms[name])[:_ROWS]
-        if isinstance(gate.router, SampleRouter):
-            gate.router.standardise(rows)
-            rows = (rows - gate.router.mean) / gate.router.std
-        result[name] = _fit(gate, rows, harm, seed + index)
+        if not gate.leader:
+            rows, harm = torch.cat(features[name])[:_ROWS], torch.cat(harms[name])[:_ROWS]
+            result |= _fit_group([gates[member] for member in groups[name]], rows, harm, seed + index)
         report("fitting routers", index + 1, len(gates))
-    return result
+    return {name: result[name] for name in gates}
 
 
 def set_offset(gate: Gate) -> None:
@@ -106,8 +109,43 @@ def set_offset(gate: Gate) -> None:
     gate.offset = math.log(saving / (gate.site.positions if gate.per_token else len(gate.site.units)))
 
 
-def _fit(gate: Gate, rows: Tensor, harm: Tensor, seed: int) -> Predictability:
-    router = gate.router
+def _fit_group(gates: Sequence[Gate], rows: Tensor, harm: Tensor, seed: int) -> dict[str, Predictability]:
+    """Fit the router of one gate, or together with it the rows of those that share it, to harm `(M,)` or `(M, H)`."""
+    router = gates[0].router
+    assert isinstance(router, Router)
+    if isinstance(router, SampleRouter):
+        router.standardise(rows)
+        rows = (rows - router.mean) / router.std
+    if len(gates) == 1:
+        return {gates[0].site.name: _fit(router, rows, harm, seed).mean()}
+    joint = Router(router.features, gates[0].planned.hidden, len(gates)).to(rows.device)
+    found = _fit(joint, rows, harm, seed)
+    with torch.no_grad():
+        router.down.load_state_dict(joint.down.state_dict())
+        for index, gate in enumerate(gates):
+            gate.router.up.weight.copy_(joint.up.weight[index : index + 1])
+            gate.router.up.bias.copy_(joint.up.bias[index : index + 1])
+    return {gate.site.name: found.of(index) for index, gate in enumerate(gates)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """How predictable every column of the harm was."""
+
+    correlation: Tensor
+    shrinkage: Tensor
+    rows: int
+
+    def mean(self) -> Predictability:
+        """Of one site: its heads' mean, where it has some."""
+        return Predictability(float(self.correlation.mean()), float(self.shrinkage.mean()), self.rows)
+
+    def of(self, column: int) -> Predictability:
+        """Of the site whose harm is that column."""
+        return Predictability(float(self.correlation[column]), float(self.shrinkage[column]), self.rows)
+
+
+def _fit(router: Router, rows: Tensor, harm: Tensor, seed: int) -> _Fitted:
     target = torch.log(harm + _floor(harm))
     generator = torch.Generator().manual_seed(seed)
     if len(rows) < _FEWEST:
@@ -115,7 +153,8 @@ def _fit(gate: Gate, rows: Tensor, harm: Tensor, seed: int) -> Predictability:
         with torch.no_grad():
             router.up.weight.zero_()
             router.up.bias.copy_(target.mean(0))
-        return Predictability(0.0, 0.0, len(rows))
+        nothing = torch.zeros(target.shape[1:])
+        return _Fitted(nothing, nothing, len(rows))
     order = torch.randperm(len(rows), generator=generator).to(rows.device)
     held, used = order[: len(order) // 5], order[len(order) // 5 :]
     centre, spread = target[used].mean(0), target[used].std(0).clamp_min(1e-6)  # of every head, where there are some
@@ -139,7 +178,7 @@ def _fit(gate: Gate, rows: Tensor, harm: Tensor, seed: int) -> Predictability:
         # score = centre + spread * (middle + shrinkage * (prediction - middle))
         router.up.weight.mul_((shrinkage * spread).view(-1, 1))
         router.up.bias.sub_(middle).mul_(shrinkage * spread).add_(middle * spread + centre)
-    return Predictability(float(correlation.mean()), float(shrinkage.mean()), len(used))
+    return _Fitted(correlation, shrinkage, len(used))
 
 
 def _initialise(router: nn.Module, generator: torch.Generator) -> None:
@@ -164,6 +203,15 @@ def _correlation(predicted: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
     correlation = covariance / (variance * b.square().mean(0)).sqrt().clamp_min(1e-12)
     slope = covariance / variance.clamp_min(1e-12)
     return torch.where(known, correlation, 0.0), torch.where(known, slope, 0.0)
+
+
+def _rows_of(labels: Sequence[HarmLabels]) -> tuple[Tensor, Tensor]:
+    """Features `(M, F)` and harm of one site, `(M,)` or `(M, H)`, or of several that share a router, a column each."""
+    rows, harm = labels[0].features.float(), labels[0].harm.float()  # N F, N H
+    if len(labels) == 1 and rows.dim() == 2 and harm.dim() == 2:
+        return rows, harm
+    pairs = [_flatten(label.features, label.harm, label.weights) for label in labels]
+    return pairs[0][0], pairs[0][1] if len(pairs) == 1 else torch.stack([harm for _, harm in pairs], 1)
 
 
 def _flatten(features: Tensor, harm: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:

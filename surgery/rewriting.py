@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgery import roots
-from surgery.context import runs_dense, state_of
+from surgery import context, roots
+from surgery.context import Scope, runs_dense, state_of
 from surgery.copying import share
 from surgery.errors import AlreadyConverted, PlanMismatch, TraceError, UnknownSite, UnsupportedModel, near, shortened
 from surgery.gates import Gate, Owners
@@ -89,6 +89,7 @@ class Marked:
     anchor: tuple[str, ...]
     axes: Mapping[str, RegionInput] | None
     shared: bool = False
+    leader: str = ""
 
 
 @dataclass(slots=True)
@@ -106,6 +107,11 @@ class Programs:
     sources: dict[Pattern, str] = field(default_factory=dict)
     dtype: torch.dtype | None = None
     """The weights' dtype that decided what some program does, or None."""
+    leaders: tuple[str, ...] = field(init=False)
+    """Sites from whose routers others read."""
+
+    def __post_init__(self) -> None:
+        self.leaders = tuple(mark.leader for mark in self.marked if mark.leader)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the program of this call's pattern; generate it when the pattern is new. Dense calls run the
@@ -127,7 +133,20 @@ class Programs:
             program = self.add(module, pattern, strict=False) if self._has_room() else None
         if program is None:
             return self.base.forward(module, *args, **kwargs)
-        return program(module, *values, *extra, *[rest[name] for name in names])
+        inputs = (module, *values, *extra, *[rest[name] for name in names])
+        return self._share(program, inputs) if self.leaders else program(*inputs)
+
+    def _share(self, program: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+        """Run a program; what its routers share is kept as long as it runs."""
+        running = context.scope()
+        if running is None:  # the host is called by itself
+            with context.entered(Scope()):
+                return program(*inputs)
+        try:
+            return program(*inputs)
+        finally:
+            for name in self.leaders:
+                running.shared.pop(name, None)
 
     def _has_room(self) -> bool:
         """Whether one more program may be made: patterns that hold numbers or sizes fixed could be endless."""
@@ -245,6 +264,10 @@ def gate_in_place(model: nn.Module, plan: Plan) -> None:
     state = GatedState(plan=plan, costs=flop_costs(plan), threshold=float("-inf"), trainable=_trainable(model))
     for host in dict.fromkeys(p.site.host for p in plan.sites):
         install(model, host, [p for p in plan.sites if p.site.host == host], plan, state)
+    gates = {gate.site.name: gate for _, gate in _gates(model)}
+    for planned in plan.sites:
+        if planned.leader:
+            gates[planned.site.name].leader = (gates[planned.leader],)
     _make_root(model, state)
 
 
@@ -318,7 +341,7 @@ def flop_costs(plan: Plan) -> CostModel:
         for planned in plan.sites:
             site = planned.site
             per_token = planned.granularity == "token"
-            router = make_router(site.layout, site.channels, planned.granularity, planned.hidden, len(site.units))
+            router = make_router(planned)
             asked = 0.0 if planned.always_on else float(router.flops(site.positions if per_token else 1))
             if site.heads is not None:
                 share = SiteCost(float(site.heads.flops), 0.0, asked / site.heads.count)
@@ -355,7 +378,7 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
         gates._modules[key].cache_layer = _cache_layer(gated, one.site)  # type: ignore[union-attr]
         axes = {i.name: i for i in one.site.inputs} if not one.site.restriction else None
         anchor = tuple(a[len(prefix) :] for a in one.site.anchor)
-        marked.append(Marked(one.site.name, key, anchor, axes, one.site.shared))
+        marked.append(Marked(one.site.name, key, anchor, axes, one.site.shared, one.leader))
     base = base_class(module)
     inlined = frozenset(n[len(prefix) :] for n in plan.inlined if n.startswith(prefix))
     patterns = [Pattern.from_list(p) for p in plan.patterns[host]]

@@ -3,6 +3,9 @@
 A score estimates how much is lost by skipping; the gate is open where it exceeds the threshold. Router inputs are
 *normalised*, because pooled features share a large common part and a router on raw ones collapses to a static policy.
 
+The router of an attention site may lead: the MLP site of the same layer then owns one row that reads the leader's
+hidden features (`FollowingRouter`), which are those of the stream before attention.
+
 Axis letters: `N` samples, `T` tokens, `C` channels, `F` features, `H` heads.
 """
 
@@ -14,43 +17,89 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.sites import Layout
+from surgery.sites import Layout, SitePlan
 
 
-class Router(nn.Module):
-    """Features -> bottleneck -> score. Parameters stay fp32 whatever dtype the model is moved to."""
+class Scorer(nn.Module):
+    """Hidden features -> score. Parameters stay fp32 whatever dtype the model is moved to."""
+
+    up: nn.Linear
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """Hidden features `(..., hidden)` -> `(...)`, or `(..., H)` where there are several heads to decide."""
+        scores: Tensor = self.up(hidden)
+        return scores.squeeze(-1)
+
+    def flops(self, positions: int) -> int:
+        """FLOPs per sample with `positions` decisions; one multiply-add = 2."""
+        return 2 * positions * self.up.weight.numel()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        for parameter in self.parameters():
+            if parameter.dtype is not torch.float32:
+                parameter.data = parameter.data.float()
+        for name, buffer in list(self._buffers.items()):
+            if buffer is not None and buffer.is_floating_point():
+                self._buffers[name] = buffer.float()
+        return result
+
+
+def make_row(hidden: int, heads: int) -> nn.Linear:
+    """The map from hidden features to scores; nearly 0 at first."""
+    row = nn.Linear(hidden, heads)
+    nn.init.normal_(row.weight, std=1e-3)
+    nn.init.zeros_(row.bias)
+    return row
+
+
+class FollowingRouter(Scorer):
+    """One score per sample or token from the hidden features of another router."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.up = make_row(hidden, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The leader's hidden features `(..., hidden)` -> scores `(...)`."""
+        return self.read(hidden)
+
+
+class Router(Scorer):
+    """Features -> bottleneck -> score."""
 
     def __init__(self, features: int, hidden: int, heads: int = 1) -> None:
         super().__init__()
         self.features = features
         self.down = nn.Linear(features, hidden)
-        self.up = nn.Linear(hidden, heads)
-        nn.init.normal_(self.up.weight, std=1e-3)
-        nn.init.zeros_(self.up.bias)
+        self.up = make_row(hidden, heads)
 
     def score(self, features: Tensor) -> Tensor:
         """`(..., F)` -> `(...)`, or `(..., H)` where there are several heads to decide."""
-        hidden = F.gelu(self.down(features), approximate="tanh")  # called as modules: offloading hooks their calls
-        return self.up(hidden).squeeze(-1)
+        return self.read(self.squeeze(features))
+
+    def squeeze(self, features: Tensor) -> Tensor:
+        """`(..., F)` -> hidden features `(..., hidden)`."""
+        return F.gelu(self.down(features), approximate="tanh")  # called as modules: offloading hooks their calls
 
     def extract(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
         """Residual stream -> features in fp32."""
         return residual.float()
 
+    def forward(self, residual: Tensor, mask: Tensor | None = None, *, hidden: bool = False) -> Tensor:
+        """Residual stream -> scores, or with `hidden` the features that they are read from.
+
+        Args:
+            residual: `(N, *positions, C)` or `(N, C, H, W)`.
+            mask: False at padding, `(N, T)`.
+            hidden: Whether hidden features are wanted, `(N, hidden)` or `(N, *positions, hidden)`.
+        """
+        found = self.squeeze(self.extract(residual, mask))
+        return found if hidden else self.read(found)
+
     def flops(self, positions: int) -> int:
         """FLOPs per sample with `positions` decisions; one multiply-add = 2."""
-        return 2 * positions * (self.down.weight.numel() + self.up.weight.numel())
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
-        for module in (self.down, self.up):
-            for parameter in module.parameters():
-                if parameter.dtype is not torch.float32:
-                    parameter.data = parameter.data.float()
-        for name, buffer in list(self._buffers.items()):
-            if buffer is not None and buffer.is_floating_point():
-                self._buffers[name] = buffer.float()
-        return result
+        return super().flops(positions) + 2 * positions * self.down.weight.numel()
 
 
 class TokenRouter(Router):
@@ -62,10 +111,6 @@ class TokenRouter(Router):
     def extract(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
         """`(N, *positions, C)` -> the same, fp32 and normalised."""
         return F.layer_norm(residual.float(), residual.shape[-1:])
-
-    def forward(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`(N, *positions, C)` -> scores `(N, *positions)`."""
-        return self.score(self.extract(residual))
 
 
 class SampleRouter(Router):
@@ -111,18 +156,17 @@ class SampleRouter(Router):
         self.mean.copy_(pooled.mean(0))
         self.std.copy_(pooled.std(0, correction=0).clamp_min(1e-3 * pooled.std().clamp_min(1e-6)))
 
-    def forward(self, residual: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Residual stream -> scores `(N,)` or `(N, H)`."""
-        return self.score(self.extract(residual, mask))
-
 
 def router_features(layout: Layout, channels: int, granularity: str) -> int:
     """Number of router inputs `F`."""
     return channels if granularity == "token" or layout == "NC" else 2 * channels
 
 
-def make_router(layout: Layout, channels: int, granularity: str, hidden: int, heads: int = 1) -> Router:
-    """The router for a site; `heads` is its number of scores per sample."""
-    if granularity == "token":
-        return TokenRouter(channels, hidden)
-    return SampleRouter(channels, hidden, layout, heads)
+def make_router(planned: SitePlan) -> Router | FollowingRouter:
+    """The router for a site: a `Router`, unless it follows another one."""
+    site = planned.site
+    if planned.leader:
+        return FollowingRouter(planned.hidden)
+    if planned.granularity == "token":
+        return TokenRouter(site.channels, planned.hidden)
+    return SampleRouter(site.channels, planned.hidden, site.layout, len(site.units))

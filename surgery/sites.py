@@ -23,6 +23,7 @@ Kind = Literal["block", "attention", "mlp", "heads"]
 Granularity = Literal["sample", "token", "prefill"]
 Layout = Literal["NC", "NTC", "NHWC", "NCHW", "other"]
 SkipKind = Literal["identity", "affine", "low-rank", "linear", "depthwise"]
+Routers = Literal["own", "shared"]
 
 KINDS: tuple[Kind, ...] = ("block", "attention", "mlp", "heads")
 PLAN_FORMAT = 1
@@ -108,7 +109,10 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class SitePlan:
-    """What is done at one site; `always_on` ones run unless they are forced not to, and have no router at work."""
+    """What is done at one site; `always_on` ones run unless they are forced not to, and have no router at work.
+
+    `leader` is the name of the site whose router's hidden features this one's router reads, or "" where it has its own.
+    """
 
     site: Site
     granularity: Granularity
@@ -116,6 +120,24 @@ class SitePlan:
     rank: int = 0
     hidden: int = 16
     always_on: bool = False
+    leader: str = ""
+
+    def may_lead(self, other: SitePlan) -> bool:
+        """Whether the router of `other`, a later site, may read what this one's makes of the same call's stream.
+
+        The module that holds the sum of `other` holds that of this one too, itself or in a module of its own (BERT).
+        """
+        mine, theirs = self.site, other.site
+        inside = is_within(mine.host, theirs.host)
+        same = all(getattr(mine, n) == getattr(theirs, n) for n in ("layout", "channels", "positions", "folded"))
+        alike = self.granularity == other.granularity and self.hidden == other.hidden
+        free = not (self.leader or self.always_on or other.always_on)
+        return inside and same and alike and free and mine.kind == "attention" and theirs.kind == "mlp"
+
+
+def is_within(name: str, module: str) -> bool:
+    """Whether the module called `name` is `module` or a part of it."""
+    return module in ("", name) or name.startswith(f"{module}.")
 
 
 NO_ADD = "no branch is added to a residual stream anywhere"
@@ -239,6 +261,7 @@ class Sites(Sequence[Site]):
         first_tokens: int | Literal["auto"] = "auto",
         first_layers: int | Literal["auto"] = "auto",
         trained: bool = False,
+        routers: Routers = "own",
     ) -> Plan:
         """Choose granularity, skip path and router size for every site.
 
@@ -256,10 +279,12 @@ class Sites(Sequence[Site]):
             first_layers: In how many first layers all gates stay open; `auto` is `planning.FIRST_LAYERS` in causal
                 language models, else 0.
             trained: Whether skip paths will be trained.
+            routers: `shared` lets an MLP's router read the hidden features of the attention's before it in the same
+                layer, where both decide alike (docs/routers.md); `own` gives each site its own.
 
         Raises:
             NoSites: If there is nothing to plan.
-            SurgeryError: If `granularity` or `skip` is none of the kinds above, or a number is negative.
+            SurgeryError: If `granularity`, `skip` or `routers` is none of the kinds above, or a number is negative.
         """
         from surgery.planning import choose
 
@@ -278,6 +303,7 @@ class Sites(Sequence[Site]):
             first_tokens=first_tokens,
             first_layers=first_layers,
             trained=trained,
+            routers=routers,
         )
 
     def _with(self, sites: Iterable[Site]) -> Sites:
@@ -352,6 +378,16 @@ class Plan:
                     f"{planned.site.name}: granularity {planned.granularity!r} is not allowed by its probes; "
                     f"allowed: {', '.join(planned.site.granularities)}"
                 )
+        earlier: dict[str, SitePlan] = {}
+        for planned in self.sites:
+            leader = earlier.get(planned.leader)
+            if planned.leader and (leader is None or not leader.may_lead(planned)):
+                raise PlanMismatch(
+                    f"{planned.site.name}: its router cannot share that of {planned.leader!r}, which must be an attention site "
+                    "before it in the same module, with a router of its own, the same granularity and the same width; "
+                    "plan with routers='own'"
+                )
+            earlier[planned.site.name] = planned
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -217,6 +217,14 @@ def test_convert_takes_its_choices(network: str, tmp_path: Path) -> None:
     assert len(value["sites"]) == 3
 
 
+def test_convert_shares_routers(tmp_path: Path) -> None:
+    more = ("--data", "digits:16", "--tune", "oneshot", "--routers", "shared")
+    value = json.loads(convert("python:surgery.scripts.digits_model:build", tmp_path / "out", *more, "--json").stdout)
+    found = {row["site"]: row["router"] for row in value["sites"]}
+    assert found == {f"blocks.{i}.{n}": r for i in range(6) for n, r in (("attn", "own"), ("mlp", f"blocks.{i}.attn"))}
+    assert "common" in convert("timm:x", tmp_path / "other", "--routers", "common", expect=2).stderr
+
+
 def test_convert_replaces_nothing_unasked(network: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(network, out, "--tune", "oneshot")
