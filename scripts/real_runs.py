@@ -42,7 +42,17 @@ MOBILENET = (
     "&checkpoint={weights}/mobilenetv2_100_imagenet.safetensors"
 )
 RUNS = (
-    Run("vit6", "small ViT (nn.TransformerEncoder), CIFAR-10", "vit6", "cifar10", 4000, 50, (1, 64), augment=True),
+    Run(
+        "vit6",
+        "small ViT (nn.TransformerEncoder), CIFAR-10",
+        "vit6",
+        "cifar10",
+        15000,
+        50,
+        (1, 64),
+        augment=True,
+        epochs=8,
+    ),
     Run(
         "minilm",
         "MiniLM (BERT, 6 layers), SST-2",
