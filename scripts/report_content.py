@@ -114,7 +114,7 @@ def write(
         {
             "title": f"{subject.name}: what is skipped, and what that costs",
             "subtitle": f"{type(subject.dense).__name__} on {len(seen.costs):,} inputs of {Path(subject.data).name}",
-            "numbers": _numbers(found, seen, budget),
+            "numbers": _numbers(found, seen, budget, sweep),
             "notes": [*state.notes, *found.notes],
             "figures": shown,
             "shown": _inputs(subject, seen, texts),
@@ -473,7 +473,9 @@ def _png(picture: Any) -> bytes:
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _numbers(found: Audit, seen: Observed, budget: float | None) -> list[tuple[str, str]]:
+def _numbers(
+    found: Audit, seen: Observed, budget: float | None, sweep: Mapping[float, Report]
+) -> list[tuple[str, str]]:
     rows = [("mean cost, share of dense", percent(found.cost))]
     if budget is not None:
         rows.append(("budget", percent(budget, 0)))
@@ -484,6 +486,9 @@ def _numbers(found: Audit, seen: Observed, budget: float | None) -> list[tuple[s
     if seen.predicted is not None and seen.dense is not None:
         rows.append(("agreement with dense", percent(float((seen.predicted == seen.dense).float().mean()))))
     rows.append((f"policies for {found.decided}", f"{found.policies:,}"))
+    if budget in sweep:
+        for phase in sweep[budget].phases:
+            rows.append((f"{phase.name}, FLOPs per token at {phase.context:.0f} tokens", percent(phase.cost)))
     return rows
 
 

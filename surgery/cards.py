@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 PLOT = "active_rates.png"
@@ -175,7 +175,24 @@ def _measurements(report: Mapping[str, Any]) -> str:
     data = sorted({str(one.get("data", "")) for one in rows})
     where = rows[0].get("conditions") or {}
     machine = ", ".join(f"{key} {value}" for key, value in where.items() if value not in (None, ""))
-    return "\n".join(lines) + f"\n\nOn {'; '.join(data)}. Intervals are paired bootstraps over inputs. {machine}"
+    about = f"On {'; '.join(data)}. Intervals are paired bootstraps over inputs. {machine}"
+    return "\n\n".join(part for part in ("\n".join(lines), about, _phases(rows)) if part)
+
+
+def _phases(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What reading and writing cost a causal language model, apart."""
+    found = [(one, phase) for one in sorted(rows, key=lambda row: -row["cost"]) for phase in one.get("phases") or ()]
+    if not found:
+        return ""
+    lines = ["| budget | phase | mean context | FLOPs per token, share of dense |", "|---|---|---|---|"]
+    lines += [
+        f"| {_text(one.get('budget'))} | {phase['name']} | {phase['context']:.0f} | {_text(phase['cost'])} |"
+        for one, phase in found
+    ]
+    return (
+        "\n".join(lines)
+        + "\n\nCounted one text at a time with a key/value cache, keys and values of skipped tokens included."
+    )
 
 
 def _sites(config: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import surgery
+from surgery.cards import card
 from surgery.scripts.cli import app
 
 transformers = pytest.importorskip("transformers")
@@ -80,6 +82,41 @@ def test_converts_scores_and_generates(granularity: str, sites: str, place: Path
     with torch.no_grad():
         written = gated.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert written.shape == (1, 7)
+
+
+def test_page_and_card_say_what_prefill_and_decode_cost(place: Path, tmp_path: Path) -> None:
+    texts, out = place / "texts.jsonl", tmp_path / "out"
+    options = (
+        "--validation",
+        texts,
+        "--validation-split",
+        "train",
+        "--budget",
+        0.8,
+        "--tune",
+        "oneshot",
+        "--batch-size",
+        8,
+    )
+    run("convert", f"hf:{place / 'model'}", "--out", out, "--data", texts, *options)
+    run("score", out, "--data", texts, "--split", "train", "--batch-size", 8, "--no-peers", "--keep")
+    text = card(json.loads((out / "surgery_config.json").read_text("utf-8")), "me/it", (), {})
+    assert re.search(r"\| 0\.8\d* \| decode \| \d+ \| 0\.\d+ \|", text)
+    run(
+        "report",
+        out,
+        "--data",
+        texts,
+        "--split",
+        "train",
+        "--out",
+        tmp_path / "page.html",
+        "--budgets",
+        0.8,
+        "--speed",
+        1,
+    )
+    assert "decode, FLOPs per token at" in (tmp_path / "page.html").read_text("utf-8")
 
 
 def test_granularity_prefill_is_refused_by_name_where_it_cannot_be(place: Path, tmp_path: Path) -> None:
