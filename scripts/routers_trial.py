@@ -36,7 +36,7 @@ class Row:
         seed: Of data and routers.
         cost: Realised, as a fraction of dense.
         divergence: Mean KL divergence from the dense model.
-        agreement: Share of inputs with the same largest logit.
+        agreement: Share of inputs (or of tokens, padding included) with the same largest logit.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Row:
 
 
 def main(
-    model: Annotated[str | None, typer.Argument(help="MODEL: a classifier.")] = None,
+    model: Annotated[str | None, typer.Argument(help="MODEL: a classifier or language model.")] = None,
     data: Annotated[str | None, typer.Option(help="Training data.")] = None,
     limit: Annotated[int, typer.Option(help="Inputs to convert with.")] = 1500,
     held: Annotated[int, typer.Option(help="Other inputs to compare on.")] = 500,
@@ -120,8 +120,9 @@ def compare(
             state.policy = "routed"
             usage = observe(gated, other)
             with surgery.execution(gated, "dense"):
-                dense = torch.cat(observe(gated, other).outputs)
-            same = float((torch.cat(usage.outputs).argmax(-1) == dense.argmax(-1)).double().mean())
+                dense = observe(gated, other).outputs
+            alike = [(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(usage.outputs, dense, strict=True)]
+            same = float(torch.cat(alike).double().mean())
             cost = float((usage.costs(state.costs) * usage.weights.double()).sum() / usage.weights.sum())
             yield Row(kind, seed, budget, cost, float(distances(gated, other, usage).mean()), same)
 
