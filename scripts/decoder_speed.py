@@ -5,15 +5,17 @@
     decode closed   one token after 512, attention's query side and MLP left out; keys and values are written
     decode open     the same with nothing left out
     generate 60 %   tokens per second of greedy `generate` on 12 layers, 60 % of all decisions open
+    8 texts         the same for a batch of 8, decided per token, and once per text from its prompt (prefill)
 
 Times are those of the gated model by those of the dense one, called in turns in one process.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -37,7 +39,7 @@ WHOLE: dict[str, Any] = {
     "num_key_value_heads": 4,
     "intermediate_size": 2048,
 }
-PAST, NEW = 512, 48
+PAST, NEW, TEXTS = 512, 48, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,15 @@ class Row:
         return cls(what, ratio.median, ratio.q1, ratio.q3, ratio.total, ratio.b_ms, limit)
 
 
-def build(sizes: dict[str, Any], layers: int, vocabulary: int, routers: Any = "own") -> tuple[Any, Any]:
-    """A random Llama and its gated copy, which decides per token and skips by identity."""
+def build(
+    sizes: dict[str, Any],
+    layers: int,
+    vocabulary: int,
+    *,
+    granularity: Literal["token", "prefill"] = "token",
+    routers: Any = "own",
+) -> tuple[Any, Any]:
+    """A random Llama and its gated copy, which skips by identity."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -69,7 +78,9 @@ def build(sizes: dict[str, Any], layers: int, vocabulary: int, routers: Any = "o
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=vocabulary)).eval()
     ids = torch.randint(3, vocabulary, (2, 16))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return model, insert_gates(model, find_sites(model, example).plan(skip="identity", routers=routers))
+    return model, insert_gates(
+        model, find_sites(model, example).plan(skip="identity", granularity=granularity, routers=routers)
+    )
 
 
 def layer_rows(repeats: int) -> Iterator[Row]:
@@ -135,27 +146,36 @@ def decode(model: Any) -> Callable[[], Any]:
     return run
 
 
-def generate_row(repeats: int) -> Row:
-    """Greedy generation from a prompt of 16 tokens."""
+def generate_rows(repeats: int) -> Iterator[Row]:
+    """Greedy generation from prompts of 16 tokens."""
     import torch
 
     from surgery import force
     from surgery.timing import compare
 
-    model, gated = build(WHOLE, 12, 2048)
-    ids = torch.randint(3, 2048, (1, 16))
+    whole = build(WHOLE, 12, 2048)
+    once = build(WHOLE, 12, 2048, granularity="prefill")
+    for what, (model, gated), texts, limit in (
+        ("generate 60 %", whole, 1, 1 / 1.35),
+        ("8 texts, per token", whole, TEXTS, math.nan),
+        ("8 texts, prefill", once, TEXTS, math.nan),
+    ):
+        ids = torch.randint(3, 2048, (texts, 16))
 
-    def write(model: nn.Module) -> None:
-        model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
-            pad_token_id=0,
-        )  # fmt: skip
+        def write(model: nn.Module, ids: Tensor = ids) -> None:
+            model.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+                pad_token_id=0,
+            )  # fmt: skip
 
-    def skipping() -> None:
-        with force(gated, 0.6, seed=0):
-            write(gated)
+        def skipping(gated: nn.Module = gated, write: Callable[..., None] = write) -> None:
+            with force(gated, 0.6, seed=0):
+                write(gated)
 
-    return Row.of("generate 60 %", compare(skipping, lambda: write(model), repeats=repeats, warmup=1), 1 / 1.35)
+        def dense(model: nn.Module = model, write: Callable[..., None] = write) -> None:
+            write(model)
+
+        yield Row.of(what, compare(skipping, dense, repeats=repeats, warmup=1), limit)
 
 
 @command
@@ -171,7 +191,7 @@ def decoder_speed(
 
     options.set_up(threads, 0)
     rows = []
-    for row in (*layer_rows(repeats), generate_row(repeats)):
+    for row in (*layer_rows(repeats), *generate_rows(repeats)):
         rows.append(row)
         note(row.what)
     here = conditions()

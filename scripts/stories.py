@@ -1,8 +1,9 @@
 """A language model that skips: `python -m surgery.scripts.stories --shared ../shared --out out/stories`.
 
 The 260 thousand parameter story writer is converted with per-token gates on attention, on MLPs, and on both, and with one
-decision per story. Nats per token against cost on stories that nothing was fitted on, beside the frozen policy of the same
-gates and skip paths (static: whole branches are dropped, in the greedy order), and what it then writes.
+decision per story, from all of it or from its first half. Nats per token against cost on stories that nothing was fitted
+on, beside the frozen policy of the same gates and skip paths (static: whole branches are dropped, in the greedy order),
+and what it then writes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], Granularity, float]] = {
     "MLP per token": (("mlp",), "token", 0.86),
     "attention per token": (("attention",), "token", 0.93),
     "both per story": (("attention", "mlp"), "sample", 0.7),
+    "both from the prompt": (("attention", "mlp"), "prefill", 0.7),
 }
 """Kinds of sites, granularity, and the budget to convert for, since attention or MLPs alone are a small part of the whole."""
 
