@@ -486,7 +486,7 @@ def _numbers(
     if seen.predicted is not None and seen.dense is not None:
         rows.append(("agreement with dense", percent(float((seen.predicted == seen.dense).float().mean()))))
     rows.append((f"policies for {found.decided}", f"{found.policies:,}"))
-    if budget in sweep:
+    if budget is not None and budget in sweep:
         for phase in sweep[budget].phases:
             rows.append((f"{phase.name}, FLOPs per token at {phase.context:.0f} tokens", percent(phase.cost)))
     return rows

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery import least_squares
+from surgery.branches import Branch
 from surgery.calling import Batch, batches
 from surgery.context import handled, scope, state_of
 from surgery.costs import place, run
 from surgery.errors import DataError
-from surgery.gates import Branch, Gate, iter_gates
+from surgery.gates import Gate, iter_gates
 from surgery.head_gates import HeadGate
 from surgery.progress import Progress, silent
 from surgery.sites import Layout

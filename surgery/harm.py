@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.branches import Branch, split_outputs
 from surgery.calling import Batch, read_output
 from surgery.context import handled
 from surgery.costs import run
-from surgery.gates import Branch, Gate, split_outputs
+from surgery.gates import Gate
 from surgery.head_gates import HeadGate
 from surgery.objectives import margin
 from surgery.routers import Router, SampleRouter

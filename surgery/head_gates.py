@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.gates import Branch, Gate, Owners, split_outputs
+from surgery.branches import Branch, Owners, split_outputs
+from surgery.gates import Gate
 from surgery.heads import ActiveHeads, HeadRoles, NoProduct, WeighedHeads, check_ran, zeroed
 from surgery.sites import SitePlan
 from surgery.state import GatedState

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.branches import Branch
 from surgery.calling import Batch, batches, call, device_of
 from surgery.context import execution, handled, override, state_of
 from surgery.costs import place
 from surgery.errors import BudgetError
-from surgery.gates import Branch, Gate
+from surgery.gates import Gate
 from surgery.head_gates import HeadGate
 from surgery.progress import Progress, silent
 from surgery.state import BudgetPoint, CostModel, SiteCost

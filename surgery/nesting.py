@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.branches import Branch, take_samples
 from surgery.calling import Batch, batches, read_output
 from surgery.context import execution, force, handled, state_of
 from surgery.costs import place, run
 from surgery.errors import CheckpointError, SurgeryError
-from surgery.gates import Branch, Gate, iter_gates, take_samples
+from surgery.gates import Gate, iter_gates
 from surgery.objectives import divergence
 from surgery.policies import static_cost
 from surgery.progress import Progress, silent

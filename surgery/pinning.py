@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery import context
+from surgery.branches import Branch
 from surgery.calling import Batch, as_batch, call
 from surgery.calling import tensors as output_tensors
 from surgery.context import Scope, Shared, state_of
 from surgery.copying import share
 from surgery.errors import PinError, check_choice
-from surgery.gates import Branch, Gate, iter_gates
+from surgery.gates import Gate, iter_gates
 from surgery.healing import make_permanent
 from surgery.rewriting import Programs, subclass
 from surgery.roots import first_tokens_of, padding_of

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery import context
+from surgery.branches import Branch
 from surgery.context import Event, Tape, handled
 from surgery.costs import looked_at, weights_of
-from surgery.gates import Branch, Gate
+from surgery.gates import Gate
 from surgery.head_gates import HeadGate
 from surgery.state import CostModel
 

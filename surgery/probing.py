@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.branches import Branch, Unfolded, take_samples, take_tokens, unfold
 from surgery.counting import flop_counter
-from surgery.gates import Branch, Gate, Unfolded, take_samples, take_tokens, unfold
+from surgery.gates import Gate
 from surgery.head_finding import find_heads
 from surgery.heads import HeadRoles
 from surgery.queries import QueryRoles, find_roles

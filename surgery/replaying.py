@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from surgery.branches import Branch
 from surgery.calling import Batch, batches, call, read_output
 from surgery.context import Event, force, handled, state_of, tape
 from surgery.costs import place
 from surgery.errors import LogError
-from surgery.gates import Branch, Gate
+from surgery.gates import Gate
 from surgery.logs import Log, Row
 from surgery.recording import costs_of, input_hashes, output_hash
 from surgery.sites import Plan

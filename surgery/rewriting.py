@@ -30,10 +30,11 @@ import torch
 from torch import fx, nn
 
 from surgery import context, roots
+from surgery.branches import Owners
 from surgery.context import Scope, runs_dense, state_of
 from surgery.copying import share
 from surgery.errors import AlreadyConverted, PlanMismatch, TraceError, UnknownSite, UnsupportedModel, near, shortened
-from surgery.gates import Gate, Owners
+from surgery.gates import Gate
 from surgery.generating import code_of, functions_of
 from surgery.head_gates import HeadGate
 from surgery.key_values import KeyWriter

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.gates import Branch, Gate, split_outputs
+from surgery.branches import Branch, split_outputs
+from surgery.gates import Gate
 from surgery.head_gates import HeadGate
 from surgery.sites import Layout
 from surgery.state import CostModel

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery import gates, slices
+from surgery import executing, slices
 from surgery.skip_paths import make_skip_path
 from surgery.slices import Slices, cheaper_than_gathering, may_slice, slices_of
 
@@ -84,7 +84,7 @@ def calls_of(module: nn.Module, run: Callable[[], object]) -> list[int]:
 @pytest.mark.parametrize("sliced", [False, True])
 @torch.no_grad()
 def test_slicing_and_gathering_give_what_masking_gives(monkeypatch: pytest.MonkeyPatch, sliced: bool) -> None:
-    monkeypatch.setattr(gates, "cheaper_than_gathering", lambda *_: sliced)
+    monkeypatch.setattr(executing, "cheaper_than_gathering", lambda *_: sliced)
     model = nn.Sequential(Block(), Block())
     x = torch.randn(5, 3, 8, 8)
     gated = surgery.insert_gates(model, surgery.find_sites(model, x))

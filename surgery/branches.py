@@ -1,0 +1,105 @@
+"""Branches: what a generated `forward` hands to a gate, and how a branch's inputs are cut.
+
+Axis letters: `N` samples, `T` tokens, `C` channels, `K` active rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from surgery.key_values import KeyWriter
+from surgery.sites import RegionInput
+
+Owners = tuple[tuple[nn.Module, str] | None, ...]
+"""Module and name of the parameters that make queries and project the output; None where one is unknown; () without
+roles.
+"""
+
+
+class Branch(Protocol):
+    """A generated function that runs one branch. Attributes are set by `surgery.rewriting`."""
+
+    axes: tuple[RegionInput, ...] | None
+    """How to cut each input, or None where this call pattern was never probed."""
+    escapes: int
+    """Number of further outputs; the branch then returns a tuple."""
+    stateful: bool
+    """Whether it writes a key/value cache in this call pattern, so that it must run whatever is decided."""
+    inplace: bool
+    """Whether the original sum was written into the branch's output (`x += shortcut`)."""
+
+    keys: KeyWriter | None
+    """Writes its keys and values alone, where that is known; then it has no further outputs."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run it."""
+        ...
+
+
+@dataclass(slots=True)
+class Unfolded:
+    """A branch on rows `(N * T, C)`, called with `(N, T, C)`."""
+
+    branch: Branch
+    axes: tuple[RegionInput, ...] | None
+    escapes: int = 0
+    stateful: bool = False
+    inplace: bool = False
+    keys: KeyWriter | None = None
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        """Fold, run, unfold."""
+        lead = next(value.shape[:2] for value in inputs if isinstance(value, Tensor) and value.dim() == 3)
+        folded = [v.flatten(0, 1) if isinstance(v, Tensor) and v.dim() == 3 else v for v in inputs]
+        output: Tensor = self.branch(*folded)
+        return output.unflatten(0, lead)
+
+
+def unfold(value: Any, samples: int, rows: int) -> Any:
+    """`(N * T, C)` -> `(N, T, C)`; anything else stays."""
+    if isinstance(value, Tensor) and value.dim() == 2 and len(value) == rows:
+        return value.unflatten(0, (samples, rows // samples))
+    return value
+
+
+def split_outputs(branch: Branch, output: Any) -> tuple[Tensor, tuple[Any, ...]]:
+    """A branch's value, and its further outputs."""
+    if branch.escapes:
+        return output[0], tuple(output[1:])
+    return output, ()
+
+
+def take_samples(value: Any, axes: RegionInput, index: Tensor | slice, size: int) -> Any:
+    """The samples that `index` names, along the input's batch axis; what is shared (or has length 1 there) stays."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(take_samples(item, axes, index, size) for item in value)
+    if axes.batch_axis is None or not isinstance(value, Tensor) or value.shape[axes.batch_axis] != size:
+        return value
+    if isinstance(index, slice):
+        return value.narrow(axes.batch_axis, index.start, index.stop - index.start)
+    return value.index_select(axes.batch_axis, index)
+
+
+def take_tokens(value: Any, axes: RegionInput, index: Tensor, lead: int) -> Any:
+    """Rows of the flattened samples x positions, as one sample of K positions."""
+    if axes.token_axis is None or not isinstance(value, Tensor):
+        return value
+    rows = value.flatten(0, lead - 1).index_select(0, index)  # K C
+    return rows.view(*(1,) * (lead - 1), index.shape[0], *value.shape[lead:])  # `len` would fix K in a captured graph
+
+
+def choose(
+    condition: Tensor, then: Callable[..., Tensor], otherwise: Callable[..., Tensor], operands: tuple[Tensor, ...]
+) -> Tensor:
+    """`then(*operands)` where the 0-d `condition` holds, else `otherwise(*operands)`.
+
+    A program that is being captured gets both (`torch.cond`); a running one looks at the value.
+    """
+    if torch.compiler.is_compiling():
+        return torch.cond(condition, then, otherwise, operands)
+    return (then if bool(condition) else otherwise)(*operands)
