@@ -8,7 +8,9 @@ Axis letters: `N` samples, `T` tokens, `S` keys, `C` channels, `H` heads, `D` he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,9 +19,27 @@ from torch.utils.flop_counter import FlopCounterMode
 Shape = tuple[int, ...]
 
 
+_pausing: ContextVar[bool] = ContextVar("surgery_uncounted", default=False)
+
+
 def flop_counter() -> FlopCounterMode:
     """A counter to run a model in; `get_total_flops()` then gives FLOPs, one multiply-add = 2."""
-    return FlopCounterMode(display=False, custom_mapping=dict(_FORMULAS))
+    return _Counter(display=False, custom_mapping=dict(_FORMULAS))
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """What runs in here is not part of what a model costs: checks that are made once."""
+    token = _pausing.set(True)
+    try:
+        yield
+    finally:
+        _pausing.reset(token)
+
+
+class _Counter(FlopCounterMode):
+    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        return out if _pausing.get() else super()._count_flops(func_packet, out, args, kwargs)
 
 
 def attention_flops(query: Shape, key: Shape, value: Shape, channels: int, heads: int, *_: Any, **__: Any) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.counting import uncounted
 from surgery.errors import TraceError
 from surgery.generating import code_of, functions_of
 from surgery.tracing import (
@@ -67,7 +68,9 @@ class KeyWriter:
         call = (module, *values, *extra, *[rest[name] for name in sorted(rest)])
         if pattern not in self.programs:
             program = self.programs[pattern] = key_program(module, signature, pattern)
-            if program is not None and not _same(program(*call), update_of(module, args, kwargs, caches[0])):
+            with uncounted():
+                agrees = program is None or _same(program(*call), update_of(module, args, kwargs, caches[0]))
+            if not agrees:
                 logger.info("%s: keys and values alone are not what its forward writes; it runs", self.name)
                 self.programs[pattern] = None
         program = self.programs[pattern]
