@@ -18,8 +18,10 @@ BUDGETS = (0.8, 0.7, 0.6)
 
 
 def main(
-    network: Annotated[str, typer.Option(help="Name of a timm network.")] = "resnet18",
-    size: Annotated[int, typer.Option(help="Height and width of its images.")] = 128,
+    network: Annotated[
+        str, typer.Option(help="Name of a timm vision transformer or convolutional network.")
+    ] = "deit_tiny_patch16_224",
+    size: Annotated[int, typer.Option(help="Height and width of its images.")] = 96,
     batch_size: Annotated[int, typer.Option(help="Images per call.")] = 8,
     budget: Annotated[
         list[float] | None, typer.Option(help="Budgets, as a fraction of the dense model's time.")
@@ -42,7 +44,7 @@ def main(
     torch.manual_seed(seed)
     sized: dict[str, Any] = {} if network.startswith("resnet") else {"img_size": size}
     model = timm.create_model(network, **sized).eval()
-    data, held, fresh = (pictures(count, batch_size, size, seed + i) for i, count in enumerate((12, 24, 3)))
+    data, held, fresh = (pictures(count, batch_size, size, seed + i) for i, count in enumerate((12, 8, 3)))
     gated = convert(
         model,
         0.7,
@@ -59,7 +61,7 @@ def main(
     )
     for goal in budget or BUDGETS:
         try:
-            point = calibrate(gated, held, goal, cost="latency")
+            point = calibrate(gated, held, goal, cost="latency", grid=(0.9, 0.5))
         except BudgetError as error:
             table.add_row(f"{goal:g}", str(error), "", "")
             continue
