@@ -157,10 +157,7 @@ def _needed(source: fx.Graph, signature: Signature, pattern: Pattern) -> fx.Grap
     graph = new_graph()
     env: dict[fx.Node, fx.Node] = {}
     given = {str(node.target): node for node in source.nodes if node.op == "placeholder"}
-    names = [p.name for p in signature.named]
-    names += [f"{signature.extra}_{i}" for i in range(len(pattern.extra))]
-    names += [name for name, _ in pattern.keywords]
-    for name in names:
+    for name in signature.names(pattern):
         placeholder = graph.placeholder(name)
         if name in given:
             env[given[name]] = placeholder

@@ -134,6 +134,11 @@ class Signature:
                 values.append(rest.pop(parameter.name, parameter.default))
         return values, args[len(self.named) :] if self.extra else (), rest
 
+    def names(self, pattern: Pattern) -> list[str]:
+        """Names of all arguments of a call of that pattern, in the order in which generated code takes them."""
+        extra = [f"{self.extra}_{i}" for i in range(len(pattern.extra))]
+        return [*(p.name for p in self.named), *extra, *(name for name, _ in pattern.keywords)]
+
     def pattern(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], held: Held = "kinds") -> Pattern:
         """The call pattern of one call."""
         kind = KINDS[held]
