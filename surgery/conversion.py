@@ -167,6 +167,10 @@ def convert(
     gated = insert_gates(model, plan)
     if found.causal and any(planned.granularity == "sample" for planned in plan.sites):
         note(gated, _WHOLE_TEXTS)
+    if apart := [planned for planned in plan.sites if granularity not in ("auto", planned.granularity)]:
+        names = ", ".join(f"{planned.site.name} (per {planned.granularity})" for planned in apart[:3])
+        more = f" and {len(apart) - 3} more" if len(apart) > 3 else ""
+        note(gated, f"granularity {granularity!r} is not possible at {len(apart)} of {len(plan.sites)} sites: {names}{more}")
 
     fit_skip_paths(gated, fit, seed=seed, progress=report)
     state = state_of(gated)

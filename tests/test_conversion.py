@@ -245,6 +245,15 @@ def test_granularity_and_skip_are_passed_on(vit: nn.Module, images: list[Tensor]
     assert all(gate.per_token for gate in gates(surgery.convert(vit, 0.6, data=images, tune="oneshot")))
 
 
+def test_a_granularity_that_a_site_does_not_allow_is_noted(vit: nn.Module, images: list[Tensor]) -> None:
+    network = Stack(convolution(3), convolution(3)).eval()
+    gated = surgery.convert(network, 1.0, data=images, granularity="token", tune="oneshot")
+    assert {gate.planned.granularity for gate in gates(gated)} == {"sample"}
+    assert any("'token' is not possible at 2 of 2 sites" in note for note in state_of(gated).notes)
+    gated = surgery.convert(vit, 0.9, data=images, granularity="token", tune="oneshot")
+    assert not any("not possible" in note for note in state_of(gated).notes)
+
+
 def test_one_shot_does_not_train(vit: nn.Module, images: list[Tensor]) -> None:
     stages: set[str] = set()
     surgery.convert(vit, 0.6, data=images, tune="oneshot", progress=lambda stage, *_: stages.add(stage))
