@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgery.calling import Batch, batches
-from surgery.context import Event, execution, override, state_of
+from surgery.context import execution, override, state_of
+from surgery.cost_curves import CostCurve
 from surgery.costs import observe
 from surgery.errors import BudgetError, DataError, check_choice
 from surgery.progress import Progress, silent
@@ -223,62 +223,13 @@ class _Repeatable:
         self.count = count
 
 
-class _Curve:
-    """Cost as a function of the threshold, predicted from the scores of one pass.
-
-    Exact at the threshold of that pass; elsewhere it misses that other upstream decisions would change the scores.
-    """
-
-    def __init__(self, costs: CostModel) -> None:
-        self.costs = costs
-        self.scores: dict[str, list[Tensor]] = {}
-
-    def collect(self, events: list[Event]) -> None:
-        """Take the scores of one batch."""
-        for event in events:
-            if event.scores is None:  # always on
-                continue
-            units = event.gate.site.units
-            if len(units) > 1:
-                for name, scores in zip(units, event.scores.unbind(1), strict=True):
-                    self.scores.setdefault(name, []).append(scores.cpu())
-                continue
-            scores = event.scores.flatten()
-            kept = scores if event.weights is None else scores[event.weights.flatten()]
-            self.scores.setdefault(event.site, []).append(kept.cpu())
-
-    def finish(self) -> _Curve:
-        """Sort."""
-        self.sorted = {name: torch.cat(parts).sort().values for name, parts in self.scores.items()}
-        self.scores.clear()
-        return self
-
-    def cost(self, threshold: float) -> float:
-        """Predicted cost as a fraction of dense."""
-        rates = {
-            name: 1 - int(torch.searchsorted(scores, threshold, right=True)) / len(scores)
-            for name, scores in self.sorted.items()
-        }
-        return self.costs.cost(rates)
-
-    def solve(self, goal: float) -> float:
-        """The threshold whose predicted cost is nearest to `goal`."""
-        finite = [scores[scores.isfinite()] for scores in self.sorted.values()]  # first tokens have infinite ones
-        low = min((float(scores[0]) for scores in finite if len(scores)), default=0.0) - 1.0
-        high = max((float(scores[-1]) for scores in finite if len(scores)), default=0.0) + 1.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.cost(middle) > goal else (low, middle)
-        return (low + high) / 2
-
-
 class _Search:
     """Realised cost as a function of the threshold, evaluated by running the model."""
 
     def __init__(self, gated: nn.Module, data: _Repeatable, progress: Progress) -> None:
         self.gated, self.data, self.progress = gated, data, progress
         self.state = state_of(gated)
-        self.curves: dict[float, _Curve] = {}
+        self.curves: dict[float, CostCurve] = {}
         self.passes = 0
         closed, opened = (
             BudgetPoint(threshold, self.state.costs.cost(rates), rates)
@@ -294,7 +245,7 @@ class _Search:
 
     def evaluate(self, threshold: float) -> BudgetPoint:
         """Run the data once at a threshold."""
-        curve = _Curve(self.state.costs)
+        curve = CostCurve(self.state.costs)
         with override(self.state, thresholds=threshold, forced=None), execution(self.gated, "skip"):
             usage = observe(self.gated, self.data, outputs=False, inspect=curve.collect)
         costs, weights = usage.costs(self.state.costs), usage.weights.double()

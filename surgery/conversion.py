@@ -170,7 +170,10 @@ def convert(
     if apart := [planned for planned in plan.sites if granularity not in ("auto", planned.granularity)]:
         names = ", ".join(f"{planned.site.name} (per {planned.granularity})" for planned in apart[:3])
         more = f" and {len(apart) - 3} more" if len(apart) > 3 else ""
-        note(gated, f"granularity {granularity!r} is not possible at {len(apart)} of {len(plan.sites)} sites: {names}{more}")
+        note(
+            gated,
+            f"granularity {granularity!r} is not possible at {len(apart)} of {len(plan.sites)} sites: {names}{more}",
+        )
 
     fit_skip_paths(gated, fit, seed=seed, progress=report)
     state = state_of(gated)

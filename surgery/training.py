@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.calibration import check_budget
+from surgery.calibration import TOLERANCE, check_budget
 from surgery.calling import Batch, as_batch, batches, device_of, length_of, read_output
 from surgery.context import execution, handled, override, state_of
-from surgery.costs import observe, place, run
+from surgery.cost_curves import CostCurve
+from surgery.costs import Usage, observe, place, run
 from surgery.errors import CheckpointError, DataError, SurgeryError
 from surgery.gates import iter_gates
 from surgery.objectives import divergence
@@ -42,6 +43,7 @@ _CLIP = 1.0
 _LOWEST, _HIGHEST = 0.45, 0.9  # budgets that a checkpoint serves beside its own
 _ABOVE_CLOSED = 0.02  # nothing can be learnt where every gate is closed
 _LOOKS = 5  # how often a training looks at held-out data
+_LOOK_TRIES = 4  # passes over it until the cost is that of the budget
 _PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -245,7 +247,7 @@ class _Run:
         by_default = 0.0 if all(gate.per_token for _, gate in iter_gates(gated)) else 1.0
         self.stream_weight = by_default if options.stream_weight is None else options.stream_weight
         self.watched = watched_sites(self.state.names) if self.stream_weight > 0 else frozenset[str]()
-        self.held = _Held(gated, validation)
+        self.held = _Held(gated, validation, budget)
         self.history = History()
         self.kept: dict[str, Any] = {}
 
@@ -267,7 +269,7 @@ class _Run:
         looks = {round(self.total * k / _LOOKS) for k in range(1, _LOOKS + 1)}
         self.keep()
         if self.step == 0:
-            self.held.look(self.pace.threshold(self.budget), self.parameters)
+            self.held.look(self.parameters)
         self.gated.train()
         with torch.enable_grad():
             while self.step < self.total:
@@ -275,7 +277,7 @@ class _Run:
                 self.step += 1
                 if self.step in looks:
                     self.gated.eval()
-                    row |= self.held.look(self.pace.threshold(self.budget), self.parameters)
+                    row |= self.held.look(self.parameters)
                     self.gated.train()
                 self.history.rows.append(row)
                 self.keep()
@@ -457,45 +459,61 @@ class _Run:
 
 
 class _Held:
-    """Looks at held-out data, and keeps the weights that were nearest to the dense model."""
+    """Looks at held-out data, and keeps the weights that were nearest to the dense model at the cost of the budget."""
 
-    def __init__(self, gated: nn.Module, data: Iterable[Any] | None) -> None:
-        self.gated, self.data = gated, data
+    def __init__(self, gated: nn.Module, data: Iterable[Any] | None, budget: float) -> None:
+        self.gated, self.data, self.budget = gated, data, budget
         self.dense: list[Tensor] | None = None
         self.distance = math.inf
-        self.threshold = math.nan
+        self.threshold = self.last = state_of(gated).threshold
         self.best: dict[str, Tensor] | None = None
 
-    def look(self, threshold: float, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
-        """Run the data at a threshold; the row to log."""
+    def look(self, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
+        """Run the data at the threshold that gives the budget with the weights of now; the row to log."""
         if self.data is None:
             return {}
-        state = state_of(self.gated)
         if self.dense is None:
             with execution(self.gated, "dense"):
                 self.dense = observe(self.gated, self.data).outputs
-        with override(state, thresholds=threshold, forced=None), execution(self.gated, "skip"):
-            usage = observe(self.gated, self.data)
+        usage, cost = self._at_budget()
         parts = [
             divergence(a, b, as_batch(batch).to("cpu"))
             for a, b, batch in zip(usage.outputs, self.dense, self.data, strict=True)
         ]
         distance = float(torch.cat(parts).mean())
         if distance <= self.distance:
-            self.distance, self.threshold = distance, threshold
+            self.distance, self.threshold = distance, self.last
             self.best = {name: p.detach().clone() for name, p in parameters.items()}
-        weights = usage.weights.double()
-        cost = float((usage.costs(state.costs) * weights).sum() / weights.sum())
         return {"held_divergence": distance, "held_cost": cost}
+
+    def _at_budget(self) -> tuple[Usage, float]:
+        """What the weights of now do at the budget, and what that costs.
+
+        The training's own thresholds are of decisions with noise, which cost more than those without.
+        """
+        assert self.data is not None
+        costs = state_of(self.gated).costs
+        for attempt in range(_LOOK_TRIES):
+            curve = CostCurve(costs)
+            with override(state_of(self.gated), thresholds=self.last, forced=None), execution(self.gated, "skip"):
+                usage = observe(self.gated, self.data, inspect=curve.collect)
+            weights = usage.weights.double()
+            cost = float((usage.costs(costs) * weights).sum() / weights.sum())
+            if abs(cost - self.budget) <= TOLERANCE or attempt == _LOOK_TRIES - 1:
+                break
+            self.last = curve.finish().solve(self.budget)
+        return usage, cost
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         best = None if self.best is None else {name: value.cpu() for name, value in self.best.items()}
-        return {"distance": self.distance, "threshold": self.threshold, "best": best}
+        return {"distance": self.distance, "threshold": self.threshold, "last": self.last, "best": best}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from it."""
-        self.distance, self.threshold, self.best = saved["distance"], saved["threshold"], saved["best"]
+        self.distance, self.threshold, self.last, self.best = (
+            saved[k] for k in ("distance", "threshold", "last", "best")
+        )
 
 
 def find_checkpoint(output_dir: str | Path | None) -> Path:

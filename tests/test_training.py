@@ -134,6 +134,15 @@ def test_best_weights_on_held_out_data_are_kept(
     assert (looks[-1] == min(looks)) == all(torch.equal(better[name], p) for name, p in last.items())
 
 
+def test_weights_are_compared_at_the_cost_of_the_budget(
+    train: Callable[..., Trained], data: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Decisions with noise cost more than those without, so that the training's thresholds are not used to compare."""
+    _, history = train(steps=40, budget=0.7, noise=2.0, validation=data)
+    costs = [cost for cost in history.columns()["held_cost"] if cost == cost]
+    assert costs == [pytest.approx(0.7, abs=0.02)] * 5
+
+
 def test_realised_cost_is_what_training_saw(fitted: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
     """Without noise the cost of the first step is the cost of the first batch as it would run."""
     gated = copy.deepcopy(fitted)
