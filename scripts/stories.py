@@ -150,7 +150,7 @@ def main(
     for name, (kinds, grain, budget) in VARIANTS.items():
         if only and name not in only:
             continue
-        cache = grain == "token"
+        cache = grain != "sample"
         train = batches_of(shared / "data/tinystories/train.parquet", tokenizer, limit, 8, cache=cache)
         test = batches_of(shared / "data/tinystories/test.parquet", tokenizer, test_limit, 16, cache=cache)
         if validate:
