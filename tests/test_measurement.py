@@ -18,9 +18,10 @@ from surgery.errors import DataError, NotConverted
 from surgery.gates import iter_gates
 from surgery.measurement import entropy, measure
 from surgery.model_timing import groups_of
-from surgery.peers import interval
+from surgery.peers import Judge, interval
 from surgery.reports import Other, Report
 from surgery.scoring import Scores
+from surgery.scripts import seeds
 from surgery.state import BudgetPoint, CostModel, SiteCost
 
 NO_TIME: dict[str, Any] = {"speed": ()}
@@ -352,3 +353,22 @@ def test_interval_is_paired() -> None:
 def test_entropy() -> None:
     assert entropy(0.5) == 1 and entropy(0.0) == 0 and entropy(1.0) == 0
     assert entropy(0.25) == pytest.approx(0.8113, abs=1e-4)
+
+
+def test_several_conversions_are_scored_as_each_alone(
+    model: nn.Module, gated: nn.Module, data: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgery.calibration.set_budget", lambda *_: None)  # the budget is set by hand
+    alone = measure(gated, data, dense=model, **NO_TIME)
+    inputs = [Batch((x,), {}, y) for x, y in data]
+    dense, outputs = seeds._dense(Judge(model, ()), model, inputs)
+    point = seeds._point(0.5, [gated, gated], model, inputs, dense, outputs, peers=True)
+    peers = {peer.name: peer for peer in alone.peers}
+    assert point.scores == [alone.metric["accuracy"]] * 2
+    assert point.costs == [pytest.approx(alone.cost)] * 2
+    assert point.submodules == [pytest.approx(alone.submodules)] * 2
+    for name in ("static", "shuffled"):
+        assert point.peers[name] == [pytest.approx(peers[name].metric)] * 2
+        assert point.ahead[name][0] == pytest.approx(peers[name].difference)
+    assert point.gap[0] == pytest.approx(point.scores[0] - dense.mean)
+    assert "(0." in seeds.markdown([point], dense.mean)
