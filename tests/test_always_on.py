@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import decoders
 import pytest
 import torch
+from decoders import PADDED_WELL, decoder
 from torch import nn
 
 import surgery
@@ -19,47 +20,15 @@ from surgery.gates import iter_gates
 
 transformers = pytest.importorskip("transformers")
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 100,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=2, **SIZES)),
-    "gemma3": lambda: transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(head_dim=8, sliding_window=4, num_key_value_heads=2, **SIZES)
-    ),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=100, bos_token_id=1, eos_token_id=2)
-    ),
-    "opt": lambda: transformers.OPTForCausalLM(
-        transformers.OPTConfig(
-            hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64, vocab_size=100, word_embed_proj_dim=32
-        )
-    ),
-}  # fmt: skip
 IDS = torch.tensor([[11, 12, 13, 14, 15, 16, 17], [0, 0, 21, 22, 23, 24, 25], [0, 0, 0, 0, 0, 0, 34]])
 MASK = (IDS > 0).long()
 PADDED = {"input_ids": IDS, "attention_mask": MASK}
 NEW = 6
 
 
-def dense(name: str = "llama") -> nn.Module:
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.double()
-
-
 def routed(name: str = "llama", **options: Any) -> nn.Module:
     """A decoder whose untrained routers close about half of what they are asked for."""
-    model = dense(name)
+    model = decoder(name)
     gated = surgery.insert_gates(model, surgery.find_sites(model, PADDED).plan(**options))
     torch.manual_seed(1)
     for _, gate in iter_gates(gated):
@@ -78,11 +47,11 @@ def closed_by_hand(gated: nn.Module, mask: torch.Tensor) -> dict[str, torch.Tens
     """Everything closed but the first layer and the first two real tokens."""
     first = (mask.cumsum(1) <= 2) & mask.bool()
     names = state_of(gated).names
-    layer = ("model.layers.0.", "transformer.h.0.", "model.decoder.layers.0.")
+    layer = ("model.layers.0.", "transformer.h.0.", "model.decoder.layers.0.", "gpt_neox.layers.0.")
     return {name: torch.ones_like(first) if name.startswith(layer) else first for name in names}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PADDED_WELL)
 @pytest.mark.parametrize("mode", ["skip", "mask"])
 def test_no_threshold_closes_them(name: str, mode: Any) -> None:
     gated = routed(name, first_tokens=2, first_layers=1)
@@ -97,17 +66,10 @@ def test_no_threshold_closes_them(name: str, mode: Any) -> None:
 
 
 def generate(gated: Any, rows: slice = slice(None), **options: Any) -> torch.Tensor:
-    ids, mask = IDS[rows], MASK[rows]
-    if len(ids) == 1:
-        ids, mask = ids[:, mask[0].bool()], mask[:, mask[0].bool()]
-    with torch.no_grad():
-        out = gated.generate(
-            ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, **options
-        )  # fmt: skip
-    return out[:, -NEW:]
+    return decoders.generate(gated, IDS[rows], MASK[rows], NEW, **options)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PADDED_WELL)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
 def test_a_cache_changes_nothing(name: str, options: dict[str, Any]) -> None:
     """The last prompt is a single token, so that its second token is decided in a call of its own."""
@@ -116,7 +78,7 @@ def test_a_cache_changes_nothing(name: str, options: dict[str, Any]) -> None:
     assert torch.equal(generate(gated, **options), uncached)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PADDED_WELL)
 def test_padding_changes_nothing(name: str) -> None:
     gated = routed(name, first_tokens=2)
     together = generate(gated)
@@ -164,7 +126,7 @@ def test_forced_decisions_close_them(both: nn.Module) -> None:
 
 def test_they_are_saved_and_shown(both: nn.Module, tmp_path: Path) -> None:
     surgery.save(both, tmp_path / "out")
-    again = surgery.load(tmp_path / "out", model=dense())
+    again = surgery.load(tmp_path / "out", model=decoder())
     plan, settings = state_of(again).plan, surgery.status(again)
     assert plan.first_tokens == settings.first_tokens == 2
     assert settings.always_on == ("model.layers.0.self_attn", "model.layers.0.mlp")
@@ -176,7 +138,7 @@ def test_they_are_saved_and_shown(both: nn.Module, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [-1, True, 1.5])
 def test_what_is_no_number_of_tokens_is_refused(value: Any) -> None:
-    model = dense()
+    model = decoder()
     sites = surgery.find_sites(model, PADDED)
     with pytest.raises(SurgeryError, match="first_tokens must be a whole number"):
         sites.plan(first_tokens=value)
@@ -191,7 +153,7 @@ def test_a_checkpoint_with_too_many_first_tokens_is_refused(both: nn.Module, tmp
     finally:
         state.plan = was
     with pytest.raises(CheckpointError, match="-1 first_tokens"):
-        surgery.load(tmp_path / "out", model=dense())
+        surgery.load(tmp_path / "out", model=decoder())
 
 
 def test_conversion_keeps_the_budget(tmp_path: Path) -> None:
@@ -199,7 +161,7 @@ def test_conversion_keeps_the_budget(tmp_path: Path) -> None:
     data = [{"input_ids": torch.randint(3, 100, (4, 12))} for _ in range(20)]
     options = surgery.Options(steps=4)
     gated = surgery.convert(
-        dense().float(), 0.7, data=data, options=options, first_tokens=2, first_layers=1, tune="train"
+        decoder().float(), 0.7, data=data, options=options, first_tokens=2, first_layers=1, tune="train"
     )
     state = state_of(gated)
     state.policy = "routed"

@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import decoders
 import pytest
 import torch
+from decoders import MODELS, decoder
 from torch import nn
 
 import surgery
@@ -16,55 +18,7 @@ from surgery.key_values import KeyWriter
 
 transformers = pytest.importorskip("transformers")
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 100,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
 NEW = 10
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
-    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(head_dim=8, **GROUPED)),
-    "gemma3": lambda: transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(head_dim=8, sliding_window=4, **GROUPED)
-    ),
-    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**GROUPED)),
-    "gemma2": lambda: transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(head_dim=8, sliding_window=4, attn_logit_softcapping=2.0, **GROUPED)
-    ),
-    "olmo2": lambda: transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**GROUPED)),
-    "mixtral": lambda: transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(num_local_experts=4, experts_implementation="eager", **GROUPED)
-    ),
-    "falcon": lambda: transformers.FalconForCausalLM(
-        transformers.FalconConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, bos_token_id=1, eos_token_id=2
-        )
-    ),
-    "gptj": lambda: transformers.GPTJForCausalLM(
-        transformers.GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=100)
-    ),
-    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES)),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, bos_token_id=1, eos_token_id=2)
-    ),
-    "opt": lambda: transformers.OPTForCausalLM(
-        transformers.OPTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            ffn_dim=64,
-            vocab_size=100,
-            word_embed_proj_dim=32,
-        )
-    ),
-}
 IDS = torch.tensor([[11, 12, 13, 14, 15, 16, 17], [0, 0, 21, 22, 23, 24, 25], [0, 0, 0, 31, 32, 33, 34]])
 MASK = (IDS > 0).long()
 
@@ -75,11 +29,7 @@ def built() -> Iterator[Callable[[str], tuple[nn.Module, nn.Module]]]:
 
     def build(name: str) -> tuple[nn.Module, nn.Module]:
         if name not in cache:
-            torch.manual_seed(0)
-            model = MODELS[name]().eval()
-            for parameter in model.parameters():
-                parameter.data += 0.05 * torch.randn_like(parameter)
-            model = model.double()
+            model = decoder(name, layers=2)
             sites = surgery.find_sites(model, {"input_ids": IDS, "attention_mask": MASK})
             cache[name] = (model, surgery.insert_gates(model, sites))
         return cache[name]
@@ -88,15 +38,7 @@ def built() -> Iterator[Callable[[str], tuple[nn.Module, nn.Module]]]:
 
 
 def generate(model: Any, rows: slice = slice(None), *, cache: bool = True, beams: int = 1) -> torch.Tensor:
-    ids, mask = IDS[rows], MASK[rows]
-    if len(ids) == 1:
-        ids, mask = ids[:, mask[0].bool()], mask[:, mask[0].bool()]
-    with torch.no_grad():
-        out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=cache, num_beams=beams,
-            pad_token_id=0,
-        )  # fmt: skip
-    return out[:, -NEW:]
+    return decoders.generate(model, IDS[rows], MASK[rows], NEW, use_cache=cache, num_beams=beams)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import decoders
 import pytest
 import torch
+from decoders import PADDED_WELL, decoder
 from torch import nn
 
 import surgery
@@ -18,54 +20,15 @@ from surgery.gates import Gate, iter_gates
 
 transformers = pytest.importorskip("transformers")
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 100,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=2, **SIZES)),
-    "gemma3": lambda: transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(
-            head_dim=8,
-            sliding_window=4,
-            num_key_value_heads=2,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-            **SIZES,
-        )
-    ),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=100, bos_token_id=1, eos_token_id=2)
-    ),
-    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES)),
-    "opt": lambda: transformers.OPTForCausalLM(
-        transformers.OPTConfig(
-            hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64, vocab_size=100, word_embed_proj_dim=32
-        )
-    ),
-}  # fmt: skip
 IDS = torch.tensor([[11, 12, 13, 14, 15, 16, 17], [0, 0, 21, 22, 23, 24, 25], [0, 0, 0, 31, 32, 33, 34]])
 MASK = (IDS > 0).long()
 PADDED = {"input_ids": IDS, "attention_mask": MASK}
 NEW = 6
 
 
-def dense(name: str = "llama") -> nn.Module:
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.double()
-
-
 def routed(name: str = "llama", kind: Any = ("attention", "mlp")) -> nn.Module:
     """A decoder whose untrained routers close about half of the sequences at every site."""
-    model = dense(name)
+    model = decoder(name)
     sites = surgery.find_sites(model, PADDED).filter(kind=kind)
     gated = surgery.insert_gates(model, sites.plan(granularity="prefill", first_tokens=0, first_layers=0))
     torch.manual_seed(3)
@@ -89,20 +52,13 @@ def built() -> Callable[..., nn.Module]:
 
 
 def generate(gated: Any, rows: slice = slice(None), **options: Any) -> torch.Tensor:
-    ids, mask = IDS[rows], MASK[rows]
-    if len(ids) == 1:
-        ids, mask = ids[:, mask[0].bool()], mask[:, mask[0].bool()]
-    with torch.no_grad():
-        out = gated.generate(
-            ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, **options
-        )  # fmt: skip
-    return out[:, -NEW:]
+    return decoders.generate(gated, IDS[rows], MASK[rows], NEW, **options)
 
 
 # -- laws -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PADDED_WELL)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
 def test_a_cache_changes_nothing(name: str, options: dict[str, Any], built: Any) -> None:
     gated, plain = built(name), {k: v for k, v in options.items() if k == "num_beams"}
@@ -116,7 +72,7 @@ def test_a_cache_changes_nothing(name: str, options: dict[str, Any], built: Any)
     assert 0.1 < sum(event.rate() for event in once) / len(once) < 0.9
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PADDED_WELL)
 def test_padding_and_batch_mates_change_nothing(name: str, built: Any) -> None:
     gated = built(name)
     together = generate(gated)
@@ -124,7 +80,7 @@ def test_padding_and_batch_mates_change_nothing(name: str, built: Any) -> None:
         assert torch.equal(generate(gated, slice(row, row + 1))[0], together[row]), f"row {row}"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PADDED_WELL)
 def test_forced_decisions_are_kept_as_well(name: str, built: Any) -> None:
     gated = built(name)
     results = []
@@ -138,12 +94,12 @@ def test_heads_are_decided_once_per_sequence(built: Any) -> None:
     gated = built("llama", ("heads",))
     assert all(gate.once and gate.site.kind == "heads" for _, gate in iter_gates(gated))
     cached = generate(gated)
-    assert torch.equal(cached, generate(gated, use_cache=False)) and not torch.equal(cached, generate(dense()))
+    assert torch.equal(cached, generate(gated, use_cache=False)) and not torch.equal(cached, generate(decoder()))
 
 
 def test_assisted_decoding_decides_from_the_prompt_alone(built: Any) -> None:
     gated = built()
-    assert torch.equal(generate(gated, slice(0, 1), assistant_model=dense()), generate(gated, slice(0, 1)))
+    assert torch.equal(generate(gated, slice(0, 1), assistant_model=decoder()), generate(gated, slice(0, 1)))
 
 
 def test_a_text_is_read_as_it_is_written(built: Any) -> None:
@@ -339,11 +295,13 @@ def test_lengths_for_other_sequences_are_refused(built: Any) -> None:
 
 def test_models_that_do_not_generate_so_are_refused() -> None:
     torch.manual_seed(0)
-    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)).eval()
+    bert = transformers.BertForSequenceClassification(
+        transformers.BertConfig(num_hidden_layers=2, **decoders.SIZES)
+    ).eval()
     with pytest.raises(PlanMismatch, match="'prefill' is for causal language models"):
         surgery.find_sites(bert, PADDED).plan(granularity="prefill")
     with pytest.raises(PlanMismatch, match="use_cache=False"):
-        surgery.find_sites(dense(), {**PADDED, "use_cache": False}).plan(granularity="prefill")
+        surgery.find_sites(decoder(), {**PADDED, "use_cache": False}).plan(granularity="prefill")
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     ).eval()
@@ -370,7 +328,7 @@ def test_a_conversion_reads_half_of_every_text(tmp_path: Path, monkeypatch: pyte
         return read[-1]
 
     monkeypatch.setattr(Gate, "prompt", noted)
-    model = dense().float()
+    model = decoder().float()
     gated = surgery.convert(
         model, 0.7, data=data, granularity="prefill", tune="train", options=surgery.Options(steps=3, nested_rate=0.0)
     )  # fmt: skip
