@@ -52,6 +52,7 @@ class Tune(str, Enum):
 
     auto = "auto"
     oneshot = "oneshot"
+    routers = "routers"
     train = "train"
 
 
@@ -109,7 +110,11 @@ def convert(
         typer.Option("--routers", help="shared: an MLP reads what the router of its layer's attention made."),
     ] = Routers.own,
     tune: Annotated[
-        Tune, typer.Option("--tune", help="oneshot fits in closed form, train goes on with gradients.")
+        Tune,
+        typer.Option(
+            "--tune",
+            help="oneshot fits in closed form, train goes on with gradients, routers with those of routers alone.",
+        ),
     ] = Tune.auto,
     epochs: Annotated[
         int | None, typer.Option("--epochs", min=1, help="Passes over the data in training; 3 by default.")

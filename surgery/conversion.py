@@ -68,7 +68,7 @@ def convert(
     example: Any = None,
     sites: Sites | Sequence[str] | None = None,
     granularity: Granularity | Literal["auto"] = "auto",
-    tune: Literal["auto", "oneshot", "train"] = "auto",
+    tune: Literal["auto", "oneshot", "routers", "train"] = "auto",
     skip: SkipKind | Literal["auto"] = "auto",
     second_look: bool | Literal["auto"] = "auto",
     first_tokens: int | Literal["auto"] = "auto",
@@ -95,7 +95,8 @@ def convert(
         example: What the model is called with; the first batch of `data` by default.
         sites: What may be skipped: `Sites`, or kinds and name patterns such as `["mlp", "layer3.*"]`; all by default.
         granularity: `token`, `sample`, or `auto` for the finest that each site allows.
-        tune: `oneshot` fits in closed form and from harm labels, in seconds to minutes; `train` adds distillation;
+        tune: `oneshot` fits in closed form and from harm labels, in seconds to minutes; `train` adds distillation, and
+            `routers` distillation of routers alone, while skip paths stay as they were fitted;
             `auto` trains when there is data.
         skip: Kind of skip path, or `auto`.
         second_look: Whether inputs of which the gated pass is not sure are run again in full, within the same budget;
@@ -133,15 +134,17 @@ def convert(
     check_budget(budget)
     check_convertible(model)
     check_weights(model)
-    check_choice("tune", tune, ("auto", "oneshot", "train"))
+    check_choice("tune", tune, ("auto", "oneshot", "routers", "train"))
     check_choice("cost", cost, COSTS)
     check_choice("second_look", second_look, ("auto", True, False))
     check_choice("heal", heal, (None, *HEALING))
     if heal is not None and data is None:
         raise SurgeryError("healing learns from the dense model's answers to your inputs: give data=… with heal=…")
     report = progress or silent
+    if tune == "routers":
+        options = replace(options or Options(), skip_rate=0.0, nested_rate=0.0)
     made = data is None
-    trains = tune == "train" or (tune == "auto" and not made and budget < 1)
+    trains = tune in ("routers", "train") or (tune == "auto" and not made and budget < 1)
     if data is None:
         data = made_inputs(model, example, seed)
     check_reiterable(data)

@@ -263,6 +263,32 @@ def test_one_shot_does_not_train(vit: nn.Module, images: list[Tensor]) -> None:
     assert "training routers" not in stages
 
 
+@pytest.mark.parametrize("granularity", ["token", "sample"])
+def test_routers_alone_leave_skip_paths_as_they_were_fitted(
+    vit: nn.Module, images: list[Tensor], granularity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgery.conversion.prefer_static_where_it_wins", lambda *_, **__: False)
+    monkeypatch.setattr("surgery.conversion.Checkpoint.restore", lambda *_: None)
+    found = []
+    for tune in ("oneshot", "routers"):
+        gated = surgery.convert(
+            vit,
+            0.8,
+            data=images,
+            granularity=granularity,
+            skip="linear",
+            tune=tune,
+            options=Options(steps=20),
+            second_look=False,
+        )
+        skips = {f"{g.site.name}.{n}": p.detach() for g in gates(gated) for n, p in g.skip_path.named_parameters()}
+        routers = {f"{g.site.name}.{n}": p.detach() for g in gates(gated) for n, p in g.router.named_parameters()}
+        found.append((skips, routers))
+    (skips, routers), (same, others) = found
+    assert skips and all(torch.equal(skips[name], same[name]) for name in skips)
+    assert any(not torch.equal(routers[name], others[name]) for name in routers)
+
+
 def test_training_that_makes_it_worse_is_undone(
     vit: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
