@@ -140,6 +140,7 @@ def main(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from surgery import Options, convert, set_budget
+    from surgery.context import state_of
 
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,12 @@ def main(
         seconds = time.perf_counter() - start
         budgets = budgets_for(gated, MLP_EXECUTIONS) if kinds == ("mlp",) else BUDGETS
         rows = list(frontier(gated, test, budgets))
-        results[name] = {"seconds": seconds, "rows": rows}
+        results[name] = {
+            "seconds": seconds,
+            "rows": rows,
+            "policy": state_of(gated).policy,
+            "notes": state_of(gated).notes,
+        }
         if name == "both per token":
             for shown in (0.8, 0.6):
                 set_budget(gated, shown)
