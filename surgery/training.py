@@ -17,7 +17,7 @@ import copy
 import math
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from surgery.calibration import TOLERANCE, check_budget
 from surgery.calling import Batch, as_batch, batches, device_of, length_of, read_output
 from surgery.context import execution, handled, override, state_of
 from surgery.cost_curves import CostCurve
-from surgery.costs import Usage, observe, place, run
+from surgery.costs import observe, place, run
 from surgery.errors import CheckpointError, DataError, SurgeryError
 from surgery.gates import iter_gates
 from surgery.objectives import divergence
@@ -43,6 +43,7 @@ _CLIP = 1.0
 _LOWEST, _HIGHEST = 0.45, 0.9  # budgets that a checkpoint serves beside its own
 _ABOVE_CLOSED = 0.02  # nothing can be learnt where every gate is closed
 _LOOKS = 5  # how often a training looks at held-out data
+_APART = 0.05  # budgets that are nearer to each other are one
 _LOOK_TRIES = 4  # passes over it until the cost is that of the budget
 _PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -124,8 +125,8 @@ class History:
     rows: list[dict[str, float]] = field(default_factory=list)
 
     def columns(self) -> dict[str, list[float]]:
-        """Column name (step, loss, divergence, stream, cost, target, threshold, price; held_divergence and
-        held_cost where held-out data was looked at, else NaN) -> values."""
+        """Column name (step, loss, divergence, stream, cost, target, threshold, price; held_divergence,
+        held_cost and held_score where held-out data was looked at, else NaN) -> values."""
         return {key: [row.get(key, math.nan) for row in self.rows] for key in self._keys()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,8 +158,9 @@ def train_routers(
         budget: The budget that matters most, as a fraction of dense, in (0, 1].
         options: See `Options`.
         seed: Seed of the noise and of the budgets drawn.
-        validation: Held-out batches. The model is run on them at `budget` before training and five times during it,
-            and the weights that were nearest to the dense model are kept; without, the last ones.
+        validation: Held-out batches. The model is run on them before training and five times during it, at `budget` and at the
+            smallest budget trained for, and the weights that were nearest to the dense model are kept; without, the last
+            ones.
         output_dir: Where to keep a checkpoint to resume from; written atomically, also on Ctrl-C.
         resume: Continue from the checkpoint in `output_dir`.
         tracker: An `accelerate.Accelerator` of the caller's with trackers initialised; its `log` gets every row.
@@ -247,7 +249,7 @@ class _Run:
         by_default = 0.0 if all(gate.per_token for _, gate in iter_gates(gated)) else 1.0
         self.stream_weight = by_default if options.stream_weight is None else options.stream_weight
         self.watched = watched_sites(self.state.names) if self.stream_weight > 0 else frozenset[str]()
-        self.held = _Held(gated, validation, budget)
+        self.held = _Held(gated, validation, self._looked_at())
         self.history = History()
         self.kept: dict[str, Any] = {}
 
@@ -259,6 +261,10 @@ class _Run:
         pace = Pace(low, max(low, high), options.anneal * self.total, self.seed)
         pace.start([(p.cost, p.threshold) for p in self.state.table] or self._here())
         return pace
+
+    def _looked_at(self) -> list[float]:
+        """The budgets that weights are compared at: the one that matters most, and the smallest that is trained for."""
+        return [self.budget, self.pace.low] if self.budget - self.pace.low > _APART else [self.budget]
 
     def _here(self) -> list[tuple[float, float]]:
         return [(1.0, self.state.threshold)] if math.isfinite(self.state.threshold) else []
@@ -459,61 +465,73 @@ class _Run:
 
 
 class _Held:
-    """Looks at held-out data, and keeps the weights that were nearest to the dense model at the cost of the budget."""
+    """Looks at held-out data, and keeps the weights that were nearest to the dense model at the cost of every budget.
 
-    def __init__(self, gated: nn.Module, data: Iterable[Any] | None, budget: float) -> None:
-        self.gated, self.data, self.budget = gated, data, budget
+    A look's score is the mean over the budgets of the divergence by that of the first look.
+    """
+
+    def __init__(self, gated: nn.Module, data: Iterable[Any] | None, budgets: Sequence[float]) -> None:
+        self.gated, self.data, self.budgets = gated, data, budgets
         self.dense: list[Tensor] | None = None
-        self.distance = math.inf
-        self.threshold = self.last = state_of(gated).threshold
+        self.first: list[float] = []
+        self.score = math.inf
+        self.last = [state_of(gated).threshold] * len(budgets)
+        self.threshold = self.last[0]
         self.best: dict[str, Tensor] | None = None
 
     def look(self, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
-        """Run the data at the threshold that gives the budget with the weights of now; the row to log."""
+        """Run the data at the thresholds that give the budgets with the weights of now; the row to log, which tells of the
+        first budget.
+        """
         if self.data is None:
             return {}
         if self.dense is None:
             with execution(self.gated, "dense"):
                 self.dense = observe(self.gated, self.data).outputs
-        usage, cost = self._at_budget()
+        found = [self._at(index) for index in range(len(self.budgets))]
+        distances = [distance for distance, _ in found]
+        self.first = self.first or distances
+        score = sum(d / max(f, 1e-12) for d, f in zip(distances, self.first, strict=True)) / len(distances)
+        if score <= self.score:
+            self.score, self.threshold = score, self.last[0]
+            self.best = {name: p.detach().clone() for name, p in parameters.items()}
+        return {"held_divergence": distances[0], "held_cost": found[0][1], "held_score": score}
+
+    def _at(self, index: int) -> tuple[float, float]:
+        """Divergence of the weights of now at the cost of a budget, and that cost.
+
+        The training's own thresholds are of decisions with noise, which cost more than those without.
+        """
+        assert self.data is not None and self.dense is not None
+        costs, budget = state_of(self.gated).costs, self.budgets[index]
+        for attempt in range(_LOOK_TRIES):
+            curve = CostCurve(costs)
+            with (
+                override(state_of(self.gated), thresholds=self.last[index], forced=None),
+                execution(self.gated, "skip"),
+            ):
+                usage = observe(self.gated, self.data, inspect=curve.collect)
+            weights = usage.weights.double()
+            cost = float((usage.costs(costs) * weights).sum() / weights.sum())
+            if abs(cost - budget) <= TOLERANCE or attempt == _LOOK_TRIES - 1:
+                break
+            self.last[index] = curve.finish().solve(budget)
         parts = [
             divergence(a, b, as_batch(batch).to("cpu"))
             for a, b, batch in zip(usage.outputs, self.dense, self.data, strict=True)
         ]
-        distance = float(torch.cat(parts).mean())
-        if distance <= self.distance:
-            self.distance, self.threshold = distance, self.last
-            self.best = {name: p.detach().clone() for name, p in parameters.items()}
-        return {"held_divergence": distance, "held_cost": cost}
-
-    def _at_budget(self) -> tuple[Usage, float]:
-        """What the weights of now do at the budget, and what that costs.
-
-        The training's own thresholds are of decisions with noise, which cost more than those without.
-        """
-        assert self.data is not None
-        costs = state_of(self.gated).costs
-        for attempt in range(_LOOK_TRIES):
-            curve = CostCurve(costs)
-            with override(state_of(self.gated), thresholds=self.last, forced=None), execution(self.gated, "skip"):
-                usage = observe(self.gated, self.data, inspect=curve.collect)
-            weights = usage.weights.double()
-            cost = float((usage.costs(costs) * weights).sum() / weights.sum())
-            if abs(cost - self.budget) <= TOLERANCE or attempt == _LOOK_TRIES - 1:
-                break
-            self.last = curve.finish().solve(self.budget)
-        return usage, cost
+        return float(torch.cat(parts).mean()), cost
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         best = None if self.best is None else {name: value.cpu() for name, value in self.best.items()}
-        return {"distance": self.distance, "threshold": self.threshold, "last": self.last, "best": best}
+        kept = {"score": self.score, "first": list(self.first), "threshold": self.threshold, "last": list(self.last)}
+        return {**kept, "best": best}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from it."""
-        self.distance, self.threshold, self.last, self.best = (
-            saved[k] for k in ("distance", "threshold", "last", "best")
-        )
+        self.score, self.first, self.threshold = saved["score"], saved["first"], saved["threshold"]
+        self.last, self.best = saved["last"], saved["best"]
 
 
 def find_checkpoint(output_dir: str | Path | None) -> Path:

@@ -130,7 +130,7 @@ def test_best_weights_on_held_out_data_are_kept(
     better, history = train(steps=200, skip_rate=1e-2, validation=data[:3])
     assert any(not torch.equal(better[name], p) for name, p in trainable(fitted).items())
     last, _ = train(steps=200, skip_rate=1e-2)
-    looks = [value for value in history.columns()["held_divergence"] if value == value]
+    looks = [value for value in history.columns()["held_score"] if value == value]
     assert (looks[-1] == min(looks)) == all(torch.equal(better[name], p) for name, p in last.items())
 
 
