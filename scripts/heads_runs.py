@@ -53,6 +53,7 @@ def main(
     shared: Annotated[Path, typer.Option(help="Directory with weights/ and data/.")] = Path("../shared"),
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("out/heads.json"),
     limit: Annotated[int, typer.Option(help="Training texts read.")] = 6000,
+    samples: Annotated[int, typer.Option(help="Texts that routers are fitted on.")] = 2048,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
 ) -> None:
@@ -73,7 +74,7 @@ def main(
     test = list(load_data(str(source / "test.parquet"), loaded, split="test", **common))
     rows: list[Row] = []
     for name, (kinds, budgets) in SETS.items():
-        gated = convert(loaded.model, budgets[1], data=train, sites=kinds, tune="oneshot", seed=seed)
+        gated = convert(loaded.model, budgets[1], data=train, sites=kinds, tune="oneshot", samples=samples, seed=seed)
         low, high = budget_range(gated)
         for budget in budgets:
             if low <= budget <= high:
