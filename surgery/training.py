@@ -17,7 +17,7 @@ import copy
 import math
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.calibration import TOLERANCE, check_budget
-from surgery.calling import Batch, as_batch, batches, device_of, length_of, read_output
-from surgery.context import execution, handled, override, state_of
-from surgery.cost_curves import CostCurve
-from surgery.costs import observe, place, run
+from surgery.calibration import check_budget
+from surgery.calling import Batch, batches, device_of, length_of, read_output
+from surgery.context import handled, state_of
+from surgery.costs import place, run
 from surgery.errors import CheckpointError, DataError, SurgeryError
 from surgery.gates import iter_gates
+from surgery.held_out import HeldOut
 from surgery.objectives import divergence
 from surgery.pacing import Pace
 from surgery.progress import Progress, silent
@@ -44,7 +44,6 @@ _LOWEST, _HIGHEST = 0.45, 0.9  # budgets that a checkpoint serves beside its own
 _ABOVE_CLOSED = 0.02  # nothing can be learnt where every gate is closed
 _LOOKS = 5  # how often a training looks at held-out data
 _APART = 0.05  # budgets that are nearer to each other are one
-_LOOK_TRIES = 4  # passes over it until the cost is that of the budget
 _PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -249,7 +248,7 @@ class _Run:
         by_default = 0.0 if all(gate.per_token for _, gate in iter_gates(gated)) else 1.0
         self.stream_weight = by_default if options.stream_weight is None else options.stream_weight
         self.watched = watched_sites(self.state.names) if self.stream_weight > 0 else frozenset[str]()
-        self.held = _Held(gated, validation, self._looked_at())
+        self.held = HeldOut(gated, validation, self._looked_at())
         self.history = History()
         self.kept: dict[str, Any] = {}
 
@@ -462,76 +461,6 @@ class _Run:
         flat = self.accelerator.reduce(flat, "mean")
         for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
-
-
-class _Held:
-    """Looks at held-out data, and keeps the weights that were nearest to the dense model at the cost of every budget.
-
-    A look's score is the mean over the budgets of the divergence by that of the first look.
-    """
-
-    def __init__(self, gated: nn.Module, data: Iterable[Any] | None, budgets: Sequence[float]) -> None:
-        self.gated, self.data, self.budgets = gated, data, budgets
-        self.dense: list[Tensor] | None = None
-        self.first: list[float] = []
-        self.score = math.inf
-        self.last = [state_of(gated).threshold] * len(budgets)
-        self.threshold = self.last[0]
-        self.best: dict[str, Tensor] | None = None
-
-    def look(self, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
-        """Run the data at the thresholds that give the budgets with the weights of now; the row to log, which tells of the
-        first budget.
-        """
-        if self.data is None:
-            return {}
-        if self.dense is None:
-            with execution(self.gated, "dense"):
-                self.dense = observe(self.gated, self.data).outputs
-        found = [self._at(index) for index in range(len(self.budgets))]
-        distances = [distance for distance, _ in found]
-        self.first = self.first or distances
-        score = sum(d / max(f, 1e-12) for d, f in zip(distances, self.first, strict=True)) / len(distances)
-        if score <= self.score:
-            self.score, self.threshold = score, self.last[0]
-            self.best = {name: p.detach().clone() for name, p in parameters.items()}
-        return {"held_divergence": distances[0], "held_cost": found[0][1], "held_score": score}
-
-    def _at(self, index: int) -> tuple[float, float]:
-        """Divergence of the weights of now at the cost of a budget, and that cost.
-
-        The training's own thresholds are of decisions with noise, which cost more than those without.
-        """
-        assert self.data is not None and self.dense is not None
-        costs, budget = state_of(self.gated).costs, self.budgets[index]
-        for attempt in range(_LOOK_TRIES):
-            curve = CostCurve(costs)
-            with (
-                override(state_of(self.gated), thresholds=self.last[index], forced=None),
-                execution(self.gated, "skip"),
-            ):
-                usage = observe(self.gated, self.data, inspect=curve.collect)
-            weights = usage.weights.double()
-            cost = float((usage.costs(costs) * weights).sum() / weights.sum())
-            if abs(cost - budget) <= TOLERANCE or attempt == _LOOK_TRIES - 1:
-                break
-            self.last[index] = curve.finish().solve(budget)
-        parts = [
-            divergence(a, b, as_batch(batch).to("cpu"))
-            for a, b, batch in zip(usage.outputs, self.dense, self.data, strict=True)
-        ]
-        return float(torch.cat(parts).mean()), cost
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        best = None if self.best is None else {name: value.cpu() for name, value in self.best.items()}
-        kept = {"score": self.score, "first": list(self.first), "threshold": self.threshold, "last": list(self.last)}
-        return {**kept, "best": best}
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Continue from it."""
-        self.score, self.first, self.threshold = saved["score"], saved["first"], saved["threshold"]
-        self.last, self.best = saved["last"], saved["best"]
 
 
 def find_checkpoint(output_dir: str | Path | None) -> Path:
