@@ -20,6 +20,7 @@ from surgery.calibration import calibrate
 from surgery.context import state_of
 from surgery.errors import BudgetError, CheckpointError, DataError, SurgeryError
 from surgery.fitting import fit_skip_paths
+from surgery.held_out import HeldOut
 from surgery.regression import regress_routers
 from surgery.training import CHECKPOINT, History, Options, train_routers, trainable
 
@@ -141,6 +142,36 @@ def test_weights_are_compared_at_the_cost_of_the_budget(
     _, history = train(steps=40, budget=0.7, noise=2.0, validation=data)
     costs = [cost for cost in history.columns()["held_cost"] if cost == cost]
     assert costs == [pytest.approx(0.7, abs=0.02)] * 5
+
+
+def test_weights_are_compared_at_all_budgets_alike(fitted: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
+    gated = copy.deepcopy(fitted)
+    both, high, low = (HeldOut(gated, data[:3], budgets) for budgets in ([0.8, 0.6], [0.8], [0.6]))
+    parameters = trainable(gated)
+    assert [held.look(parameters)["held_score"] for held in (both, high, low)] == [1.0] * 3
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if "skip_path" in name:
+                parameter.mul_(0.5)
+    scores = [held.look(parameters)["held_score"] for held in (both, high, low)]
+    assert scores[1] != pytest.approx(scores[2])
+    assert scores[0] == pytest.approx((scores[1] + scores[2]) / 2)
+
+
+def test_training_looks_at_its_smallest_budget_too(
+    train: Callable[..., Trained], data: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[float]] = []
+    look = HeldOut.look
+
+    def noted(self: HeldOut, parameters: Any) -> dict[str, float]:
+        seen.append(list(self.budgets))
+        return look(self, parameters)
+
+    monkeypatch.setattr(HeldOut, "look", noted)
+    train(steps=5, budget=0.8, budgets=(0.6, 0.9), validation=data[:3])
+    train(steps=5, budget=0.8, budgets=(0.8, 0.8), validation=data[:3])
+    assert seen == [[0.8, 0.6]] * 6 + [[0.8]] * 6
 
 
 def test_realised_cost_is_what_training_saw(fitted: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
