@@ -342,6 +342,7 @@ class _Run:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             shapes = {name: tuple(tensor.shape) for name, tensor in saved["parameters"].items()}
+            held = {key: saved["best"][key] for key in self.held.state()}  # an older version kept something else
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{self.path} is damaged: {error}; delete it to train from the start") from error
         ours = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
@@ -364,7 +365,7 @@ class _Run:
             self.scaler.load_state_dict(saved["scaler"])
         self.step = saved["step"]
         self.pace.thresholds = saved["thresholds"]
-        self.held.restore(saved["best"])
+        self.held.restore(held)
         self.history.rows = saved["history"]
 
     def clear(self) -> None:

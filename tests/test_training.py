@@ -294,6 +294,14 @@ def test_resume_of_something_else(train: Callable[..., Trained], tmp_path: Path,
         train(steps=5, output_dir=tmp_path, resume=True)
 
 
+def test_resume_of_an_older_version(train: Callable[..., Trained], tmp_path: Path) -> None:
+    train(steps=2, output_dir=tmp_path)
+    saved = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    torch.save({**saved, "best": {"distance": 1.0, "threshold": 0.0, "best": None}}, tmp_path / CHECKPOINT)
+    with pytest.raises(CheckpointError, match="delete it to train from the start"):
+        train(steps=2, output_dir=tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "garbage", "cut"])
 def test_resume_of_a_damaged_file(train: Callable[..., Trained], tmp_path: Path, content: bytes | None) -> None:
     train(steps=2, output_dir=tmp_path)
