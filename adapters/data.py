@@ -15,6 +15,7 @@ from torch.nn import functional
 from surgery.adapters.base import Loaded
 from surgery.adapters.columns import find_columns
 from surgery.adapters.labels import Labels, read_labels
+from surgery.adapters.lengths import group_by_length as in_groups
 from surgery.adapters.phrases import is_phrase_set
 from surgery.adapters.phrases import whole_texts as find_whole_texts
 from surgery.adapters.sources import Table, open_source
@@ -134,6 +135,7 @@ def load_data(
     columns: Mapping[str, str] | None = None,
     augment: bool = False,
     whole_texts: bool | Literal["auto"] = False,
+    group_by_length: bool = False,
 ) -> Loader:
     """Open a dataset for a model.
 
@@ -152,6 +154,8 @@ def load_data(
         augment: Flip and shift pictures at random, anew on every pass.
         whole_texts: Leave out texts that are parts of other texts; `auto` does so where most of them are, and counts
             them in `Loader.parts`.
+        group_by_length: Put texts of about the same length into a batch, so that little of it is padding; the batches
+            are in random order. Where the model is called with no texts it does nothing.
 
     Returns:
         A re-iterable of `(inputs, labels)`, or for transformers of dicts of keyword arguments with `labels`. Without
@@ -183,9 +187,14 @@ def load_data(
     kept = order.tolist()
     if whole_texts and "text" in found and not {"pair", "image", "target"} & set(found):
         kept = _without_parts(table, found["text"], kept, only_phrases=whole_texts == "auto")
+    rows = kept[:limit]
+    if group_by_length and "text" in found:
+        texts = list(table[found["text"]])
+        lengths = [len(texts[row] or "") for row in rows]
+        rows = [rows[place] for place in in_groups(lengths, batch_size, seed)]
     return Loader(
         table,
-        kept[:limit],
+        rows,
         found,
         _labels(table, found.get("label"), loaded),
         loaded,

@@ -260,7 +260,9 @@ def _read(
         )
         made = common["limit"] or 256
         return loaded.adapter.inputs(loaded.model, made, common["batch_size"], common["seed"]), None
-    batches = load_data(data, loaded, split=split, augment=augment, whole_texts=whole_texts, **common)
+    batches = load_data(
+        data, loaded, split=split, augment=augment, whole_texts=whole_texts, group_by_length=True, **common
+    )
     if batches.parts:
         note(f"left out {batches.parts:,} texts that are parts of other texts; --all-texts keeps them")
     held = None if validation is None else load_data(validation, loaded, split=validation_split, **common)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from surgery.calling import Batch
-    from surgery.peers import Judge, Parts
+    from surgery.peers import Parts
     from surgery.scoring import Scores
 
 RESAMPLES = 2000
@@ -67,7 +67,6 @@ def main(
     """Score several conversions of one network."""
     from surgery.adapters import load_data
     from surgery.calling import batches
-    from surgery.peers import Judge
     from surgery.scripts.loading import Machine
 
     machine = Machine(threads=threads)
@@ -75,25 +74,27 @@ def main(
     loaded = pairs[0][1]
     read = load_data(data, loaded, split=split, batch_size=batch_size, limit=limit, seed=0, shuffle=limit is not None)
     inputs = list(batches(read))
-    judge = Judge(loaded.model, ())
-    dense, outputs = _dense(judge, loaded.model, inputs)
-    typer.echo(f"dense: {judge.metric} {dense.mean:.4f} on {len(dense.values):,} inputs")
+    dense, outputs = dense_score(loaded.model, inputs)
+    typer.echo(f"dense: {dense.mean:.4f} on {len(dense.values):,} inputs")
     points = []
     for wanted in budget:
-        points.append(_point(wanted, [gated for gated, _ in pairs], loaded.model, inputs, dense, outputs, peers=peers))
+        points.append(
+            score_all(wanted, [gated for gated, _ in pairs], loaded.model, inputs, dense, outputs, peers=peers)
+        )
         typer.echo(f"budget {wanted:g}: costs {points[-1].costs}, scores {points[-1].scores}")
     if out is not None:
         out.write_text(json.dumps([asdict(point) for point in points], indent=1), encoding="utf-8")
     typer.echo(markdown(points, dense.mean))
 
 
-def _dense(judge: Judge, model: nn.Module, inputs: Sequence[Batch]) -> tuple[Scores, list[Any]]:
+def dense_score(model: nn.Module, inputs: Sequence[Batch]) -> tuple[Scores, list[Any]]:
+    """Scores of the dense model, and its outputs."""
     import torch
 
     from surgery.calling import call_dense
-    from surgery.peers import Parts
+    from surgery.peers import Judge, Parts
 
-    parts, outputs = Parts(), []
+    judge, parts, outputs = Judge(model, ()), Parts(), []
     with torch.no_grad():
         for batch in inputs:
             outputs.append(call_dense(model, batch))
@@ -101,7 +102,48 @@ def _dense(judge: Judge, model: nn.Module, inputs: Sequence[Batch]) -> tuple[Sco
     return parts.score, outputs
 
 
-def _point(
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One gated model at one budget.
+
+    Args:
+        cost: Realised, as a fraction of dense.
+        submodules: Active share of the submodules.
+        agreement: With the dense model.
+        scores: Of the gated model.
+        peers: Name -> scores of the peer.
+    """
+
+    cost: float
+    submodules: float
+    agreement: float
+    scores: Scores
+    peers: Mapping[str, Scores]
+
+
+def score_at(
+    gated: nn.Module,
+    budget: float,
+    dense: nn.Module,
+    inputs: Sequence[Batch],
+    outputs: Sequence[Any],
+    *,
+    peers: bool = False,
+) -> Scored:
+    """Run a gated model at a budget on inputs of which the dense model's outputs are known, and its peers."""
+    from surgery.calibration import set_budget
+    from surgery.context import state_of
+
+    set_budget(gated, budget)
+    parts, cost = _run(gated, dense, inputs, outputs, peers=peers)
+    active = parts["gated"].decided.active(state_of(gated).units)
+    others = {name: parts[name].score for name in ("shuffled",) if name in parts}
+    if peers:
+        others["static"] = _static(gated, parts, cost)
+    return Scored(cost, sum(active.values()) / len(active), parts["gated"].agreement.mean, parts["gated"].score, others)
+
+
+def score_all(
     budget: float,
     models: Sequence[nn.Module],
     dense: nn.Module,
@@ -111,28 +153,20 @@ def _point(
     *,
     peers: bool,
 ) -> Point:
-    from surgery.calibration import set_budget
-    from surgery.context import state_of
-
-    point, all_parts = Point(budget), []
-    for gated in models:
-        set_budget(gated, budget)
-        state = state_of(gated)
-        parts, cost = _run(gated, dense, inputs, outputs, peers=peers)
-        active = parts["gated"].decided.active(state.units)
-        point.costs.append(cost)
-        point.submodules.append(sum(active.values()) / len(active))
-        point.agreements.append(parts["gated"].agreement.mean)
-        all_parts.append({name: one.score for name, one in parts.items() if isinstance(name, str)})
-        if peers:
-            all_parts[-1]["static"] = _static(gated, parts, cost)
-    means = {name: _mean([parts[name] for parts in all_parts]) for name in all_parts[0]}
-    point.scores = [parts["gated"].mean for parts in all_parts]
-    point.gap = _ahead(means["gated"], dense_score)
-    for name in means.keys() - {"gated"}:
-        point.peers[name] = [parts[name].mean for parts in all_parts]
-        point.ahead[name] = _ahead(means["gated"], means[name])
-    return point
+    """All conversions at one budget."""
+    found = [score_at(gated, budget, dense, inputs, outputs, peers=peers) for gated in models]
+    ours = _mean([one.scores for one in found])
+    others = {name: [one.peers[name] for one in found] for name in found[0].peers}
+    return Point(
+        budget,
+        costs=[one.cost for one in found],
+        submodules=[one.submodules for one in found],
+        scores=[one.scores.mean for one in found],
+        agreements=[one.agreement for one in found],
+        gap=against(ours, dense_score),
+        peers={name: [one.mean for one in scores] for name, scores in others.items()},
+        ahead={name: against(ours, _mean(scores)) for name, scores in others.items()},
+    )
 
 
 def _run(
@@ -201,7 +235,8 @@ def _mean(scores: Sequence[Scores]) -> Scores:
     return Scores(torch.stack([one.values for one in scores]).mean(0), scores[0].weights)
 
 
-def _ahead(ours: Scores, other: Scores) -> tuple[float, float, float]:
+def against(ours: Scores, other: Scores) -> tuple[float, float, float]:
+    """Ours minus the other's, and the ends of its paired bootstrap interval."""
     from surgery.peers import interval
 
     return ours.mean - other.mean, *interval(ours, other, RESAMPLES, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,33 @@ def test_columns_can_be_named(tmp_path, reader):
         load_data(path, reader, columns={"text": "middle"})
     with pytest.raises(DataError, match="unknown role 'words'"):
         load_data(path, reader, columns={"words": "left"})
+
+
+def test_texts_of_like_length_share_a_batch(tmp_path, reader):
+    lengths = torch.randint(1, 7, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    path = write_rows(tmp_path / "a.jsonl", [{"text": " ".join(["good"] * n), "label": n % 2} for n in lengths])
+
+    def words(**options):
+        loader = load_data(path, reader, batch_size=4, shuffle=True, **options)
+        assert [batch["labels"].tolist() for batch in loader] == [
+            [label % 2 for label in (batch["attention_mask"].sum(1) - 2).tolist()] for batch in loader
+        ]
+        return [(batch["attention_mask"].sum(1) - 2).tolist() for batch in loader]
+
+    def padding(batches):
+        return sum(max(batch) - one for batch in batches for one in batch)
+
+    mixed, grouped = words(), words(group_by_length=True)
+    assert sorted(chain(*grouped)) == sorted(chain(*mixed)) == sorted(lengths)
+    assert [len(batch) for batch in grouped] == [4] * 12 + [2]
+    assert 3 * padding(grouped) < padding(mixed)
+    longest = [max(batch) for batch in grouped[:-1]]
+    assert longest not in (
+        sorted(longest),
+        sorted(longest, reverse=True),
+    )  # every fifth batch is held out: of any length
+    assert grouped == words(group_by_length=True) != words(group_by_length=True, seed=1)
+    assert len(list(chain(*words(group_by_length=True, limit=7)))) == 7
 
 
 def test_language_models_get_padding_on_the_right(tmp_path):

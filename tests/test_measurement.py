@@ -18,7 +18,7 @@ from surgery.errors import DataError, NotConverted
 from surgery.gates import iter_gates
 from surgery.measurement import entropy, measure
 from surgery.model_timing import groups_of
-from surgery.peers import Judge, interval
+from surgery.peers import interval
 from surgery.reports import Other, Report
 from surgery.scoring import Scores
 from surgery.scripts import seeds
@@ -361,8 +361,8 @@ def test_several_conversions_are_scored_as_each_alone(
     monkeypatch.setattr("surgery.calibration.set_budget", lambda *_: None)  # the budget is set by hand
     alone = measure(gated, data, dense=model, **NO_TIME)
     inputs = [Batch((x,), {}, y) for x, y in data]
-    dense, outputs = seeds._dense(Judge(model, ()), model, inputs)
-    point = seeds._point(0.5, [gated, gated], model, inputs, dense, outputs, peers=True)
+    dense, outputs = seeds.dense_score(model, inputs)
+    point = seeds.score_all(0.5, [gated, gated], model, inputs, dense, outputs, peers=True)
     peers = {peer.name: peer for peer in alone.peers}
     assert point.scores == [alone.metric["accuracy"]] * 2
     assert point.costs == [pytest.approx(alone.cost)] * 2
