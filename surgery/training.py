@@ -36,6 +36,7 @@ from surgery.held_out import HeldOut
 from surgery.objectives import divergence
 from surgery.pacing import Pace
 from surgery.progress import Progress, silent
+from surgery.rates import groups_of
 from surgery.straight_through import OpenGates, SoftGates, prices, router_gradients, stream_error, watched_sites
 
 CHECKPOINT = "training.pt"
@@ -54,8 +55,9 @@ class Options:
     Args:
         epochs: Passes over the data.
         steps: Number of optimiser steps; overrides `epochs` (needed for streaming data without a length).
-        router_rate: Peak learning rate of routers.
-        skip_rate: Peak learning rate of skip paths; 0 freezes them.
+        router_rate: Peak learning rate of routers at up to 128 channels; it falls with the width above
+            (`surgery.rates`).
+        skip_rate: Peak learning rate of skip paths, likewise; 0 freezes them.
         nested_rate: Peak learning rate of skip paths while they are trained for static policies; 0 leaves that out.
         budgets: Range that every step draws its budget from; by default from 0.45, or the budget if that is smaller, to
             0.9, or the budget if that is larger. Twice the same number trains for that budget alone.
@@ -225,11 +227,9 @@ class _Run:
         self.state = state_of(gated)
         self.parameters = trainable(gated)
         self.routers = [p for _, g in iter_gates(gated) for p in g.router.parameters()]
-        groups: list[dict[str, Any]] = [
-            {"params": self.routers, "lr": options.router_rate},
-            {"params": [p for _, g in iter_gates(gated) for p in g.skip_path.parameters()], "lr": options.skip_rate},
-        ]
-        groups = [g for g in groups if g["params"] and g["lr"] > 0]
+        gates = [gate for _, gate in iter_gates(gated)]
+        rates = {"router": options.router_rate, "skip_path": options.skip_rate}
+        groups = [group for part, rate in rates.items() if rate > 0 for group in groups_of(gates, part, rate)]
         if not groups:
             raise SurgeryError(
                 "nothing to train: router_rate is 0, and skip_rate is 0 or every skip path is the identity; give one of "
@@ -359,7 +359,12 @@ class _Run:
                 parameter.copy_(saved["parameters"][name])
         for name, gate in iter_gates(self.gated):
             gate.offset = saved["offsets"][name]
-        self.optimiser.load_state_dict(saved["optimiser"])
+        try:
+            self.optimiser.load_state_dict(saved["optimiser"])
+        except ValueError as error:  # an older version had other groups
+            raise CheckpointError(
+                f"{self.path} is of another version: {error}; delete it to train from the start"
+            ) from error
         self.schedule.load_state_dict(saved["schedule"])
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])

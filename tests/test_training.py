@@ -87,6 +87,23 @@ def test_skip_rate_zero_freezes_skip_paths(train: Callable[..., Trained], fitted
     assert any(not torch.equal(after[n], p) for n, p in before.items() if "router" in n)
 
 
+def test_rates_fall_with_the_width(
+    train: Callable[..., Trained], fitted: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = trainable(fitted)
+
+    def moved() -> dict[str, float]:
+        after, _ = train(steps=1)  # Adam's first step moves every weight with a gradient by its rate
+        return {name: float((after[name] - p.detach()).abs().max()) for name, p in before.items()}
+
+    narrow = moved()
+    monkeypatch.setattr("surgery.rates.WIDTH", C / 4)
+    wide = moved()
+    assert sum(value > 0 for value in narrow.values()) > len(narrow) / 2
+    for name, value in narrow.items():
+        assert wide[name] == pytest.approx(value / 4, rel=0.05)
+
+
 @pytest.mark.parametrize("budget", [0.5, 0.7])
 def test_mean_cost_approaches_the_budget(train: Callable[..., Trained], budget: float) -> None:
     _, history = train(budget=budget, steps=120, router_rate=1e-2, budgets=(budget, budget))
