@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import warnings
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -119,6 +120,13 @@ def convert(
     epochs: Annotated[
         int | None, typer.Option("--epochs", min=1, help="Passes over the data in training; 3 by default.")
     ] = None,
+    lowest_budget: Annotated[
+        float | None,
+        typer.Option(
+            "--lowest-budget",
+            help="Smallest budget that training is also for; 0.45 by default, or --budget if that is less.",
+        ),
+    ] = None,
     second_look: Annotated[
         bool | None,
         typer.Option(
@@ -164,9 +172,12 @@ def convert(
     from surgery.conversion import UnmeasuredQuality
     from surgery.conversion import convert as convert_model
     from surgery.overview import status
-    from surgery.training import Options
+    from surgery.training import HIGHEST, Options
 
     check_budget(budget)
+    training = Options() if epochs is None else Options(epochs=epochs)
+    if lowest_budget is not None:
+        training = replace(training, budgets=(min(lowest_budget, budget), max(HIGHEST, budget)))
     work = out.with_name(f"{out.name}.tuning")
     _check_output(out, work, force=force, resume=resume)
     with waiting("loading the model"):
@@ -199,7 +210,7 @@ def convert(
                 first_layers="auto" if first_layers is None else first_layers,
                 routers=routers.value,
                 cost=cost.value,
-                options=Options() if epochs is None else Options(epochs=epochs),
+                options=training,
                 heal=None if heal is None else heal.value,
                 seed=seed,
                 progress=progress,

@@ -41,7 +41,7 @@ from surgery.straight_through import OpenGates, SoftGates, prices, router_gradie
 
 CHECKPOINT = "training.pt"
 _CLIP = 1.0
-_LOWEST, _HIGHEST = 0.45, 0.9  # budgets that a checkpoint serves beside its own
+LOWEST, HIGHEST = 0.45, 0.9  # budgets that a checkpoint serves beside its own
 _ABOVE_CLOSED = 0.02  # nothing can be learnt where every gate is closed
 _LOOKS = 5  # how often a training looks at held-out data
 _APART = 0.05  # budgets that are nearer to each other are one
@@ -255,7 +255,7 @@ class _Run:
     def _pace(self) -> Pace:
         costs, options, budget = self.state.costs, self.options, self.budget
         closed = costs.cost(self.state.constant_rates(0.0)) + _ABOVE_CLOSED
-        low, high = options.budgets or (min(budget, _LOWEST), max(budget, _HIGHEST))
+        low, high = options.budgets or (min(budget, LOWEST), max(budget, HIGHEST))
         low = min(max(low, closed), 1.0)
         pace = Pace(low, max(low, high), options.anneal * self.total, self.seed)
         pace.start([(p.cost, p.threshold) for p in self.state.table] or self._here())
