@@ -177,6 +177,7 @@ def convert(
     check_budget(budget)
     training = Options() if epochs is None else Options(epochs=epochs)
     if lowest_budget is not None:
+        check_budget(lowest_budget)
         training = replace(training, budgets=(min(lowest_budget, budget), max(HIGHEST, budget)))
     work = out.with_name(f"{out.name}.tuning")
     _check_output(out, work, force=force, resume=resume)
