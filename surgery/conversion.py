@@ -34,6 +34,7 @@ from surgery.gates import iter_gates
 from surgery.look_calibration import calibrate_second_look
 from surgery.nesting import interrupted_at, train_skip_paths
 from surgery.objectives import divergence
+from surgery.orders import settle_order
 from surgery.progress import Progress, silent
 from surgery.regression import regress_routers
 from surgery.rewriting import check_convertible, insert_gates
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 _MADE_INPUTS = 256
 _MADE_BATCH = 16
 _CUT_SAMPLES = 128  # a quarter where every sample holds many tokens
+_ROUNDS = 3  # cut orders of which the best is trained
 
 
 _WHOLE_TEXTS = (
@@ -181,10 +183,11 @@ def convert(
     fit_skip_paths(gated, fit, seed=seed, progress=report)
     state = state_of(gated)
     per_sample = state.units == state.names and not any(gate.per_token for _, gate in iter_gates(gated))
-    if budget < 1:
-        cut_order(gated, fit, samples=_CUT_SAMPLES if per_sample else _CUT_SAMPLES // 4, progress=report)
-    if budget < 1 and per_sample:
-        fit_skip_paths(gated, fit, decisions="nested", seed=seed, progress=report)  # on what static policies leave
+    if budget < 1 and per_sample:  # refits skip paths on what static policies leave
+        rounds = _ROUNDS if trains else 1
+        settle_order(gated, fit, held, rounds=rounds, samples=_CUT_SAMPLES, seed=seed, progress=report)
+    elif budget < 1:
+        cut_order(gated, fit, samples=_CUT_SAMPLES // 4, progress=report)
     if trains and per_sample:
         train_skip_paths(
             gated,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from toys import Residual, Stack, assert_same, convolution, frozen, gate_all, gates, interrupt_after_update, mlp
 
 import surgery
+from surgery import orders
 from surgery.calibration import static_policy
 from surgery.context import handled, state_of
 from surgery.cutting import cut_order
@@ -54,6 +55,39 @@ def test_equal_harm_is_cut_where_it_saves_more() -> None:
         large[3].weight[:, :16], large[3].bias[:] = small[3].weight, small[3].bias
     gated = gate_all(Stack(small, large, head=nn.Linear(4, 3)), torch.randn(2, 4), skip="identity")
     assert cut_order(gated, [torch.randn(64, 4)]) == state_of(gated).names[::-1]
+
+
+def test_of_several_orders_the_best_is_kept_with_its_skip_paths(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    images = [size * torch.randn(32, 4, 6, 6) for size in (0.2, 1.0, 5.0, 1.0)]
+    gated = gate_all(network, images[0][:2], skip="linear")
+    fit_skip_paths(gated, images)
+    before = {name: value.clone() for name, value in gated.state_dict().items()}
+    rounds: list[tuple[tuple[str, ...], dict[str, Tensor]]] = []
+    judged = orders._distance
+
+    def judge(gated: nn.Module, held: list[Tensor]) -> float:
+        rounds.append((state_of(gated).order, {name: value.clone() for name, value in gated.state_dict().items()}))
+        return (2.0, 1.0, 3.0)[len(rounds) - 1]
+
+    monkeypatch.setattr(orders, "_distance", judge)
+    assert orders.settle_order(gated, images, images[:1], rounds=3, samples=32) == [2.0, 1.0, 3.0]
+    assert state_of(gated).order == rounds[1][0]
+    assert_same(gated.state_dict(), rounds[1][1])
+    assert rounds[0][0] != rounds[1][0]
+
+    gated.load_state_dict(before)  # the second round alone: its samples come first, and it starts from the same paths
+    cut_order(gated, [*images[1:], images[0]], samples=32)
+    fit_skip_paths(gated, images, decisions="nested")
+    assert state_of(gated).order == rounds[1][0]
+    assert_same(gated.state_dict(), rounds[1][1])
+    assert judged(gated, images) < 0  # a log of a small divergence
+    with torch.no_grad():
+        for _, gate in surgery.gates.iter_gates(gated):
+            gate.skip_path.weight.fill_(3.0)
+    assert judged(gated, images) > 0
 
 
 def test_static_policies_are_nested_in_the_order(network: nn.Module, images: list[Tensor]) -> None:
