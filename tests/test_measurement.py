@@ -21,7 +21,7 @@ from surgery.model_timing import groups_of
 from surgery.peers import interval
 from surgery.reports import Other, Report
 from surgery.scoring import Scores
-from surgery.scripts import seeds
+from surgery.scripts import budgets_trial, seeds
 from surgery.state import BudgetPoint, CostModel, SiteCost
 
 NO_TIME: dict[str, Any] = {"speed": ()}
@@ -372,3 +372,15 @@ def test_several_conversions_are_scored_as_each_alone(
         assert point.ahead[name][0] == pytest.approx(peers[name].difference)
     assert point.gap[0] == pytest.approx(point.scores[0] - dense.mean)
     assert "(0." in seeds.markdown([point], dense.mean)
+
+
+def test_one_checkpoint_is_compared_with_one_for_each_budget_by_input() -> None:
+    def scored(right: list[float], cost: float) -> seeds.Scored:
+        return seeds.Scored(cost, 0.5, 1.0, Scores(torch.tensor(right), torch.ones(4)), {})
+
+    shared, own = scored([1.0, 1.0, 1.0, 0.0], 0.602), scored([1.0, 0.0, 1.0, 0.0], 0.598)
+    line = budgets_trial.row(0.6, shared, own)
+    assert line.startswith("| 0.60 | 0.602 | 0.7500 | 0.598 | 0.5000 | +25.0 (+0.0 to ")
+    assert budgets_trial.row(0.6, own, own).endswith(
+        "| +0.0 (+0.0 to +0.0) |"
+    )  # paired: equal answers differ by nothing
