@@ -376,7 +376,9 @@ def test_several_conversions_are_scored_as_each_alone(
 
 def test_one_checkpoint_is_compared_with_one_for_each_budget_by_input() -> None:
     def scored(right: list[float], cost: float) -> seeds.Scored:
-        return seeds.Scored(cost, 0.5, 1.0, Scores(torch.tensor(right), torch.ones(4)), {})
+        return seeds.Scored(
+            cost, 0.5, 1.0, Scores(torch.tensor(right, dtype=torch.float64), torch.ones(4, dtype=torch.float64)), {}
+        )
 
     shared, own = scored([1.0, 1.0, 1.0, 0.0], 0.602), scored([1.0, 0.0, 1.0, 0.0], 0.598)
     line = budgets_trial.row(0.6, shared, own)
