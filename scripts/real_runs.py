@@ -35,6 +35,7 @@ class Run:
     augment: bool = False
     epochs: int = 2
     budget: float = 0.6
+    lowest: float | None = None
 
 
 MOBILENET = (
@@ -51,7 +52,7 @@ RUNS = (
         50,
         (1, 64),
         augment=True,
-        epochs=8,
+        epochs=16,
     ),
     Run(
         "minilm",
@@ -61,9 +62,10 @@ RUNS = (
         12000,
         32,
         (1, 32),
-        epochs=3,
+        epochs=6,
+        lowest=0.3,
     ),
-    Run("resnet56", "ResNet-56, CIFAR-10", "resnet56", "cifar10", 15000, 50, (1, 256), augment=True, epochs=3),
+    Run("resnet56", "ResNet-56, CIFAR-10", "resnet56", "cifar10", 15000, 50, (1, 256), augment=True, epochs=5),
     Run(
         "mobilenetv2",
         "mobilenetv2_100, ImageNet subset",
@@ -73,6 +75,7 @@ RUNS = (
         25,
         (1, 32),
         augment=True,
+        epochs=6,
         budget=0.85,
     ),
 )
@@ -116,19 +119,19 @@ def perform(run: Run, shared: Path, out: Path, seed: int, limit: int | None, tes
     from surgery.calibration import budget_range
     from surgery.context import state_of
     from surgery.scripts.bars import progress_bars
+    from surgery.training import HIGHEST
 
     loaded = load_model(_spec(run, shared))
     common: dict[str, Any] = {"batch_size": run.batch_size, "seed": seed}
     train = load_data(
         str(shared / "data" / run.data / "train.parquet"), loaded, split="train", shuffle=True, augment=run.augment,
-        limit=limit or run.limit, whole_texts="auto", **common,
+        limit=limit or run.limit, whole_texts="auto", group_by_length=True, **common,
     )  # fmt: skip
     test = load_data(str(shared / "data" / run.data / "test.parquet"), loaded, split="test", limit=test_limit, **common)
     started = time.perf_counter()
+    training = Options(epochs=run.epochs, budgets=None if run.lowest is None else (run.lowest, HIGHEST))
     with progress_bars() as progress:
-        gated = convert(
-            loaded.model, run.budget, data=train, options=Options(epochs=run.epochs), seed=seed, progress=progress
-        )
+        gated = convert(loaded.model, run.budget, data=train, options=training, seed=seed, progress=progress)
     seconds = time.perf_counter() - started
     save(gated, out / run.name, overwrite=True, spec=_spec(run, shared))
     low, high = budget_range(gated)
