@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from surgery.errors import CheckpointError, OutputExists
+from surgery.errors import BudgetError, CheckpointError, OutputExists
 from surgery.scripts import options
 from surgery.scripts.bars import progress_bars, waiting
 from surgery.scripts.loading import Machine
@@ -178,7 +178,9 @@ def convert(
     training = Options() if epochs is None else Options(epochs=epochs)
     if lowest_budget is not None:
         check_budget(lowest_budget)
-        training = replace(training, budgets=(min(lowest_budget, budget), max(HIGHEST, budget)))
+        if lowest_budget > budget:
+            raise BudgetError(f"--lowest-budget {lowest_budget:g} is above --budget {budget:g}; give at most that")
+        training = replace(training, budgets=(lowest_budget, max(HIGHEST, budget)))
     work = out.with_name(f"{out.name}.tuning")
     _check_output(out, work, force=force, resume=resume)
     with waiting("loading the model"):

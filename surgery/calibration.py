@@ -315,7 +315,13 @@ class _Search:
                 goal = low.cost + share * (high.cost - low.cost)
                 guess = upper.solve(goal)
                 threshold = guess if lower is None else share * guess + (1 - share) * lower.solve(goal)
-                if high.threshold < threshold < result[-1].threshold:
+                last = result[-1]
+                if (
+                    not high.threshold < threshold < last.threshold
+                ):  # the curves disagree about the order: along the line
+                    along = (goal - last.cost) / (high.cost - last.cost)
+                    threshold = last.threshold + along * (high.threshold - last.threshold)
+                if high.threshold < threshold < last.threshold:
                     rates = _mixed(low, high, share)
                     static = static_policy(self.state.costs, self.state.ranks(rates), goal)
                     result.append(BudgetPoint(threshold, goal, rates, static))

@@ -22,7 +22,7 @@ from surgery.fitting import fit_skip_paths
 from surgery.gates import iter_gates
 from surgery.objectives import divergence
 from surgery.policies import constant, cut, decided
-from surgery.progress import Progress, silent
+from surgery.progress import Progress
 
 COSTS = (0.5, 0.6, 0.75)
 """Static policies of these costs are compared."""
@@ -63,7 +63,7 @@ def settle_order(
     best: tuple[tuple[str, ...], list[torch.Tensor]] | None = None
     for number in range(rounds):
         _copy(before, paths)
-        cut_order(gated, _Later(data, number * samples), samples=samples, progress=progress or silent)
+        cut_order(gated, _Later(data, number * samples), samples=samples, progress=progress)
         fit_skip_paths(gated, data, decisions="nested", seed=seed, progress=progress)
         if rounds == 1:
             return found

@@ -90,9 +90,7 @@ def test_table_is_monotone(calibrated: Calibrated) -> None:
     state = state_of(gated)
     costs, thresholds = [p.cost for p in state.table], [p.threshold for p in state.table]
     assert costs == sorted(costs) and thresholds == sorted(thresholds, reverse=True)
-    # steps of 0.02; a point between two whose curves disagree about its order is left out, which rounding decides
-    gaps = sorted(b - a for a, b in itertools.pairwise(costs))
-    assert gaps[-1] < 0.045 and gaps[len(gaps) // 2] < 0.025
+    assert max(b - a for a, b in itertools.pairwise(costs)) < 0.025
     for point in state.table:
         kept = state.costs.cost({name: float(name in point.static) for name in state.names})
         routers = sum(site.router for site in state.costs.sites.values()) / state.costs.dense

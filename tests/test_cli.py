@@ -217,6 +217,41 @@ def test_convert_takes_its_choices(network: str, tmp_path: Path) -> None:
     assert len(value["sites"]) == 3
 
 
+def test_convert_trains_down_to_the_lowest_budget(
+    network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        given.update(kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("surgery.conversion.convert", stop)
+    convert(network, tmp_path / "c", "--lowest-budget", 0.3, expect=130)
+    assert given["options"].budgets == (0.3, 0.9)
+    convert(network, tmp_path / "c", expect=130)
+    assert given["options"].budgets is None
+    above = convert(network, tmp_path / "c", "--lowest-budget", 0.7, expect=1)
+    assert "BudgetError: --lowest-budget 0.7 is above --budget 0.6" in above.stderr
+    assert "BudgetError" in convert(network, tmp_path / "c", "--lowest-budget", 1.5, expect=1).stderr
+
+
+def test_convert_puts_texts_of_like_length_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        given.update(kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("surgery.adapters.load_data", stop)
+    with pytest.raises(KeyboardInterrupt):
+        from surgery.scripts.convert import _read
+
+        common = {"batch_size": 2, "limit": None, "seed": 0, "shuffle": True}
+        _read(None, "a.csv", "train", None, "", common=common, augment=False, whole_texts="auto")
+    assert given["group_by_length"] is True and given["shuffle"] is True
+
+
 def test_convert_shares_routers(tmp_path: Path) -> None:
     more = ("--data", "digits:16", "--tune", "oneshot", "--routers", "shared")
     value = json.loads(convert("python:surgery.scripts.digits_model:build", tmp_path / "out", *more, "--json").stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,21 @@ def test_of_several_orders_the_best_is_kept_with_its_skip_paths(
         for _, gate in surgery.gates.iter_gates(gated):
             gate.skip_path.weight.fill_(3.0)
     assert judged(gated, images) > 0
+
+
+@pytest.mark.parametrize("tune, rounds", [("oneshot", 1), ("train", 3)])
+def test_convert_compares_orders_where_it_trains(
+    network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch, tune: Any, rounds: int
+) -> None:
+    measured: list[tuple[str, ...]] = []
+
+    def watched(*args: Any, **kwargs: Any) -> tuple[str, ...]:
+        measured.append(cut_order(*args, **kwargs))
+        return measured[-1]
+
+    monkeypatch.setattr(orders, "cut_order", watched)
+    gated = surgery.convert(network, 0.8, data=images, tune=tune, options=Options(steps=2), samples=64)
+    assert len(measured) == rounds and state_of(gated).order in measured
 
 
 def test_static_policies_are_nested_in_the_order(network: nn.Module, images: list[Tensor]) -> None:

@@ -261,6 +261,15 @@ def test_interrupted_and_resumed_is_uninterrupted(train: Callable[..., Trained],
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]  # no half-written files
 
 
+def test_a_checkpoint_with_other_rates_by_width_is_refused(train: Callable[..., Trained], tmp_path: Path) -> None:
+    train(steps=2, output_dir=tmp_path)
+    saved = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    saved["optimiser"]["param_groups"].pop()
+    torch.save(saved, tmp_path / CHECKPOINT)
+    with pytest.raises(CheckpointError, match="of another version"):
+        train(steps=2, output_dir=tmp_path, resume=True)
+
+
 def test_interrupted_in_the_middle_of_a_step(
     train: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
