@@ -56,8 +56,8 @@ def main(
         test, loaded, split="test", batch_size=batch_size, limit=test_limit, seed=0, shuffle=test_limit is not None
     )
     inputs = list(batches(read))
-    dense, outputs = dense_score(loaded.model, inputs)
-    typer.echo(f"dense: {dense.mean:.4f} on {len(dense.values):,} inputs")
+    dense, outputs, metric = dense_score(loaded.model, inputs)
+    typer.echo(f"dense: {metric} {dense.mean:.4f} on {len(dense.values):,} inputs")
 
     def converted(wanted: float, budgets: tuple[float, float] | None) -> Any:
         training = surgery.Options(epochs=epochs, budgets=budgets)

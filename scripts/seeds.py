@@ -74,8 +74,8 @@ def main(
     loaded = pairs[0][1]
     read = load_data(data, loaded, split=split, batch_size=batch_size, limit=limit, seed=0, shuffle=limit is not None)
     inputs = list(batches(read))
-    dense, outputs = dense_score(loaded.model, inputs)
-    typer.echo(f"dense: {dense.mean:.4f} on {len(dense.values):,} inputs")
+    dense, outputs, metric = dense_score(loaded.model, inputs)
+    typer.echo(f"dense: {metric} {dense.mean:.4f} on {len(dense.values):,} inputs")
     points = []
     for wanted in budget:
         points.append(
@@ -87,8 +87,8 @@ def main(
     typer.echo(markdown(points, dense.mean))
 
 
-def dense_score(model: nn.Module, inputs: Sequence[Batch]) -> tuple[Scores, list[Any]]:
-    """Scores of the dense model, and its outputs."""
+def dense_score(model: nn.Module, inputs: Sequence[Batch]) -> tuple[Scores, list[Any], str | None]:
+    """Scores of the dense model, its outputs, and the name of the metric."""
     import torch
 
     from surgery.calling import call_dense
@@ -99,7 +99,7 @@ def dense_score(model: nn.Module, inputs: Sequence[Batch]) -> tuple[Scores, list
         for batch in inputs:
             outputs.append(call_dense(model, batch))
             judge.add(parts, batch, outputs[-1], outputs[-1], None)
-    return parts.score, outputs
+    return parts.score, outputs, judge.metric
 
 
 @dataclass(frozen=True, slots=True)

@@ -361,7 +361,8 @@ def test_several_conversions_are_scored_as_each_alone(
     monkeypatch.setattr("surgery.calibration.set_budget", lambda *_: None)  # the budget is set by hand
     alone = measure(gated, data, dense=model, **NO_TIME)
     inputs = [Batch((x,), {}, y) for x, y in data]
-    dense, outputs = seeds.dense_score(model, inputs)
+    dense, outputs, metric = seeds.dense_score(model, inputs)
+    assert metric == "accuracy"
     point = seeds.score_all(0.5, [gated, gated], model, inputs, dense, outputs, peers=True)
     peers = {peer.name: peer for peer in alone.peers}
     assert point.scores == [alone.metric["accuracy"]] * 2
