@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.key_values import KeyWriter
+from surgery.query_rows import QueryRows
 from surgery.sites import RegionInput
 
 Owners = tuple[tuple[nn.Module, str] | None, ...]
@@ -35,6 +36,8 @@ class Branch(Protocol):
 
     keys: KeyWriter | None
     """Writes its keys and values alone, where that is known; then it has no further outputs."""
+    rows: QueryRows | None
+    """Runs it for some query tokens of one sample, where that is known."""
 
     def __call__(self, *inputs: Any) -> Any:
         """Run it."""
@@ -51,6 +54,7 @@ class Unfolded:
     stateful: bool = False
     inplace: bool = False
     keys: KeyWriter | None = None
+    rows: QueryRows | None = None
 
     def __call__(self, *inputs: Any) -> Tensor:
         """Fold, run, unfold."""

@@ -22,6 +22,9 @@ from surgery.sites import Site, SitePlan
 from surgery.skip_paths import SkipPath
 from surgery.slices import cheaper_than_gathering, may_slice, slices_of
 
+FEW_ROWS = 256
+"""Up to so many samples or tokens, every operation costs more than what it computes."""
+
 
 class Executor(nn.Module):
     """Executes the decisions of one site; `surgery.gates.Gate` makes them."""
@@ -128,6 +131,10 @@ class Executor(nn.Module):
         if self.query and self.per_token:
             if count > MOST_ACTIVE * decisions.numel():
                 return self.mask(branch, left, residual, inputs, decisions)
+            if count and len(decisions) == 1 and branch.rows is not None:
+                made = self._skip_rows(branch, left, residual, inputs, decisions, active)
+                if made is not None:
+                    return made
             return self._skip_queries(branch, left, residual, inputs, decisions if count else None)
         if branch.axes is None:
             return self.mask(branch, left, residual, inputs, decisions)
@@ -178,15 +185,7 @@ class Executor(nn.Module):
             take_tokens(value, axes, active, decisions.dim()) for value, axes in zip(inputs, branch.axes, strict=True)
         ]
         value, _ = split_outputs(branch, branch(*cut))
-        rows = decisions.dim() - 1
-        merged = self._merge(
-            None if left is None else left.flatten(0, rows),
-            residual.flatten(0, rows),
-            decisions.flatten(),
-            active,
-            value.flatten(0, rows),
-        )
-        return merged.view(residual.shape)
+        return self._merge_rows(left, residual, decisions, active, value)
 
     def _skip_sequences(
         self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
@@ -221,6 +220,27 @@ class Executor(nn.Module):
         value, _ = split_outputs(branch, branch(*cut))
         merged = self._merge(left, residual, decisions, active, value)
         return (merged, *(None,) * branch.escapes) if branch.escapes else merged
+
+    def _skip_rows(
+        self,
+        branch: Branch,
+        left: Tensor | None,
+        residual: Tensor,
+        inputs: Sequence[Any],
+        decisions: Tensor,
+        active: Tensor,
+    ) -> Any:
+        """Active query tokens of one sample in generated code; None where there is none for this call."""
+        assert branch.rows is not None
+        if context.whole_rows() or torch.compiler.is_compiling():
+            return None
+        host: nn.Module = branch.__self__  # type: ignore[attr-defined]
+        made = branch.rows.run(host, inputs, active, decisions.shape[1])
+        if made is None:
+            return None
+        value, escaped = split_outputs(branch, made)
+        merged = self._merge_rows(left, residual, decisions, active, value)
+        return (merged, *escaped) if branch.escapes else merged
 
     def _skip_queries(
         self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor | None
@@ -261,12 +281,33 @@ class Executor(nn.Module):
         roles = self.site.query
         return query is None or (roles is not None and (roles.last - roles.first) * self.site.channels == query.numel())
 
+    def _merge_rows(
+        self, left: Tensor | None, residual: Tensor, decisions: Tensor, active: Tensor, value: Tensor
+    ) -> Tensor:
+        """`_merge` over the flattened samples x positions; `value` holds active rows."""
+        rows = decisions.dim() - 1
+        merged = self._merge(
+            None if left is None else left.flatten(0, rows),
+            residual.flatten(0, rows),
+            decisions.flatten(),
+            active,
+            value.flatten(0, rows),
+        )
+        return merged.view(residual.shape)
+
     def _merge(self, left: Tensor | None, residual: Tensor, decisions: Tensor, active: Tensor, value: Tensor) -> Tensor:
         """`left` plus the branch at active rows and the skip path at the others."""
         base = torch.zeros_like(residual) if left is None else left
-        merged = base.index_add(0, active, value.to(base.dtype))
         if self.skip_path.is_identity:
-            return merged
+            return base.index_add(0, active, value.to(base.dtype))
+        if len(decisions) <= FEW_ROWS:
+            # skip paths for all of them: leaving out active rows takes more calls than it saves
+            merged = self.skip_path(residual).to(base.dtype)
+            value = value.to(base.dtype)
+            if left is not None:
+                merged, value = left + merged, left.index_select(0, active) + value
+            return merged.index_copy_(0, active, value)
+        merged = base.index_add(0, active, value.to(base.dtype))
         passive = decisions.logical_not().nonzero().squeeze(1)
         return merged.index_add_(0, passive, self.skip_path(residual[passive]).to(base.dtype))
 

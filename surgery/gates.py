@@ -215,7 +215,9 @@ class Gate(Executor):
         return {} if scope is None else scope.shared
 
     def _read(self, residual: Tensor) -> Tensor | None:
-        """Which tokens the router pools, bool `(N, T)`, or None where all are."""
+        """Which tokens the router pools, bool `(N, T)`, or None where all are or it pools none."""
+        if self.per_token:
+            return None
         return self.prompt(residual) if self.once else self.padding(residual)
 
     def first_tokens(self, residual: Tensor) -> Tensor | None:

@@ -21,11 +21,12 @@ from surgery.generating import code_of, functions_of
 from surgery.tracing import (
     CACHE_NAMES,
     DTYPE,
-    GATES,
     Pattern,
     Signature,
     base_class,
     has_side_effect,
+    is_autocast,
+    is_watched,
     new_graph,
     signature_of,
     trace,
@@ -55,7 +56,7 @@ class KeyWriter:
             Whether it was done; if not, nothing happened.
         """
         module = host.get_submodule(self.name)
-        if _is_watched(module) or torch.is_autocast_enabled():
+        if is_watched(module) or is_autocast(module):
             return False
         args, kwargs = self.arguments(host, *inputs)
         signature = self.signature = self.signature or signature_of(base_class(module))
@@ -111,13 +112,6 @@ def update_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any],
     except _Reached as reached:
         return reached.update
     return None
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody else has a say in what the module's call does."""
-    return bool(
-        GATES in module._modules or "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
-    )
 
 
 class _Reached(Exception):

@@ -39,6 +39,7 @@ from surgery.generating import code_of, functions_of
 from surgery.head_gates import HeadGate
 from surgery.key_values import KeyWriter
 from surgery.queries import owner
+from surgery.query_rows import QueryRows
 from surgery.regions import Region, find_regions, is_rest, or_nothing
 from surgery.sites import Plan, RegionInput, Site, SitePlan, Sites, is_in_first
 from surgery.state import CostModel, GatedState, SiteCost
@@ -52,6 +53,7 @@ from surgery.tracing import (
     Pattern,
     Signature,
     base_class,
+    is_autocast,
     new_graph,
     remove_dead_code,
     signature_of,
@@ -91,6 +93,8 @@ class Marked:
     axes: Mapping[str, RegionInput] | None
     shared: bool = False
     leader: str = ""
+    query: str = ""
+    """The parameter that makes queries and nothing else, for attention decided per token."""
 
 
 @dataclass(slots=True)
@@ -120,7 +124,7 @@ class Programs:
         """
         if runs_dense(module._modules[GATES].state):  # type: ignore[union-attr, arg-type]
             return self.base.forward(module, *args, **kwargs)
-        if self.dtype is not None and (self.dtype != weights_dtype(module) or torch.is_autocast_enabled()):
+        if self.dtype is not None and (self.dtype != weights_dtype(module) or is_autocast(module)):
             logger.warning(
                 "%s: this call runs dense, since its weights were %s when gates were inserted", self.name, self.dtype
             )
@@ -206,13 +210,14 @@ class Programs:
             function.axes = _axes(mark, region)
             function.stateful = any(node.name in CACHE_NAMES for node in region.inputs) or mark.shared
             function.inplace = region.add.meta.get(INPLACE, False) and region.add.args[0] is region.term
-            function.keys = self._key_writer(module, mark, region, index) if function.stateful else None
+            function.keys = self._key_writer(mark, region, index) if function.stateful else None
+            function.rows = None if function.stateful else self._query_rows(mark, region, index)
             setattr(cls, function.__name__, function)
         self.sources[pattern] = source
         self.compiled[pattern] = program
         return program
 
-    def _key_writer(self, module: nn.Module, mark: Marked, region: Region, index: int) -> KeyWriter | None:
+    def _key_writer(self, mark: Marked, region: Region, index: int) -> KeyWriter | None:
         """Writes the branch's keys and values alone, where its attention is one module that takes the cache."""
         takers = [
             node
@@ -221,11 +226,26 @@ class Programs:
         ]
         if len(takers) != 1 or region.escapes:
             return None
-        name = f"{_branch_name(mark.key, index)}_arguments"
-        namespace: dict[str, Any] = {}
-        source = code_of(_arguments_graph(region, takers[0]), name, namespace)
-        arguments = functions_of(source, namespace, f"<surgery {self.name or 'model'} {name}>")[name]
+        arguments = self._function(_arguments_graph(region, takers[0]), f"{_branch_name(mark.key, index)}_arguments")
         return KeyWriter(str(takers[0].target), arguments)
+
+    def _query_rows(self, mark: Marked, region: Region, index: int) -> QueryRows | None:
+        """Runs the branch for some query tokens, where its attention is one module that queries are made in."""
+        calls = [n for n in region.nodes if n.op == "call_module" and mark.query.startswith(f"{n.target}.")]
+        if len(calls) != 1 or mark.query.count(".", len(str(calls[0].target)) + 1) == 0:
+            return None
+        rest = _rest_graph(region, calls[0])
+        if rest is None:
+            return None
+        name = _branch_name(mark.key, index)
+        arguments = self._function(_arguments_graph(region, calls[0]), f"{name}_arguments")
+        return QueryRows(str(calls[0].target), arguments, self._function(rest, f"{name}_rest"))
+
+    def _function(self, graph: fx.Graph, name: str) -> Callable[..., Any]:
+        namespace: dict[str, Any] = {}
+        source = code_of(graph, name, namespace)
+        made: Callable[..., Any] = functions_of(source, namespace, f"<surgery {self.name or 'model'} {name}>")[name]
+        return made
 
 
 def insert_gates(model: nn.Module, plan: Plan | Sites) -> nn.Module:
@@ -379,7 +399,8 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
         gates._modules[key].cache_layer = _cache_layer(gated, one.site)  # type: ignore[union-attr]
         axes = {i.name: i for i in one.site.inputs} if not one.site.restriction else None
         anchor = tuple(a[len(prefix) :] for a in one.site.anchor)
-        marked.append(Marked(one.site.name, key, anchor, axes, one.site.shared, one.leader))
+        query = _query(one)[len(prefix) :]
+        marked.append(Marked(one.site.name, key, anchor, axes, one.site.shared, one.leader, query))
     base = base_class(module)
     inlined = frozenset(n[len(prefix) :] for n in plan.inlined if n.startswith(prefix))
     patterns = [Pattern.from_list(p) for p in plan.patterns[host]]
@@ -398,6 +419,13 @@ def _owners(gated: nn.Module, planned: SitePlan) -> Owners:
     if roles is None or planned.granularity == "sample":
         return ()
     return tuple(owner(gated, name) if name else None for name in (roles.query, roles.output))
+
+
+def _query(planned: SitePlan) -> str:
+    """The parameter that makes queries, sample by sample, of attention that is decided per token; or ""."""
+    roles = planned.site.query
+    known = roles is not None and planned.granularity == "token" and roles.query_rows == roles.output_rows == "NT"
+    return roles.query if known and roles is not None else ""
 
 
 def _cache_layer(gated: nn.Module, site: Site) -> int | None:
@@ -507,6 +535,23 @@ def _arguments_graph(region: Region, call: fx.Node) -> fx.Graph:
             break
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(fx.map_arg((call.args, call.kwargs), env.__getitem__))
+    remove_dead_code(graph)
+    return graph
+
+
+def _rest_graph(region: Region, call: fx.Node) -> fx.Graph | None:
+    """The branch from a module's output on; None where it reads anything else."""
+    graph = new_graph()
+    env: dict[fx.Node, fx.Node] = {call: graph.placeholder("made")}
+    for node in region.nodes[region.nodes.index(call) + 1 :]:
+        if all(source in env for source in node.all_input_nodes):
+            env[node] = graph.node_copy(node, env.__getitem__)
+    if region.term not in env or any(s not in env for n in region.escapes if n not in env for s in n.all_input_nodes):
+        return None
+    result: Any = env[region.term]
+    if region.escapes:
+        result = (result, *(_copy_escape(graph, node, env) for node in region.escapes))
+    graph.output(result)
     remove_dead_code(graph)
     return graph
 

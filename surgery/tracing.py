@@ -157,7 +157,12 @@ def signature_of(cls: type) -> Signature:
 
 
 def trace(
-    module: nn.Module, pattern: Pattern, inlined: Collection[str] = (), *, until_cached: bool = False
+    module: nn.Module,
+    pattern: Pattern,
+    inlined: Collection[str] = (),
+    *,
+    until_cached: bool = False,
+    many_tokens: bool = False,
 ) -> fx.Graph:
     """Trace `type(module).forward` for one call pattern.
 
@@ -167,6 +172,7 @@ def trace(
         inlined: Names (relative to `module`) of descendants to trace through instead of recording a call.
         until_cached: Stop where keys and values go into a cache; the graph's output is what `update` is called with,
             its positional arguments in a tuple and the named ones in a dict.
+        many_tokens: Where `forward` asks whether a size is larger than 1, take it that it is.
 
     Returns:
         A graph without dead code. Its placeholders are the arguments that are not constants; the names of calls and
@@ -186,7 +192,7 @@ def trace(
         raise TraceError(
             f"{cls.__name__}.forward takes {len(signature.named)} arguments, the pattern has {len(pattern.named)}"
         )
-    tracer = _Tracer(module, until_cached=until_cached)
+    tracer = _Tracer(module, until_cached=until_cached, many_tokens=many_tokens)
     positional, keyword = [], {}
     for parameter, kind in zip(signature.named, pattern.named, strict=True):
         value = tracer.argument(parameter.name, kind)
@@ -234,6 +240,12 @@ def weights_dtype(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
+def is_autocast(module: nn.Module) -> bool:
+    """Whether autocast decides dtypes where the module's parameters are."""
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    return torch.is_autocast_enabled(device)
+
+
 def _remove_dropout(graph: fx.Graph) -> None:
     """Take out `F.dropout(x, p, training=False)`, which returns `x` itself, so that sums around it are one sum
     (Falcon).
@@ -243,6 +255,13 @@ def _remove_dropout(graph: fx.Graph) -> None:
             training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
             if training is False:
                 node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody else has a say in what the module's call does."""
+    return bool(
+        GATES in module._modules or "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
+    )
 
 
 def remove_dead_code(graph: fx.Graph) -> None:
@@ -301,6 +320,29 @@ class _Proxy(fx.Proxy):
             result.node.meta[INPLACE] = True
         return result
 
+    def __gt__(self, other: Any) -> Any:
+        return True if self._is_size_beside(other) else super().__gt__(other)  # type: ignore[misc]
+
+    __hash__ = fx.Proxy.__hash__
+
+    def __eq__(self, other: Any) -> Any:
+        return False if self._is_size_beside(other) else super().__eq__(other)
+
+    def _is_size_beside(self, other: Any) -> bool:
+        """Whether this is a size that is compared with 1, and known to be larger."""
+        assert isinstance(self.tracer, _Tracer)
+        return self.tracer.many_tokens and type(other) is int and other == 1 and _is_size(self.node)
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether it reads one size of a tensor."""
+    if node.op == "call_method":
+        return node.target == "size" and len(node.args) == 2
+    if node.op != "call_function" or node.target is not operator.getitem:
+        return False
+    source = node.args[0]
+    return isinstance(source, fx.Node) and source.target is getattr and source.args[1:] == ("shape",)
+
 
 class _Dtype(fx.proxy.Attribute):
     """A value's dtype. Asked whether it is a floating-point dtype other than the weights', it says no."""
@@ -319,11 +361,12 @@ class _Dtype(fx.proxy.Attribute):
 class _Tracer(fx.proxy.TracerBase):
     """Records into one graph; knows which proxies stand for tensors."""
 
-    def __init__(self, module: nn.Module, *, until_cached: bool = False) -> None:
+    def __init__(self, module: nn.Module, *, until_cached: bool = False, many_tokens: bool = False) -> None:
         super().__init__()
         self.graph = new_graph()
         self.module = module
         self.until_cached = until_cached
+        self.many_tokens = many_tokens
         self.trace_asserts = False
         self.proxy_buffer_attributes = True
         self._attributes: dict[str, fx.Proxy] = {}
@@ -353,7 +396,7 @@ class _Tracer(fx.proxy.TracerBase):
             rank, _, sizes = text.partition(":")
             return _Sized(node, self, int(rank), tuple(map(int, sizes.split(","))))
         if tag == "tensor":
-            return (_Ranked if self.until_cached else _Argument)(node, self, int(text))
+            return (_Ranked if self.until_cached or self.many_tokens else _Argument)(node, self, int(text))
         return _Cache(node, self) if self.until_cached and name in CACHE_NAMES else fx.Proxy(node, self)
 
     def attribute(self, name: str) -> fx.Proxy:
