@@ -182,7 +182,9 @@ def convert(
             raise BudgetError(f"--lowest-budget {lowest_budget:g} is above --budget {budget:g}; give at most that")
         training = replace(training, budgets=(lowest_budget, max(HIGHEST, budget)))
     work = out.with_name(f"{out.name}.tuning")
-    _check_output(out, work, force=force, resume=resume)
+    check_output(out, force=force)
+    if resume and not _resumable(work, since=0):
+        raise CheckpointError(f"--resume: {work} holds no interrupted run; start without --resume")
     with waiting("loading the model"):
         loaded = Machine(device, dtype, threads, seed, revision).load(model)
     batches, held = _read(
@@ -234,7 +236,7 @@ def convert(
         note(f"written to {out}; next: {program()} score {shlex.quote(str(out))} --data …")
 
 
-def _check_output(out: Path, work: Path, *, force: bool, resume: bool) -> None:
+def check_output(out: Path, *, force: bool) -> None:
     """Refuse before the work, not after it."""
     from surgery.configs import is_checkpoint
 
@@ -242,8 +244,6 @@ def _check_output(out: Path, work: Path, *, force: bool, resume: bool) -> None:
         raise OutputExists(f"{out} exists; pass --force to replace it, or another --out")
     if out.exists() and not is_checkpoint(out) and any(out.iterdir() if out.is_dir() else [out]):
         raise OutputExists(f"{out} is no converted model, so it is not replaced; give another --out")
-    if resume and not _resumable(work, since=0):
-        raise CheckpointError(f"--resume: {work} holds no interrupted run; start without --resume")
 
 
 def _resumable(work: Path, *, since: float) -> bool:

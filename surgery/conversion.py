@@ -242,6 +242,48 @@ def convert(
     return gated
 
 
+def heal_converted(
+    gated: nn.Module,
+    data: Iterable[Any],
+    kind: Literal["norms", "lora"],
+    *,
+    validation: Iterable[Any] | None = None,
+    options: Options | None = None,
+    samples: int = 2048,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Heal a model that was converted before, as `convert(heal=…)` does: heal, calibrate for its budget anew, and look again
+    where it did.
+
+    Args:
+        gated: A converted model whose budget is below 1.
+        data: Re-iterable batches; every fifth is held out unless there is `validation`.
+        kind: `norms` or `lora` (docs/healing.md).
+        validation: Held-out batches.
+        options: How long and at which rate; see `surgery.heal`.
+        samples: Four times as many inputs as are held out to calibrate on, as in `convert`.
+        seed: Seed of everything random.
+        progress: Called while it works.
+
+    Raises:
+        BudgetError: If no budget below 1 is set.
+        SurgeryError: If the model has nothing to heal of that kind.
+        MissingDependency: If `lora` is asked for and peft is not installed.
+        DataError: If the data yields nothing, or its length is unknown and `options.steps` is not given.
+    """
+    state = state_of(gated)
+    fit, held = split(data, validation)
+    held = list(batches(Head(held, max(samples // 4, 64))))
+    looked = bool(state.looks)
+    heal_backbone(gated, fit, kind, options=options, seed=seed, validation=held, progress=progress)
+    assert state.budget is not None
+    unit: Literal["flops", "latency"] = "flops" if state.costs.unit == "flops" else "latency"
+    calibrate(gated, held, state.budget, cost=unit, progress=progress)
+    if looked:
+        calibrate_second_look(gated, held, progress=progress)
+
+
 def made_inputs(model: nn.Module, example: Any, seed: int) -> Iterable[Batch]:
     """Inputs for a conversion without data.
 

@@ -50,7 +50,7 @@ def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
 COMMANDS = (
-    *("sites", "show", "convert", "score", "compare", "benchmark", "export"),
+    *("sites", "show", "convert", "heal", "score", "compare", "benchmark", "export"),
     *("record", "replay", "audit", "report", "app", "doctor", "demo"),
 )
 
@@ -89,6 +89,20 @@ def converted(network: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "out"
     convert(network, out, "--tune", "oneshot", "--limit", 640)
     return out
+
+
+def test_a_finished_conversion_is_healed_beside_itself(network: str, converted: Path, tmp_path: Path) -> None:
+    out, before = tmp_path / "healed", sorted((f.name, f.read_bytes()) for f in converted.iterdir())
+    data = ("--data", "digits", "--limit", 640, "--out", out)
+    refused = run("heal", converted, "--kind", "norms", *data, expect=1)  # a network without norms
+    assert "take heal='lora'" in refused.stderr and not out.exists()
+    pytest.importorskip("peft")
+    common = (converted, "--kind", "lora", *data, "--steps", 30)
+    notes = " ".join(read_json("heal", *common)["notes"])
+    assert "healed (lora)" in notes or "healing (lora) did not improve" in notes
+    assert sorted((f.name, f.read_bytes()) for f in converted.iterdir()) == before
+    assert read_json("score", out, "--data", "digits", "--limit", 64, "--no-peers")["directory"] == str(out)
+    assert "--force" in run("heal", *common, expect=1).stderr
 
 
 # -- help and usage ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""`surgery heal DIR --kind lora --data … --out DIR`: a small adaptation of the backbone of a converted model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgery.scripts import options
+from surgery.scripts.bars import progress_bars, waiting
+from surgery.scripts.convert import Heal, check_output
+from surgery.scripts.loading import Machine
+from surgery.scripts.running import command, note, show, show_json
+
+
+@command
+def heal(
+    directory: options.DirectoryArgument,
+    kind: Annotated[Heal, typer.Option("--kind", help="Copies of its norms, or low-rank changes of linear maps.")],
+    data: Annotated[str, typer.Option("--data", help=f"Data to heal and calibrate on. {options.DATA_HELP}")],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "train",
+    augment: Annotated[
+        bool, typer.Option("--augment", help="Flip and shift pictures at random.", rich_help_panel="Data")
+    ] = False,
+    base: options.Base = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the data; 3 by default.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps, in place of epochs.")] = None,
+    rate: Annotated[float | None, typer.Option("--rate", help="Learning rate of the changes.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older conversion in --out.")] = False,
+    batch_size: options.BatchSize = 32,
+    limit: options.Limit = None,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Adapt the backbone of a converted model a little, as copies beside it, and calibrate it anew."""
+    from surgery.adapters import load_data
+    from surgery.calibration import set_budget
+    from surgery.checkpoints import save
+    from surgery.conversion import heal_converted
+    from surgery.overview import status
+    from surgery.training import Options
+
+    default = Options()
+    training = Options(
+        epochs=default.epochs if epochs is None else epochs,
+        steps=steps,
+        heal_rate=default.heal_rate if rate is None else rate,
+    )
+    check_output(out, force=force)
+    with waiting("loading the model"):
+        gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
+    if budget is not None:
+        set_budget(gated, budget)
+    batches = load_data(
+        data,
+        loaded,
+        split=split,
+        augment=augment,
+        whole_texts="auto",
+        group_by_length=True,
+        batch_size=batch_size,
+        limit=limit,
+        seed=seed,
+        shuffle=True,
+    )
+    with progress_bars() as progress:
+        heal_converted(gated, batches, kind.value, options=training, seed=seed, progress=progress)
+    save(gated, out, overwrite=force, spec=base)
+    if as_json:
+        show_json({"out": str(out), **status(gated).to_dict()})
+    else:
+        show(status(gated))
+        note(f"written to {out}")
