@@ -78,11 +78,17 @@ def test_gates_on_int8_linear_layers(name: str) -> None:
     gated = enliven(surgery.insert_gates(model, plan))
     with surgery.execution(gated, "skip"), surgery.force(gated, 1.0):
         assert_equal(outputs(gated, example), expected)
-    # activations are quantised row by row, so active tokens alone give what they give among others
-    with surgery.execution(gated, "mask"), surgery.force(gated, 0.5, samples=[0, 1]):
-        masked = outputs(gated, example)
-    with surgery.execution(gated, "skip"), surgery.force(gated, 0.5, samples=[0, 1]):
-        assert_close(outputs(gated, example), masked, 1e-3)
+    # activations are quantised row by row, so active tokens alone give what they give among others; but where sums come out
+    # otherwise in their last bit, a value now and then is rounded to its other neighbour, one of 127 steps away
+    differences = []
+    for seed in range(12):
+        example, results = find(name).example(2, seed=seed), []
+        for mode in ("mask", "skip"):
+            with surgery.execution(gated, mode), surgery.force(gated, 0.5, seed=seed, samples=[0, 1]):  # type: ignore[arg-type]
+                results.append(outputs(gated, example)[0])
+        differences.append(float((results[1] - results[0]).abs().max() / results[0].abs().max()))
+    # other decisions differ by 0.2 to 1.8
+    assert min(differences) < 1e-5 and max(differences) < 4 / 127, differences
 
 
 def test_offloading_to_the_cpu() -> None:
