@@ -63,8 +63,10 @@ def benchmark(
     with progress_bars() as progress:
         for done, size in enumerate(sizes):
             progress("timing", done, len(sizes))
-            inputs = _inputs(loaded, data, split, size, seed)
-            speed[size] = compare(_steps(gated, inputs), _steps(loaded.model, inputs), repeats=repeats, device=where)
+            inputs = inputs_of(loaded, data, split, size, seed)
+            speed[size] = compare(
+                steps_of(gated, inputs), steps_of(loaded.model, inputs), repeats=repeats, device=where
+            )
         progress("timing", len(sizes), len(sizes))
     here = conditions(where, dtype_of(loaded.model))
     cost = status(gated).to_dict().get("cost")
@@ -85,7 +87,7 @@ def benchmark(
 _SYNTHETIC = "note: synthetic inputs; decisions and so times on yours will differ, pass --data"
 
 
-def _inputs(loaded: Any, data: str | None, split: str, size: int, seed: int) -> list[Any]:
+def inputs_of(loaded: Any, data: str | None, split: str, size: int, seed: int) -> list[Any]:
     """Batches of `size` on the model's device, all of one length."""
     import torch
 
@@ -107,7 +109,7 @@ def _inputs(loaded: Any, data: str | None, split: str, size: int, seed: int) -> 
     return whole
 
 
-def _steps(model: Any, inputs: list[Any]) -> Callable[[], object]:
+def steps_of(model: Any, inputs: list[Any]) -> Callable[[], object]:
     """Call the model with the next batch each time, so that gated and dense see the same ones in the same order."""
     from surgery.calling import call
 

@@ -57,23 +57,75 @@ def draw_tradeoff(
     Raises:
         MissingDependency: If matplotlib is not installed.
     """
-    figure, (left, right) = _figure(len(rates))
+    left, right = _figure(len(rates))
     _curves(left, curves, dense, samples)
     left.set_title(title, loc="left", fontsize=10)
     _bars(right, rates, kinds)
     right.set_title(rates_title, loc="left", fontsize=10)
-    figure.savefig(path, dpi=150)
+    left.figure.savefig(path, dpi=150)
 
 
-def _figure(sites: int) -> tuple[Any, Any]:
+def draw_networks(path: Path, panels: Sequence[tuple[str, float, Sequence[Curve], Sequence[Curve]]]) -> None:
+    """Accuracy of several networks against cost in the upper row, against measured time in the lower one, in one PNG.
+
+    Args:
+        path: File to write.
+        panels: Title, the dense accuracy, curves by cost and curves by time, both as fractions of dense.
+
+    Raises:
+        MissingDependency: If matplotlib is not installed.
+    """
+    figure = _canvas((3.6 * len(panels), 7.4))
+    rows = figure.subplots(2, len(panels), squeeze=False)
+    named: dict[str, Any] = {}
+    for column, (title, dense, by_cost, by_time) in enumerate(panels):
+        for axes, curves, label in ((rows[0][column], by_cost, "cost"), (rows[1][column], by_time, "time")):
+            axes.axhline(100 * dense, color=GREY, linewidth=1)
+            axes.plot([100], [100 * dense], marker="*", markersize=12, color="black", linestyle="none")
+            for curve in curves:
+                color, marker, line = _style(curve.label, named)
+                points = sorted(curve.points)
+                axes.plot(
+                    [100 * x for x, _ in points], [100 * y for _, y in points], color=color, marker=marker, linestyle=line,
+                    markersize=5, label=curve.label,
+                )  # fmt: skip
+            axes.set_xlabel(f"{label} (% of dense)")
+            axes.grid(alpha=0.3)
+        rows[0][column].set_title(title, fontsize=10)
+        # decisions given to other inputs may be far below; what is worth looking at is near the dense network
+        best = [y for curve in by_cost if "shuffled" not in curve.label for _, y in curve.points]
+        rows[0][column].set_ylim(bottom=100 * min([*best, dense]) - 2, top=100 * max([*best, dense]) + 1)
+        rows[1][column].axvline(100, color=GREY, linewidth=1)
+    for axes, what in zip((rows[0][0], rows[1][0]), ("accuracy (%)", "accuracy (%), first seed"), strict=True):
+        axes.set_ylabel(what)
+    for row in rows:
+        found = {text: handle for axes in row for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+        row[len(row) // 2].legend(
+            found.values(), found, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=5, frameon=False, fontsize=9
+        )
+    figure.savefig(path, dpi=110)
+
+
+def _style(label: str, named: dict[str, Any]) -> Any:
+    """The same colour, marker and line for a label in every panel."""
+    kinds = (*_STYLES, (GREY, "v", "-"))
+    return named.setdefault(label, kinds[len(named) % len(kinds)])
+
+
+def _canvas(size: tuple[float, float]) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependency('matplotlib is needed to draw: pip install "bypass-surgery[plot]"') from error
-    figure = Figure(figsize=(11, max(4.6, 1.4 + 0.24 * sites)), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, 2, width_ratios=(3, 2))
+    return figure
+
+
+def _figure(sites: int) -> tuple[Any, Any]:
+    left, right = _canvas((11, max(4.6, 1.4 + 0.24 * sites))).subplots(1, 2, width_ratios=(3, 2))
+    return left, right
 
 
 def _curves(axes: Any, curves: Sequence[Curve], dense: float, samples: int) -> None:

@@ -1,95 +1,120 @@
-"""The real runs of docs/results.md: `python -m surgery.scripts.real_runs --shared ../shared --out out/real`.
+"""The real runs of docs/results.md, tables and picture: `python -m surgery.scripts.real_runs --shared ../shared --out out/real`.
 
-Each network is converted once, for 0.60 of its dense compute, and scored at several budgets on test data that nothing
-was fitted, tuned or calibrated on. A run writes one JSON file per network; `--write docs/results.md` replaces the
-tables there.
+Each network is converted for one budget, once per seed, and scored at several on test data that nothing was fitted, tuned or
+calibrated on. Beside the default (routers and skip paths trained) stand two other columns of the first seed: routers alone, and
+the default healed. What is already in `--out` is kept, so an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.3)
-START, END = "<!-- real runs: begin -->", "<!-- real runs: end -->"
+from surgery.scripts import real_tables
 
+if TYPE_CHECKING:
+    from surgery.adapters import Loaded
+    from surgery.calling import Batch
 
-@dataclass(frozen=True)
-class Run:
-    """One network and its data."""
-
-    name: str
-    title: str
-    spec: str
-    data: str
-    limit: int
-    batch_size: int
-    speed: tuple[int, ...]
-    augment: bool = False
-    epochs: int = 2
-    budget: float = 0.6
-    lowest: float | None = None
-
-
+Stage = Literal["convert", "score", "peers", "time", "write"]
+STAGES: tuple[Stage, ...] = ("convert", "score", "peers", "time", "write")
 MOBILENET = (
     "timm:mobilenetv2_100?pad_type=same&mean=0.5&std=0.5&crop_pct=0.986&pretrained=false"
     "&checkpoint={weights}/mobilenetv2_100_imagenet.safetensors"
 )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network and its data.
+
+    Args:
+        name: Of its directories and its JSON file.
+        title: Over its table.
+        source: `MODEL` string; `{shared}`, `{weights}`, `{out}` and `{networks}` are filled in.
+        data: Directory in `data/`.
+        limit: Training inputs, or None for all.
+        batch_size: Of training and scoring.
+        times: Batch sizes that are timed.
+        budgets: Scored.
+        targets: Budget -> what was aimed at.
+        epochs: Of the default column.
+        routers_epochs: Of the column of routers alone.
+        heal: Kind, rate and steps of the healed column.
+        augment: Whether pictures are flipped and shifted.
+        budget: Converted for.
+        lowest: Smallest budget that is trained for.
+        second_look: What `convert` is told.
+        test_limit: Test inputs, drawn with seed 0, or None for all.
+        prepare: Directory of the dense model that `surgery.scripts.news_head` writes, if it is that one.
+    """
+
+    name: str
+    title: str
+    source: str
+    data: str
+    limit: int | None
+    batch_size: int
+    times: tuple[int, ...]
+    budgets: tuple[float, ...]
+    targets: dict[float, str]
+    epochs: int
+    routers_epochs: int = 3
+    heal: tuple[Literal["norms", "lora"], float, int] = ("lora", 3e-4, 200)
+    augment: bool = False
+    budget: float = 0.6
+    lowest: float | None = None
+    second_look: Literal["auto"] | bool = "auto"
+    test_limit: int | None = None
+    prepare: str = ""
+
+
 RUNS = (
     Run(
-        "vit6",
-        "small ViT (nn.TransformerEncoder), CIFAR-10",
-        "vit6",
-        "cifar10",
-        15000,
-        50,
-        (1, 64),
-        augment=True,
-        epochs=16,
+        "resnet56", "ResNet-56, CIFAR-10", "python:{networks}:resnet56", "cifar10", 15000, 50, (1, 256), (0.75, 0.6, 0.5),
+        {0.75: "0.928", 0.6: "0.913", 0.5: "0.890"}, epochs=5, heal=("norms", 1e-3, 200), augment=True,
     ),
     Run(
-        "minilm",
-        "MiniLM (BERT, 6 layers), SST-2",
-        "weights/minilm-sst2",
-        "sst2",
-        12000,
-        32,
-        (1, 32),
-        epochs=6,
-        lowest=0.3,
+        "minilm", "MiniLM (BERT, 6 layers), SST-2", "hf:{weights}/minilm-sst2", "sst2", None, 32, (1, 32),
+        (0.75, 0.6, 0.5, 0.4, 0.3), {0.75: "100 %", 0.6: "100 %", 0.5: "99.8 %", 0.4: "98.5 %", 0.3: "96 %"}, epochs=6,
+        lowest=0.3, second_look=False,
     ),
-    Run("resnet56", "ResNet-56, CIFAR-10", "resnet56", "cifar10", 15000, 50, (1, 256), augment=True, epochs=5),
     Run(
-        "mobilenetv2",
-        "mobilenetv2_100, ImageNet subset",
-        MOBILENET,
-        "imagenet",
-        1000,
-        25,
-        (1, 32),
-        augment=True,
-        epochs=6,
-        budget=0.85,
+        "agnews", "MiniLM features and a linear head, AG News", "hf:{out}/agnews-dense", "agnews", 5000, 32, (1, 32),
+        (0.75, 0.6, 0.5, 0.4, 0.3), {0.75: "100 %", 0.6: "99.8 %", 0.5: "99.3 %", 0.4: "98.5 %", 0.3: "97 %"}, epochs=3,
+        lowest=0.3, test_limit=1500, prepare="agnews-dense",
     ),
-)
+    Run(
+        "vit6", "small ViT (nn.TransformerEncoder), CIFAR-10", "python:{networks}:vit6", "cifar10", 15000, 50, (1, 64),
+        (0.85, 0.75, 0.6, 0.5, 0.4), {0.85: "100 %", 0.75: "99.5 %", 0.6: "97 %", 0.5: "93 %"}, epochs=16, routers_epochs=4,
+        augment=True,
+    ),
+    Run(
+        "mobilenetv2", "MobileNetV2, ImageNet subset", MOBILENET, "imagenet", 1000, 25, (1, 32), (0.95, 0.9, 0.85, 0.8),
+        {0.85: "96 %"}, epochs=6, heal=("norms", 1e-3, 40), augment=True, budget=0.85,
+    ),
+)  # fmt: skip
 
 
 def main(
     shared: Annotated[Path, typer.Option(help="Directory with weights/ and data/.")] = Path("../shared"),
     out: Annotated[Path, typer.Option(help="Where to write checkpoints and JSON.")] = Path("out/real"),
     only: Annotated[list[str] | None, typer.Option(help="Names of the runs; all by default.")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(STAGES)}; all by default.")] = None,
+    seeds: Annotated[int, typer.Option(help="Conversions per network.")] = 3,
+    columns: Annotated[bool, typer.Option(help="Also routers alone, and healed.")] = True,
+    peer_inputs: Annotated[int, typer.Option(help="Test inputs for policies that ignore the input.")] = 1000,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Use at most that many samples, for a quick look.")] = None,
-    test_limit: Annotated[int | None, typer.Option(help="Score on the first so many test inputs.")] = None,
     write: Annotated[Path | None, typer.Option(help="Markdown page whose tables are replaced.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
 ) -> None:
     """Convert and score the real networks."""
     import torch
@@ -97,104 +122,214 @@ def main(
     torch.set_num_threads(threads)
     os.environ["SURGERY_WEIGHTS"] = str(shared / "weights")
     out.mkdir(parents=True, exist_ok=True)
-    for run in RUNS:
-        if only and run.name not in only:
-            continue
-        result = perform(run, shared, out, seed, limit, test_limit or limit)
-        (out / f"{run.name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        typer.echo(markdown([result]))
-    if write is not None:
+    chosen = [run for run in RUNS if not only or run.name in only]
+    wanted = [name for name in STAGES if not stage or name in stage]
+    for run in chosen:
+        work = Work(run, shared, out, seeds, columns, threads, limit)
+        for name in wanted:
+            if name == "convert":
+                work.convert()
+            elif name == "score":
+                work.score()
+            elif name == "peers":
+                work.peers(peer_inputs)
+            elif name == "time":
+                work.time()
+        typer.echo(real_tables.markdown(work.load()))
+    if "write" in wanted:
         results = [
-            json.loads((out / f"{r.name}.json").read_text("utf-8")) for r in RUNS if (out / f"{r.name}.json").exists()
+            work.load() for run in RUNS if (work := Work(run, shared, out, seeds, columns, threads, limit)).known
         ]
-        text = write.read_text(encoding="utf-8")
-        before, rest = text.split(START, 1)
-        write.write_text(f"{before}{START}\n\n{markdown(results)}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+        if write is not None:
+            real_tables.replace(write, results)
+        if picture is not None:
+            real_tables.draw(picture, results)
 
 
-def perform(run: Run, shared: Path, out: Path, seed: int, limit: int | None, test_limit: int | None) -> dict[str, Any]:
-    """Convert one network and score it at every budget."""
-    from surgery import Options, convert, measure, save, set_budget
-    from surgery.adapters import load_data, load_model
-    from surgery.calibration import budget_range
-    from surgery.context import state_of
-    from surgery.scripts.bars import progress_bars
-    from surgery.training import HIGHEST
+@dataclass
+class Work:
+    """One run's directories, and its JSON file, which every stage adds to."""
 
-    loaded = load_model(_spec(run, shared))
-    common: dict[str, Any] = {"batch_size": run.batch_size, "seed": seed}
-    train = load_data(
-        str(shared / "data" / run.data / "train.parquet"), loaded, split="train", shuffle=True, augment=run.augment,
-        limit=limit or run.limit, whole_texts="auto", group_by_length=True, **common,
-    )  # fmt: skip
-    test = load_data(str(shared / "data" / run.data / "test.parquet"), loaded, split="test", limit=test_limit, **common)
-    started = time.perf_counter()
-    training = Options(epochs=run.epochs, budgets=None if run.lowest is None else (run.lowest, HIGHEST))
-    with progress_bars() as progress:
-        gated = convert(loaded.model, run.budget, data=train, options=training, seed=seed, progress=progress)
-    seconds = time.perf_counter() - started
-    save(gated, out / run.name, overwrite=True, spec=_spec(run, shared))
-    low, high = budget_range(gated)
-    reports = {}
-    for budget in BUDGETS:
-        if not low - 0.01 <= budget <= high + 0.01:
-            continue
-        set_budget(gated, budget)
-        timed = run.speed if budget == run.budget else ()
-        reports[str(budget)] = measure(gated, test, dense=loaded.model, speed=timed, seed=seed).to_dict()
-    return {
-        "name": run.name,
-        "title": run.title,
-        "seconds": seconds,
-        "samples": train.samples,
-        "policy": state_of(gated).policy,
-        "notes": state_of(gated).notes,
-        "reports": reports,
-    }
+    run: Run
+    shared: Path
+    out: Path
+    seeds: int
+    columns: bool
+    threads: int
+    limit: int | None
 
+    @property
+    def spec(self) -> str:
+        """The dense model as a `MODEL` string."""
+        networks = Path(__file__).with_name("networks.py")
+        weights = self.shared / "weights"
+        return self.run.source.format(shared=self.shared, weights=weights, out=self.out, networks=networks)
 
-def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The tables of docs/results.md."""
-    lines = []
-    for result in results:
-        first = next(iter(result["reports"].values()))
-        metric = next(iter(first["metric"]), "agreement")
-        dense = first["dense_metric"].get(metric, 1.0)
-        lines += [
-            f"### {result['title']}",
-            "",
-            f"Dense: {metric} {dense:.4f} on {first['data']}. Converted in {result['seconds']:.0f} s with "
-            f"{result['samples']} training inputs, whose labels were not used. Policy that runs: {result['policy']}.",
-            "",
-            "| budget | cost | submodules | gated | agreement | static | random | shuffled | ours - static (95 %) | time |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for budget, report in result["reports"].items():
-            peers = {p["name"]: p for p in report["peers"]}
-            cells = [
-                f"{peers[n]['metric']:.4f} @{peers[n]['cost']:.3f}" if n in peers else ""
-                for n in ("static", "random", "shuffled")
-            ]
-            static = peers.get("static")
-            gap = f"{static['difference']:+.4f} [{static['low']:+.4f}, {static['high']:+.4f}]" if static else ""
-            speed = ", ".join(
-                f"N={n}: {r['median']:.2f}x [{r['q1']:.2f}, {r['q3']:.2f}]" for n, r in report["speed"].items()
+    @property
+    def known(self) -> bool:
+        """Whether it was scored."""
+        return "trained" in self.load()
+
+    @property
+    def trained(self) -> list[Path]:
+        """Conversions with trained routers and skip paths, one per seed."""
+        return [self.out / f"{self.run.name}-{seed}" for seed in range(self.seeds)]
+
+    def load(self) -> dict[str, Any]:
+        """What is known so far."""
+        file = self.out / f"{self.run.name}.json"
+        found = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        return {"name": self.run.name, "title": self.run.title, **found}
+
+    def keep(self, **more: Any) -> None:
+        """Add to what is known."""
+        text = json.dumps(self.load() | more, indent=1)
+        (self.out / f"{self.run.name}.json").write_text(text, encoding="utf-8")
+
+    def convert(self) -> None:
+        """Make what is not there yet."""
+        from surgery.scripts import news_head
+
+        if self.run.prepare and not (self.out / self.run.prepare).exists():
+            news_head.main(self.shared, self.out / self.run.prepare, self.limit, self.threads, 0)
+        for seed, directory in enumerate(self.trained):
+            self._make(directory, partial(self._convert, "train", self.run.epochs, seed))
+        if self.columns:
+            routers, healed = (self.out / f"{self.run.name}-{column}" for column in ("routers", "healed"))
+            self._make(routers, partial(self._convert, "routers", self.run.routers_epochs, 0))
+            self._make(healed, self._heal)
+
+    def _make(self, directory: Path, make: Callable[[], Any]) -> None:
+        from surgery import save
+
+        if not directory.exists():
+            typer.echo(f"{directory} …", err=True)
+            save(make(), directory, spec=self.spec)
+
+    def _convert(self, tune: Literal["train", "routers"], epochs: int, seed: int) -> Any:
+        from surgery import Options, convert
+        from surgery.scripts.bars import progress_bars
+        from surgery.training import HIGHEST
+
+        loaded, run = self._dense(), self.run
+        options = Options(epochs=epochs, budgets=None if run.lowest is None else (run.lowest, HIGHEST))
+        train = self._train(loaded, seed)
+        with progress_bars() as progress:
+            return convert(
+                loaded.model,
+                run.budget,
+                data=train,
+                tune=tune,
+                options=options,
+                second_look=run.second_look,
+                seed=seed,
+                progress=progress,
             )
-            value = report["metric"].get(metric, report["agreement"])
-            lines.append(
-                f"| {budget} | {report['cost']:.3f} | {report['submodules']:.3f} | {value:.4f} | {report['agreement']:.4f} "
-                f"| {' | '.join(cells)} | {gap} | {speed} |"
-            )
-        lines += ["", *(f"- {note}" for note in result["notes"]), ""]
-    return "\n".join(lines)
 
+    def _heal(self) -> Any:
+        from surgery import Options
+        from surgery.calibration import set_budget
+        from surgery.conversion import heal_converted
 
-def _spec(run: Run, shared: Path) -> str:
-    if run.spec.startswith("timm:"):
-        return run.spec.format(weights=shared / "weights")
-    if "/" in run.spec:
-        return str(shared / run.spec)
-    return f"python:{Path(__file__).with_name('networks.py')}:{run.spec}"
+        kind, rate, steps = self.run.heal
+        gated, loaded = self._gated(self.trained[0])
+        set_budget(gated, self.run.budget)
+        heal_converted(gated, self._train(loaded, 0), kind, options=Options(steps=steps, heal_rate=rate))
+        return gated
+
+    def score(self) -> None:
+        """All columns at all budgets, on all test inputs; static cuts and shuffled decisions for the default column."""
+        from surgery.context import state_of
+        from surgery.scripts.seeds import dense_score, score_all
+
+        pairs = [self._gated(directory) for directory in self.trained]
+        loaded = pairs[0][1]
+        inputs = self._test(loaded)
+        dense, outputs, metric = dense_score(loaded.model, inputs)
+
+        def points(models: list[Any], *, peers: bool) -> list[dict[str, Any]]:
+            common = (loaded.model, inputs, dense, outputs)
+            return [asdict(score_all(budget, models, *common, peers=peers)) for budget in self.run.budgets]
+
+        found: dict[str, Any] = {
+            "dense": dense.mean,
+            "metric": metric,
+            "inputs": len(dense.values),
+            "targets": {str(budget): text for budget, text in self.run.targets.items()},
+            "policy": [state_of(gated).policy for gated, _ in pairs],
+            "looks": [bool(state_of(gated).looks) for gated, _ in pairs],
+            "trained": points([gated for gated, _ in pairs], peers=True),
+        }
+        for column in ("routers", "healed") if self.columns else ():
+            gated, _ = self._gated(self.out / f"{self.run.name}-{column}")
+            undone = column == "healed" and state_of(gated).healing is None
+            found[column] = None if undone else points([gated], peers=False)
+        self.keep(**found)
+
+    def peers(self, count: int) -> None:
+        """Policies that ignore the input beside the first seed's conversion, the second look on top of static among them."""
+        from surgery.calibration import set_budget
+        from surgery.measurement import measure
+
+        gated, loaded = self._gated(self.trained[0])
+        test = self._test(loaded, count)
+        found = {}
+        for budget in self.run.budgets:
+            set_budget(gated, budget)
+            report = measure(gated, test, dense=loaded.model, speed=())
+            found[str(budget)] = [asdict(peer) for peer in report.peers]
+        self.keep(peers=found, peer_inputs=min(count, sum(batch.size for batch in test)))
+
+    def time(self) -> None:
+        """The first seed's conversion by the clock, on training inputs that the test does not hold."""
+        from surgery.calibration import set_budget
+        from surgery.calling import device_of, dtype_of
+        from surgery.scripts.benchmark import inputs_of, steps_of
+        from surgery.timing import compare, conditions
+
+        gated, loaded = self._gated(self.trained[0])
+        where, found = device_of(loaded.model), {}
+        for budget in self.run.budgets:
+            set_budget(gated, budget)
+            sizes = {}
+            for size in self.run.times:
+                inputs = inputs_of(loaded, str(self._file("train")), "train", size, 0)
+                ratio = compare(steps_of(gated, inputs), steps_of(loaded.model, inputs), repeats=30, device=where)
+                sizes[str(size)] = ratio.to_dict()
+            found[str(budget)] = sizes
+        self.keep(times=found, conditions=conditions(where, dtype_of(loaded.model)))
+
+    def _dense(self) -> Loaded:
+        from surgery.adapters import load_model
+
+        return load_model(self.spec)
+
+    def _gated(self, directory: Path) -> tuple[Any, Loaded]:
+        from surgery.scripts.loading import Machine
+
+        return Machine(threads=self.threads).load_converted(directory, self.spec)
+
+    def _file(self, split: str) -> Path:
+        return self.shared / "data" / self.run.data / f"{split}.parquet"
+
+    def _train(self, loaded: Loaded, seed: int) -> Any:
+        from surgery.adapters import load_data
+
+        return load_data(
+            str(self._file("train")), loaded, split="train", shuffle=True, augment=self.run.augment, seed=seed,
+            limit=self.limit or self.run.limit, whole_texts="auto", group_by_length=True, batch_size=self.run.batch_size,
+        )  # fmt: skip
+
+    def _test(self, loaded: Loaded, count: int | None = None) -> list[Batch]:
+        from surgery.adapters import load_data
+        from surgery.calling import batches
+
+        limit = min((n for n in (count, self.limit, self.run.test_limit) if n is not None), default=None)
+        read = load_data(
+            str(self._file("test")), loaded, split="test", limit=limit, seed=0, shuffle=limit is not None,
+            batch_size=self.run.batch_size,
+        )  # fmt: skip
+        return list(batches(read))
 
 
 if __name__ == "__main__":

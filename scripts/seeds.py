@@ -252,24 +252,26 @@ def markdown(points: Sequence[Point], dense: float) -> str:
         mean = sum(point.scores) / len(point.scores)
         cells = [
             f"{point.budget:.2f}",
-            _range(point.costs, 3),
-            _range(point.submodules, 3),
-            _range(point.scores, 4),
+            range_text(point.costs, 3),
+            range_text(point.submodules, 3),
+            range_text(point.scores, 4),
             f"{mean / dense:.1%}".replace("%", " %"),
-            _range(point.agreements, 3),
-            _gap(point.gap),
-            *(_gap(point.ahead[name]) for name in names),
+            range_text(point.agreements, 3),
+            gap_text(point.gap),
+            *(gap_text(point.ahead[name]) for name in names),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _range(values: Sequence[float], digits: int) -> str:
+def range_text(values: Sequence[float], digits: int) -> str:
+    """The mean, and the smallest and the largest where there are several."""
     mean = f"{sum(values) / len(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def _gap(found: tuple[float, float, float]) -> str:
+def gap_text(found: Sequence[float]) -> str:
+    """A difference and the ends of its interval, in points."""
     mean, low, high = (100 * value for value in found)
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 

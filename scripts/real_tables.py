@@ -1,0 +1,146 @@
+"""Tables and picture of the real runs (`surgery.scripts.real_runs`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from surgery.scripts.figures import Curve, draw_networks
+from surgery.scripts.seeds import gap_text, range_text
+
+START, END = "<!-- real runs: begin -->", "<!-- real runs: end -->"
+COLUMNS = {"trained": "routers and skip paths", "routers": "routers alone", "healed": "healed"}
+
+
+def replace(page: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Put the tables between the marks of a page."""
+    before, rest = page.read_text(encoding="utf-8").split(START, 1)
+    tables = "\n".join(map(markdown, results))
+    page.write_text(f"{before}{START}\n\n{tables}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """One network's tables."""
+    if "trained" not in result:
+        return f"{result['title']}: not scored yet\n"
+    dense, trained = result["dense"], result["trained"]
+    seeds = len(trained[0]["scores"])
+    runs = "static" if result["policy"][0] == "static" else "routed"
+    looked = ", with a second look" if any(result["looks"]) else ""
+    lines = [
+        f"### {result['title']}",
+        "",
+        f"Dense: {result['metric']} {dense:.4f} on {result['inputs']:,} test inputs. {seeds} conversion{'s' * (seeds > 1)}, "
+        f"means with smallest and largest; {runs}{looked}. Differences in points, with paired 95 % intervals.",
+        "",
+        "| budget | cost | submodules | gated | share of dense | target | minus dense | minus static | minus shuffled |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for point in trained:
+        cells = [
+            f"{point['budget']:.2f}",
+            range_text(point["costs"], 3),
+            range_text(point["submodules"], 3),
+            range_text(point["scores"], 4),
+            _share(_mean(point["scores"]), dense),
+            result["targets"].get(str(point["budget"]), ""),
+            gap_text(point["gap"]),
+            *(gap_text(point["ahead"][name]) if name in point["ahead"] else "" for name in ("static", "shuffled")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for table in (_columns(result), _peers(result), _times(result)):
+        lines += ["", *table] if table else []
+    return "\n".join([*lines, ""])
+
+
+def _columns(result: Mapping[str, Any]) -> list[str]:
+    """Three columns, never mixed."""
+    known = [column for column in COLUMNS if result.get(column)]
+    undone = "healed" in result and result["healed"] is None
+    if len(known) == 1:
+        return ["Healing left held-out outputs no nearer to dense and was undone."] if undone else []
+    head = ["budget", *(f"{COLUMNS[column]}: cost, {result['metric']}, share" for column in known)]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for index, point in enumerate(result["trained"]):
+        cells = [f"{point['budget']:.2f}"]
+        for column in known:
+            one = result[column][index]
+            score = _mean(one["scores"])
+            cells.append(f"{_mean(one['costs']):.3f}, {score:.4f}, {_share(score, result['dense'])}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, *(["", "Healing left held-out outputs no nearer to dense and was undone."] if undone else [])]
+
+
+def _peers(result: Mapping[str, Any]) -> list[str]:
+    """Policies that ignore the input, beside the first seed."""
+    if "peers" not in result:
+        return []
+    names = list(dict.fromkeys(peer["name"] for peers in result["peers"].values() for peer in peers))
+    lines = [
+        f"The first seed minus policies that ignore the input, at its cost, on {result['peer_inputs']:,} test inputs, in points:",
+        "",
+        f"| budget | {' | '.join(names)} |",
+        f"|{'---|' * (1 + len(names))}",
+    ]
+    for budget, peers in result["peers"].items():
+        found = {peer["name"]: peer for peer in peers}
+        cells = [_ahead(found[name]) if name in found else "" for name in names]
+        lines.append(f"| {float(budget):.2f} | {' | '.join(cells)} |")
+    return lines
+
+
+def _ahead(peer: Mapping[str, Any]) -> str:
+    return gap_text((peer["difference"], peer["low"], peer["high"]))
+
+
+def _times(result: Mapping[str, Any]) -> list[str]:
+    if "times" not in result:
+        return []
+    sizes = list(next(iter(result["times"].values())))
+    where = ", ".join(f"{name} {value}" for name, value in result["conditions"].items())
+    lines = [
+        f"Time of the first seed by that of the dense network, medians and middle halves of 30 pairs ({where}):",
+        "",
+        f"| budget | {' | '.join(f'N = {size}' for size in sizes)} |",
+        f"|{'---|' * (1 + len(sizes))}",
+    ]
+    for budget, ratios in result["times"].items():
+        cells = [f"{r['median']:.2f}x ({r['q1']:.2f} to {r['q3']:.2f})" for r in (ratios[size] for size in sizes)]
+        lines.append(f"| {float(budget):.2f} | {' | '.join(cells)} |")
+    return lines
+
+
+def draw(picture: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """One panel per network against cost, one below it against time."""
+    draw_networks(picture, [(r["title"], r["dense"], list(_curves(r)), list(_timed(r))) for r in results])
+
+
+def _curves(result: Mapping[str, Any]) -> Iterator[Curve]:
+    trained = result["trained"]
+    costs = [_mean(point["costs"]) for point in trained]
+    yield Curve(
+        "routers and skip paths trained", [(c, _mean(p["scores"])) for c, p in zip(costs, trained, strict=True)]
+    )
+    for name, label in (("static", "static cut, same skip paths"), ("shuffled", "its decisions, shuffled")):
+        if name in trained[0]["peers"]:
+            yield Curve(label, [(c, _mean(p["peers"][name])) for c, p in zip(costs, trained, strict=True)])
+    for column in ("routers", "healed"):
+        if result.get(column):
+            yield Curve(COLUMNS[column], [(_mean(p["costs"]), _mean(p["scores"])) for p in result[column]])
+
+
+def _timed(result: Mapping[str, Any]) -> Iterator[Curve]:
+    """Time by dense -> score of the first seed, a curve per batch size."""
+    times = result.get("times", {})
+    scores = {str(point["budget"]): point["scores"][0] for point in result["trained"]}
+    for size in next(iter(times.values()), {}):
+        yield Curve(f"N = {size}", [(ratios[size]["median"], scores[budget]) for budget, ratios in times.items()])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _share(value: float, dense: float) -> str:
+    return f"{100 * value / dense:.1f} %"
