@@ -77,14 +77,17 @@ def draw_networks(path: Path, panels: Sequence[tuple[str, float, Sequence[Curve]
     """
     figure = _canvas((3.6 * len(panels), 7.4))
     rows = figure.subplots(2, len(panels), squeeze=False)
-    named: dict[str, Any] = {}
+    kinds: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for column, (title, dense, by_cost, by_time) in enumerate(panels):
-        for axes, curves, label in ((rows[0][column], by_cost, "cost"), (rows[1][column], by_time, "time")):
+        for axes, curves, label in (
+            (rows[0][column], by_cost, "cost"),
+            (rows[1][column], by_time, "time"),
+        ):
             axes.axhline(100 * dense, color=GREY, linewidth=1)
             axes.plot([100], [100 * dense], marker="*", markersize=12, color="black", linestyle="none")
             for curve in curves:
-                color, marker, line = _style(curve.label, named)
-                points = sorted(curve.points)
+                color, marker, line = _style(curve.label, kinds[label == "time"])
+                points = curve.points  # in the order of budgets
                 axes.plot(
                     [100 * x for x, _ in points], [100 * y for _, y in points], color=color, marker=marker, linestyle=line,
                     markersize=5, label=curve.label,
@@ -92,17 +95,13 @@ def draw_networks(path: Path, panels: Sequence[tuple[str, float, Sequence[Curve]
             axes.set_xlabel(f"{label} (% of dense)")
             axes.grid(alpha=0.3)
         rows[0][column].set_title(title, fontsize=10)
-        # decisions given to other inputs may be far below; what is worth looking at is near the dense network
-        best = [y for curve in by_cost if "shuffled" not in curve.label for _, y in curve.points]
-        rows[0][column].set_ylim(bottom=100 * min([*best, dense]) - 2, top=100 * max([*best, dense]) + 1)
         rows[1][column].axvline(100, color=GREY, linewidth=1)
     for axes, what in zip((rows[0][0], rows[1][0]), ("accuracy (%)", "accuracy (%), first seed"), strict=True):
         axes.set_ylabel(what)
-    for row in rows:
-        found = {text: handle for axes in row for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-        row[len(row) // 2].legend(
-            found.values(), found, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=5, frameon=False, fontsize=9
-        )
+    found: dict[str, Any] = {}
+    for axes in rows.flat:
+        found |= {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found, loc="outside lower center", ncols=2 * len(panels), frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
 
 

@@ -122,9 +122,9 @@ def _curves(result: Mapping[str, Any]) -> Iterator[Curve]:
     yield Curve(
         "routers and skip paths trained", [(c, _mean(p["scores"])) for c, p in zip(costs, trained, strict=True)]
     )
-    for name, label in (("static", "static cut, same skip paths"), ("shuffled", "its decisions, shuffled")):
-        if name in trained[0]["peers"]:
-            yield Curve(label, [(c, _mean(p["peers"][name])) for c, p in zip(costs, trained, strict=True)])
+    if "static" in trained[0]["peers"]:
+        static = [(c, _mean(p["peers"]["static"])) for c, p in zip(costs, trained, strict=True)]
+        yield Curve("static cut, same skip paths", static)
     for column in ("routers", "healed"):
         if result.get(column):
             yield Curve(COLUMNS[column], [(_mean(p["costs"]), _mean(p["scores"])) for p in result[column]])
