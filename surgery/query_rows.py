@@ -30,6 +30,7 @@ from surgery.tracing import (
     has_side_effect,
     is_watched,
     new_graph,
+    pattern_of,
     remove_dead_code,
     signature_of,
     trace,
@@ -68,10 +69,10 @@ class QueryRows:
             return None
         args, kwargs = self.arguments(host, *inputs)
         signature = self.signature = self.signature or signature_of(base_class(module))
-        pattern = signature.pattern(tuple(args), kwargs)
+        values, extra, rest = signature.bind(tuple(args), kwargs)
+        pattern = pattern_of(values, extra, rest)
         if pattern in self.programs and self.programs[pattern] is None:
             return None
-        values, extra, rest = signature.bind(tuple(args), kwargs)
         call = (module, index, tokens, *values, *extra, *[rest[name] for name in sorted(rest)])
         if pattern not in self.programs:
             program = rows_program(module, signature, pattern)

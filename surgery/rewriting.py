@@ -22,7 +22,7 @@ import keyword
 import logging
 import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,13 +48,13 @@ from surgery.tracing import (
     DTYPE,
     GATES,
     INPLACE,
-    KINDS,
     Held,
     Pattern,
     Signature,
     base_class,
     is_autocast,
     new_graph,
+    pattern_of,
     remove_dead_code,
     signature_of,
     trace,
@@ -131,7 +131,7 @@ class Programs:
             return self.base.forward(module, *args, **kwargs)
         values, extra, rest = self.signature.bind(args, kwargs)
         names = sorted(rest)
-        pattern = self._pattern(values, extra, rest)
+        pattern = pattern_of(values, extra, rest, self.held)
         try:
             program = self.compiled[pattern]
         except KeyError:
@@ -165,13 +165,7 @@ class Programs:
 
     def pattern(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pattern:
         """The call pattern of one call."""
-        return self._pattern(*self.signature.bind(args, kwargs))
-
-    def _pattern(self, values: Sequence[Any], extra: tuple[Any, ...], rest: Mapping[str, Any]) -> Pattern:
-        kind = KINDS[self.held]
-        return Pattern(
-            tuple(map(kind, values)), tuple(map(kind, extra)), tuple((name, kind(rest[name])) for name in sorted(rest))
-        )
+        return self.signature.pattern(tuple(args), kwargs, self.held)
 
     def add(self, module: nn.Module, pattern: Pattern, *, strict: bool) -> Callable[..., Any] | None:
         """Generate the program of one pattern.

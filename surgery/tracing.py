@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import keyword as words
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -141,11 +141,15 @@ class Signature:
 
     def pattern(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], held: Held = "kinds") -> Pattern:
         """The call pattern of one call."""
-        kind = KINDS[held]
-        values, extra, rest = self.bind(args, kwargs)
-        return Pattern(
-            tuple(map(kind, values)), tuple(map(kind, extra)), tuple((name, kind(rest[name])) for name in sorted(rest))
-        )
+        return pattern_of(*self.bind(args, kwargs), held)
+
+
+def pattern_of(values: Sequence[Any], extra: Sequence[Any], rest: Mapping[str, Any], held: Held = "kinds") -> Pattern:
+    """The call pattern of one call whose arguments `Signature.bind` gave."""
+    kind = KINDS[held]
+    return Pattern(
+        tuple(map(kind, values)), tuple(map(kind, extra)), tuple((name, kind(rest[name])) for name in sorted(rest))
+    )
 
 
 def signature_of(cls: type) -> Signature:
