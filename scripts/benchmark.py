@@ -37,6 +37,10 @@ def benchmark(
     batch_sizes: Annotated[
         list[int] | None, typer.Option("--batch-size", min=1, help="Samples per call; repeatable. 1 and 8 by default.")
     ] = None,
+    group_by_length: Annotated[
+        bool,
+        typer.Option("--group-by-length", help="Texts of like length share a batch, so that there is little padding."),
+    ] = False,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed pairs of calls per batch size.")] = 30,
     revision: options.Revision = None,
     device: options.Device = "auto",
@@ -63,7 +67,7 @@ def benchmark(
     with progress_bars() as progress:
         for done, size in enumerate(sizes):
             progress("timing", done, len(sizes))
-            inputs = inputs_of(loaded, data, split, size, seed)
+            inputs = inputs_of(loaded, data, split, size, seed, group_by_length=group_by_length)
             speed[size] = compare(
                 steps_of(gated, inputs), steps_of(loaded.model, inputs), repeats=repeats, device=where
             )
@@ -87,8 +91,10 @@ def benchmark(
 _SYNTHETIC = "note: synthetic inputs; decisions and so times on yours will differ, pass --data"
 
 
-def inputs_of(loaded: Any, data: str | None, split: str, size: int, seed: int) -> list[Any]:
-    """Batches of `size` on the model's device, all of one length."""
+def inputs_of(
+    loaded: Any, data: str | None, split: str, size: int, seed: int, *, group_by_length: bool = False
+) -> list[Any]:
+    """Batches of `size` on the model's device."""
     import torch
 
     from surgery.adapters import load_data
@@ -98,7 +104,14 @@ def inputs_of(loaded: Any, data: str | None, split: str, size: int, seed: int) -
         source = loaded.adapter.inputs(loaded.model, 4 * size, size, seed)
     else:
         source = load_data(
-            data, loaded, split=split, batch_size=size, limit=max(SAMPLES, size), seed=seed, shuffle=True
+            data,
+            loaded,
+            split=split,
+            batch_size=size,
+            limit=max(SAMPLES, size),
+            seed=seed,
+            shuffle=True,
+            group_by_length=group_by_length,
         )
     where, dtype = device_of(loaded.model), dtype_of(loaded.model)
     whole = [batch for batch in (one.to(where, dtype) for one in batches(source)) if batch.size == size]

@@ -53,6 +53,7 @@ class Run:
         lowest: Smallest budget that is trained for.
         second_look: What `convert` is told.
         test_limit: Test inputs, drawn with seed 0, or None for all.
+        texts: Whether inputs are texts, whose lengths differ.
         prepare: Directory of the dense model that `surgery.scripts.news_head` writes, if it is that one.
     """
 
@@ -73,6 +74,7 @@ class Run:
     lowest: float | None = None
     second_look: Literal["auto"] | bool = "auto"
     test_limit: int | None = None
+    texts: bool = False
     prepare: str = ""
 
 
@@ -84,12 +86,12 @@ RUNS = (
     Run(
         "minilm", "MiniLM (BERT, 6 layers), SST-2", "hf:{weights}/minilm-sst2", "sst2", None, 32, (1, 32),
         (0.75, 0.6, 0.5, 0.4, 0.3), {0.75: "100 %", 0.6: "100 %", 0.5: "99.8 %", 0.4: "98.5 %", 0.3: "96 %"}, epochs=6,
-        lowest=0.3, second_look=False,
+        lowest=0.3, second_look=False, texts=True,
     ),
     Run(
         "agnews", "MiniLM features and a linear head, AG News", "hf:{out}/agnews-dense", "agnews", 5000, 32, (1, 32),
         (0.75, 0.6, 0.5, 0.4, 0.3), {0.75: "100 %", 0.6: "99.8 %", 0.5: "99.3 %", 0.4: "98.5 %", 0.3: "97 %"}, epochs=3,
-        lowest=0.3, test_limit=1500, prepare="agnews-dense",
+        lowest=0.3, test_limit=1500, texts=True, prepare="agnews-dense",
     ),
     Run(
         "vit6", "small ViT (nn.TransformerEncoder), CIFAR-10", "python:{networks}:vit6", "cifar10", 15000, 50, (1, 64),
@@ -292,10 +294,10 @@ class Work:
         for budget in self.run.budgets:
             set_budget(gated, budget)
             sizes = {}
-            for size in self.run.times:
-                inputs = inputs_of(loaded, str(self._file("train")), "train", size, 0)
+            for size, like in [(n, False) for n in self.run.times] + ([(self.run.times[-1], True)] * self.run.texts):
+                inputs = inputs_of(loaded, str(self._file("train")), "train", size, 0, group_by_length=like)
                 ratio = compare(steps_of(gated, inputs), steps_of(loaded.model, inputs), repeats=30, device=where)
-                sizes[str(size)] = ratio.to_dict()
+                sizes[f"{size}{' of like length' * like}"] = ratio.to_dict()
             found[str(budget)] = sizes
         self.keep(times=found, conditions=conditions(where, dtype_of(loaded.model)))
 

@@ -138,7 +138,9 @@ class Gate(Executor):
         threshold: Any = self.threshold if over.thresholds is None else over.thresholds
         if isinstance(threshold, dict):
             threshold = threshold[self.site.name]
-        return scores > min(threshold, _LARGEST), scores
+        decisions = scores > min(threshold, _LARGEST)
+        real = self.padding(residual) if self.per_token else None
+        return decisions if real is None else decisions & real, scores  # nobody reads what padding would become
 
     def _decide_once(self, residual: Tensor, over: Overrides, *, static: bool) -> tuple[Tensor, Tensor | None]:
         """What was decided for the sequences of the running call's cache; decided now where it is empty.
