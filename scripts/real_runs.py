@@ -105,6 +105,15 @@ RUNS = (
 )  # fmt: skip
 
 
+STORIES = {
+    "MLP per token": "linear",
+    "both per token": "auto",
+    "attention per token": "auto",
+    "both per story": "auto",
+}
+"""Variants of `surgery.scripts.stories`, with their kind of skip path."""
+
+
 def main(
     shared: Annotated[Path, typer.Option(help="Directory with weights/ and data/.")] = Path("../shared"),
     out: Annotated[Path, typer.Option(help="Where to write checkpoints and JSON.")] = Path("out/real"),
@@ -138,14 +147,54 @@ def main(
             elif name == "time":
                 work.time()
         typer.echo(real_tables.markdown(work.load()))
+    if not only or "stories" in only:
+        if "convert" in wanted:
+            tell_stories(shared, out / "stories", threads, limit)
+        typer.echo(stories_told(out / "stories"))
     if "write" in wanted:
         results = [
             work.load() for run in RUNS if (work := Work(run, shared, out, seeds, columns, threads, limit)).known
         ]
         if write is not None:
-            real_tables.replace(write, results)
+            real_tables.replace(write, results, stories_told(out / "stories"))
         if picture is not None:
             real_tables.draw(picture, results)
+
+
+def tell_stories(shared: Path, out: Path, threads: int, limit: int | None) -> None:
+    """Convert and score the story writer in every way that is not there yet."""
+    from surgery.scripts import stories
+
+    for variant, skip in STORIES.items():
+        if not _told(out, variant).exists():
+            stories.main(
+                shared,
+                out,
+                limit or 600,
+                min(limit or 100, 100),
+                3,
+                [variant],
+                skip,
+                validate=False,
+                threads=threads,
+                seed=0,
+            )
+
+
+def stories_told(out: Path) -> str:
+    """The story writer's table, and what it writes; "" before it has written."""
+    from surgery.scripts import stories
+
+    found: dict[str, Any] = {}
+    for variant in STORIES:
+        if (file := _told(out, variant)).exists():
+            one = json.loads(file.read_text("utf-8"))
+            found |= one | {"stories": found.get("stories", {}) | one["stories"]}
+    return f"### Story writer (Llama, 5 layers), TinyStories\n\n{stories.markdown(found)}\n" if found else ""
+
+
+def _told(out: Path, variant: str) -> Path:
+    return out / f"{variant.replace(' ', '-')}.json"
 
 
 @dataclass

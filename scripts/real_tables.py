@@ -13,10 +13,10 @@ START, END = "<!-- real runs: begin -->", "<!-- real runs: end -->"
 COLUMNS = {"trained": "routers and skip paths", "routers": "routers alone", "healed": "healed"}
 
 
-def replace(page: Path, results: Sequence[Mapping[str, Any]]) -> None:
+def replace(page: Path, results: Sequence[Mapping[str, Any]], more: str = "") -> None:
     """Put the tables between the marks of a page."""
     before, rest = page.read_text(encoding="utf-8").split(START, 1)
-    tables = "\n".join(map(markdown, results))
+    tables = "\n".join([*map(markdown, results), *([more] if more else [])])
     page.write_text(f"{before}{START}\n\n{tables}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
