@@ -138,9 +138,13 @@ class Gate(Executor):
         threshold: Any = self.threshold if over.thresholds is None else over.thresholds
         if isinstance(threshold, dict):
             threshold = threshold[self.site.name]
-        decisions = scores > min(threshold, _LARGEST)
+        return self.chosen(residual, scores, min(threshold, _LARGEST)), scores
+
+    def chosen(self, residual: Tensor, scores: Tensor, threshold: float) -> Tensor:
+        """Decisions that follow from scores; padding is never active, since nobody reads what it would become."""
+        decisions = scores > threshold
         real = self.padding(residual) if self.per_token else None
-        return decisions if real is None else decisions & real, scores  # nobody reads what padding would become
+        return decisions if real is None else decisions & real
 
     def _decide_once(self, residual: Tensor, over: Overrides, *, static: bool) -> tuple[Tensor, Tensor | None]:
         """What was decided for the sequences of the running call's cache; decided now where it is empty.

@@ -84,7 +84,7 @@ class PinnedGate(Gate):
                 return self.open(branch, left, inputs) if pinned.constant else self.closed(branch, left, residual)
             decisions = self._constant(residual, pinned.constant)
         else:
-            decisions = self.scores(residual) > pinned.threshold
+            decisions = self.chosen(residual, self.scores(residual), pinned.threshold)
         running = pinned.running
         if running.decisions is not None and not pinned.nested:
             running.decisions[self.site.name] = decisions

@@ -166,6 +166,24 @@ def test_padding_does_not_count() -> None:
         assert {n: bool(d) for n, d in running.decisions.items()} == {e.site: bool(e.decisions) for e in events}
 
 
+def test_padding_is_never_active_in_a_pinned_copy_either() -> None:
+    one = subject("transformers/bert")
+    example = one.entry.example(3, seed=2)
+    assert isinstance(example, dict)
+    padding = ~example["attention_mask"].bool()
+    pinned = surgery.pin(one.gated, example, "mask")
+    with surgery.tape(one.gated) as events:
+        routed(one, "mask", example)
+    running = pinned.__dict__["_surgery_running"]
+    running.decisions = {}
+    outputs(pinned, example)
+    assert padding.any() and set(running.decisions) == {event.site for event in events}
+    for event in events:
+        assert torch.equal(running.decisions[event.site], event.decisions)
+        assert not (event.decisions & padding).any()
+    assert any(event.decisions.any() for event in events)
+
+
 def test_what_is_left_out_of_the_call_is_noticed() -> None:
     one = subject("transformers/bert")
     pinned = surgery.pin(one.gated, one_row(one))
