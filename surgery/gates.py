@@ -8,6 +8,7 @@ Axis letters: `N` samples, `T` tokens, `C` channels, `K` active rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,9 +142,11 @@ class Gate(Executor):
         return self.chosen(residual, scores, min(threshold, _LARGEST)), scores
 
     def chosen(self, residual: Tensor, scores: Tensor, threshold: float) -> Tensor:
-        """Decisions that follow from scores; padding is never active, since nobody reads what it would become."""
+        """Decisions that follow from scores. Padding is never active, since nobody reads what it would become; but below
+        every score, at minus infinity, gates are open for all and the model gives bit for bit what the dense one does.
+        """
         decisions = scores > threshold
-        real = self.padding(residual) if self.per_token else None
+        real = self.padding(residual) if self.per_token and threshold > -math.inf else None
         return decisions if real is None else decisions & real
 
     def _decide_once(self, residual: Tensor, over: Overrides, *, static: bool) -> tuple[Tensor, Tensor | None]:
