@@ -378,7 +378,7 @@ class Work:
         limit = min((n for n in (count, self.limit, self.run.test_limit) if n is not None), default=None)
         read = load_data(
             str(self._file("test")), loaded, split="test", limit=limit, seed=0, shuffle=limit is not None,
-            batch_size=self.run.batch_size,
+            group_by_length=self.run.texts, batch_size=self.run.batch_size,
         )  # fmt: skip
         return list(batches(read))
 
