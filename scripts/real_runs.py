@@ -121,6 +121,9 @@ def main(
     stage: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(STAGES)}; all by default.")] = None,
     seeds: Annotated[int, typer.Option(help="Conversions per network.")] = 3,
     columns: Annotated[bool, typer.Option(help="Also routers alone, and healed.")] = True,
+    policies: Annotated[
+        bool, typer.Option(help="Also static cuts and shuffled decisions, which take most of a score.")
+    ] = True,
     peer_inputs: Annotated[int, typer.Option(help="Test inputs for policies that ignore the input.")] = 1000,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     limit: Annotated[int | None, typer.Option(help="Use at most that many samples, for a quick look.")] = None,
@@ -141,7 +144,7 @@ def main(
             if name == "convert":
                 work.convert()
             elif name == "score":
-                work.score()
+                work.score(policies=policies)
             elif name == "peers":
                 work.peers(peer_inputs)
             elif name == "time":
@@ -288,7 +291,7 @@ class Work:
         heal_converted(gated, self._train(loaded, 0), kind, options=Options(steps=steps, heal_rate=rate))
         return gated
 
-    def score(self) -> None:
+    def score(self, *, policies: bool) -> None:
         """All columns at all budgets, on all test inputs; static cuts and shuffled decisions for the default column."""
         from surgery.context import state_of
         from surgery.scripts.seeds import dense_score, score_all
@@ -309,7 +312,7 @@ class Work:
             "targets": {str(budget): text for budget, text in self.run.targets.items()},
             "policy": [state_of(gated).policy for gated, _ in pairs],
             "looks": [bool(state_of(gated).looks) for gated, _ in pairs],
-            "trained": points([gated for gated, _ in pairs], peers=True),
+            "trained": points([gated for gated, _ in pairs], peers=policies),
         }
         for column in ("routers", "healed") if self.columns else ():
             gated, _ = self._gated(self.out / f"{self.run.name}-{column}")

@@ -1,8 +1,9 @@
 """What small pieces cost in plain torch, without a gate: `python -m surgery.scripts.rows_speed --what mlp`.
 
 `mlp`: skipping tokens makes matrices shorter, and their weights have to be read all the same: the two linear maps of an MLP
-at some numbers of rows. `attention`: some queries with keys and values of every token. `skip`: a depthwise skip path of a feature map
-and its parts, beside one 3x3 convolution of what it replaces. Each call of a layer has other weights, as in a network.
+at some numbers of rows. `attention`: some queries with keys and values of every token. `skip`: a depthwise skip path of a
+feature map and its parts, beside one 3x3 convolution of what it replaces. Each call of a layer has other weights, as in a
+network.
 """
 
 from __future__ import annotations
