@@ -23,7 +23,7 @@ from surgery.skip_paths import SkipPath
 from surgery.slices import cheaper_than_gathering, may_slice, slices_of
 
 FEW_ROWS = 256
-"""Up to so many samples or tokens, every operation costs more than what it computes."""
+"""Up to so many tokens, an operation costs more than what it computes."""
 
 
 class Executor(nn.Module):
@@ -300,7 +300,7 @@ class Executor(nn.Module):
         base = torch.zeros_like(residual) if left is None else left
         if self.skip_path.is_identity:
             return base.index_add(0, active, value.to(base.dtype))
-        if len(decisions) <= FEW_ROWS:
+        if self.per_token and len(decisions) <= FEW_ROWS:
             # skip paths for all of them: leaving out active rows takes more calls than it saves
             merged = self.skip_path(residual).to(base.dtype)
             value = value.to(base.dtype)
