@@ -61,7 +61,8 @@ def _columns(result: Mapping[str, Any]) -> list[str]:
     if len(known) == 1:
         return ["Healing left held-out outputs no nearer to dense and was undone."] if undone else []
     head = ["budget", *(f"{COLUMNS[column]}: cost, {result['metric']}, share" for column in known)]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines = ["Three columns; routers alone and healed are of the first seed, the other one is the mean from above:", ""]
+    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for index, point in enumerate(result["trained"]):
         cells = [f"{point['budget']:.2f}"]
         for column in known:
