@@ -99,7 +99,7 @@ RUNS = (
         augment=True,
     ),
     Run(
-        "mobilenetv2", "MobileNetV2, ImageNet subset", MOBILENET, "imagenet", 1000, 25, (1, 32), (0.95, 0.9, 0.85, 0.8),
+        "mobilenetv2", "MobileNetV2, ImageNet subset", MOBILENET, "imagenet", 1000, 25, (1, 32), (0.9, 0.85, 0.8),
         {0.85: "96 %"}, epochs=6, heal=("norms", 1e-3, 40), augment=True, budget=0.85,
     ),
 )  # fmt: skip
