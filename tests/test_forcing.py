@@ -96,7 +96,7 @@ def test_branch_runs_where_the_score_is_above_the_threshold(name: str) -> None:
             for event in events:
                 assert event.scores is not None
                 expected = event.scores > threshold
-                if event.weights is not None and not threshold == float("-inf"):
+                if event.weights is not None and threshold != float("-inf"):
                     expected &= event.weights.bool()  # padding is never active, unless all gates are open
                 assert torch.equal(event.decisions, expected), event.site
             first = events[0].decisions  # upstream of all others, so it is monotone
