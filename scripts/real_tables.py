@@ -34,9 +34,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"Dense: {result['metric']} {dense:.4f} on {result['inputs']:,} test inputs. {seeds} conversion{'s' * (seeds > 1)}, "
         f"means with smallest and largest; {runs}{looked}. Differences in points, with paired 95 % intervals.",
         "",
-        "| budget | cost | submodules | gated | share of dense | target | minus dense | minus static | minus shuffled |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
+    peers = [name for name in ("static", "shuffled") if name in trained[0]["ahead"]]
+    head = ["budget", "cost", "submodules", "gated", "share of dense", "target", "minus dense"]
+    head += [f"minus {name}" for name in peers]
+    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for point in trained:
         cells = [
             f"{point['budget']:.2f}",
@@ -46,7 +48,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             _share(_mean(point["scores"]), dense),
             result["targets"].get(str(point["budget"]), ""),
             gap_text(point["gap"]),
-            *(gap_text(point["ahead"][name]) if name in point["ahead"] else "" for name in ("static", "shuffled")),
+            *(gap_text(point["ahead"][name]) for name in peers),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     for table in (_columns(result), _peers(result), _times(result)):
