@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from surgery.adapters import Loaded
     from surgery.calling import Batch
 
-Stage = Literal["convert", "score", "peers", "time", "write"]
-STAGES: tuple[Stage, ...] = ("convert", "score", "peers", "time", "write")
+STAGES = ("convert", "score", "columns", "peers", "time", "write")
 MOBILENET = (
     "timm:mobilenetv2_100?pad_type=same&mean=0.5&std=0.5&crop_pct=0.986&pretrained=false"
     "&checkpoint={weights}/mobilenetv2_100_imagenet.safetensors"
@@ -145,6 +144,8 @@ def main(
                 work.convert()
             elif name == "score":
                 work.score(policies=policies)
+            elif name == "columns" and columns:
+                work.score_columns()
             elif name == "peers":
                 work.peers(peer_inputs)
             elif name == "time":
@@ -292,33 +293,41 @@ class Work:
         return gated
 
     def score(self, *, policies: bool) -> None:
-        """All columns at all budgets, on all test inputs; static cuts and shuffled decisions for the default column."""
+        """The default column at all budgets, on all test inputs; with static cuts and shuffled decisions if asked for."""
         from surgery.context import state_of
-        from surgery.scripts.seeds import dense_score, score_all
 
         pairs = [self._gated(directory) for directory in self.trained]
-        loaded = pairs[0][1]
+        models = [gated for gated, _ in pairs]
+        dense, metric, points = self._points(pairs[0][1], models, peers=policies)
+        self.keep(
+            dense=dense.mean,
+            metric=metric,
+            inputs=len(dense.values),
+            targets={str(budget): text for budget, text in self.run.targets.items()},
+            policy=[state_of(gated).policy for gated in models],
+            looks=[bool(state_of(gated).looks) for gated in models],
+            trained=points,
+        )
+
+    def score_columns(self) -> None:
+        """Routers alone, and healed, at all budgets."""
+        from surgery.context import state_of
+
+        for column in ("routers", "healed"):
+            gated, loaded = self._gated(self.out / f"{self.run.name}-{column}")
+            undone = column == "healed" and state_of(gated).healing is None
+            self.keep(**{column: None if undone else self._points(loaded, [gated], peers=False)[2]})
+
+    def _points(
+        self, loaded: Loaded, models: list[Any], *, peers: bool
+    ) -> tuple[Any, str | None, list[dict[str, Any]]]:
+        """Scores of the dense model, the metric, and all models at every budget."""
+        from surgery.scripts.seeds import dense_score, score_all
+
         inputs = self._test(loaded)
         dense, outputs, metric = dense_score(loaded.model, inputs)
-
-        def points(models: list[Any], *, peers: bool) -> list[dict[str, Any]]:
-            common = (loaded.model, inputs, dense, outputs)
-            return [asdict(score_all(budget, models, *common, peers=peers)) for budget in self.run.budgets]
-
-        found: dict[str, Any] = {
-            "dense": dense.mean,
-            "metric": metric,
-            "inputs": len(dense.values),
-            "targets": {str(budget): text for budget, text in self.run.targets.items()},
-            "policy": [state_of(gated).policy for gated, _ in pairs],
-            "looks": [bool(state_of(gated).looks) for gated, _ in pairs],
-            "trained": points([gated for gated, _ in pairs], peers=policies),
-        }
-        for column in ("routers", "healed") if self.columns else ():
-            gated, _ = self._gated(self.out / f"{self.run.name}-{column}")
-            undone = column == "healed" and state_of(gated).healing is None
-            found[column] = None if undone else points([gated], peers=False)
-        self.keep(**found)
+        common = (models, loaded.model, inputs, dense, outputs)
+        return dense, metric, [asdict(score_all(budget, *common, peers=peers)) for budget in self.run.budgets]
 
     def peers(self, count: int) -> None:
         """Policies that ignore the input beside the first seed's conversion, the second look on top of static among them."""
