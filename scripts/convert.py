@@ -81,18 +81,9 @@ def convert(
         typer.Option("--data", help=f"Data to fit and calibrate on; synthetic inputs without it. {options.DATA_HELP}"),
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Split of --data.", rich_help_panel="Data")] = "train",
-    validation: Annotated[
-        str | None,
-        typer.Option(
-            "--validation", help="Data to calibrate on; by default every fifth batch.", rich_help_panel="Data"
-        ),
-    ] = None,
-    validation_split: Annotated[
-        str, typer.Option("--validation-split", help="Split of --validation.", rich_help_panel="Data")
-    ] = "validation",
-    augment: Annotated[
-        bool, typer.Option("--augment", help="Flip and shift pictures at random.", rich_help_panel="Data")
-    ] = False,
+    validation: options.Validation = None,
+    validation_split: options.ValidationSplit = "validation",
+    augment: options.Augment = False,
     whole_texts: Annotated[
         bool | None,
         typer.Option(
@@ -155,7 +146,7 @@ def convert(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older conversion in --out.")] = False,
+    force: options.Force = False,
     batch_size: options.BatchSize = 32,
     limit: options.Limit = None,
     revision: options.Revision = None,
@@ -187,7 +178,7 @@ def convert(
         raise CheckpointError(f"--resume: {work} holds no interrupted run; start without --resume")
     with waiting("loading the model"):
         loaded = Machine(device, dtype, threads, seed, revision).load(model)
-    batches, held = _read(
+    batches, held = read_data(
         loaded,
         data,
         split,
@@ -254,7 +245,7 @@ def _resumable(work: Path, *, since: float) -> bool:
     return any(file.is_file() and file.stat().st_mtime >= since for file in files)
 
 
-def _read(
+def read_data(
     loaded: Any,
     data: str | None,
     split: str,

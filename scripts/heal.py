@@ -9,7 +9,7 @@ import typer
 
 from surgery.scripts import options
 from surgery.scripts.bars import progress_bars, waiting
-from surgery.scripts.convert import Heal, check_output
+from surgery.scripts.convert import Heal, check_output, read_data
 from surgery.scripts.loading import Machine
 from surgery.scripts.running import command, note, show, show_json
 
@@ -21,9 +21,9 @@ def heal(
     data: Annotated[str, typer.Option("--data", help=f"Data to heal and calibrate on. {options.DATA_HELP}")],
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
     split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "train",
-    augment: Annotated[
-        bool, typer.Option("--augment", help="Flip and shift pictures at random.", rich_help_panel="Data")
-    ] = False,
+    validation: options.Validation = None,
+    validation_split: options.ValidationSplit = "validation",
+    augment: options.Augment = False,
     base: options.Base = None,
     budget: Annotated[
         float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
@@ -31,7 +31,7 @@ def heal(
     epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the data; 3 by default.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps, in place of epochs.")] = None,
     rate: Annotated[float | None, typer.Option("--rate", help="Learning rate of the changes.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older conversion in --out.")] = False,
+    force: options.Force = False,
     batch_size: options.BatchSize = 32,
     limit: options.Limit = None,
     revision: options.Revision = None,
@@ -43,7 +43,6 @@ def heal(
     debug: options.Debug = False,
 ) -> None:
     """Adapt the backbone of a converted model a little, as copies beside it, and calibrate it anew."""
-    from surgery.adapters import load_data
     from surgery.calibration import set_budget
     from surgery.checkpoints import save
     from surgery.conversion import heal_converted
@@ -61,20 +60,18 @@ def heal(
         gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
     if budget is not None:
         set_budget(gated, budget)
-    batches = load_data(
-        data,
+    batches, held = read_data(
         loaded,
-        split=split,
+        data,
+        split,
+        validation,
+        validation_split,
+        common={"batch_size": batch_size, "limit": limit, "seed": seed, "shuffle": True},
         augment=augment,
         whole_texts="auto",
-        group_by_length=True,
-        batch_size=batch_size,
-        limit=limit,
-        seed=seed,
-        shuffle=True,
     )
     with progress_bars() as progress:
-        heal_converted(gated, batches, kind.value, options=training, seed=seed, progress=progress)
+        heal_converted(gated, batches, kind.value, validation=held, options=training, seed=seed, progress=progress)
     save(gated, out, overwrite=force, spec=base)
     if as_json:
         show_json({"out": str(out), **status(gated).to_dict()})

@@ -45,6 +45,15 @@ Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads for torch.", rich_help_panel="Machine")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed for everything random.", rich_help_panel="Machine")]
+Validation = Annotated[
+    str | None,
+    typer.Option("--validation", help="Data to calibrate on; by default every fifth batch.", rich_help_panel="Data"),
+]
+ValidationSplit = Annotated[
+    str, typer.Option("--validation-split", help="Split of --validation.", rich_help_panel="Data")
+]
+Augment = Annotated[bool, typer.Option("--augment", help="Flip and shift pictures at random.", rich_help_panel="Data")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an older conversion in --out.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.", rich_help_panel="Data")]
 Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Read at most this many samples.", rich_help_panel="Data")

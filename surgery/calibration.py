@@ -20,6 +20,7 @@ from surgery.context import execution, override, state_of
 from surgery.cost_curves import CostCurve
 from surgery.costs import observe
 from surgery.errors import BudgetError, DataError, check_choice
+from surgery.padding import is_unread
 from surgery.progress import Progress, silent
 from surgery.state import BudgetPoint, CostModel, GatedState, LookPoint
 
@@ -68,6 +69,7 @@ def calibrate(
     state = state_of(gated)
     state.looks = []  # they belong to the thresholds that are replaced
     stored = _Repeatable(data)
+    state.padding_is_unread = is_unread(gated, stored)
     if cost == "latency":
         from surgery.latency import measure_costs
 

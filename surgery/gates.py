@@ -139,14 +139,20 @@ class Gate(Executor):
         threshold: Any = self.threshold if over.thresholds is None else over.thresholds
         if isinstance(threshold, dict):
             threshold = threshold[self.site.name]
-        return self.chosen(residual, scores, min(threshold, _LARGEST)), scores
+        decisions = scores > min(threshold, _LARGEST)
+        if self.closes_padding(threshold):
+            decisions = self.without_padding(residual, decisions)
+        return decisions, scores
 
-    def chosen(self, residual: Tensor, scores: Tensor, threshold: float) -> Tensor:
-        """Decisions that follow from scores. Padding is never active, since nobody reads what it would become; but below
-        every score, at minus infinity, gates are open for all and the model gives bit for bit what the dense one does.
+    def closes_padding(self, threshold: float) -> bool:
+        """Whether it is closed for padding. Not at minus infinity: there it is open for everything, and the model gives bit
+        for bit what the dense one does.
         """
-        decisions = scores > threshold
-        real = self.padding(residual) if self.per_token and threshold > -math.inf else None
+        return self.per_token and self.state.padding_is_unread and threshold > -math.inf
+
+    def without_padding(self, residual: Tensor, decisions: Tensor) -> Tensor:
+        """Decisions per token with padding closed."""
+        real = self.padding(residual)
         return decisions if real is None else decisions & real
 
     def _decide_once(self, residual: Tensor, over: Overrides, *, static: bool) -> tuple[Tensor, Tensor | None]:

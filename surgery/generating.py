@@ -16,6 +16,12 @@ def code_of(graph: fx.Graph, name: str, namespace: dict[str, Any]) -> str:
     return python.src.strip().replace("def forward(", f"def {name}(", 1)
 
 
+def function_of(graph: fx.Graph, name: str, filename: str) -> Any:
+    """A graph as a function of that name."""
+    namespace: dict[str, Any] = {}
+    return functions_of(code_of(graph, name, namespace), namespace, filename)[name]
+
+
 def functions_of(source: str, namespace: dict[str, Any], filename: str) -> dict[str, Any]:
     """The functions that some source defines, by name."""
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from surgery.counting import uncounted
 from surgery.errors import TraceError
-from surgery.generating import code_of, functions_of
+from surgery.generating import function_of
 from surgery.tracing import (
     CACHE_NAMES,
     DTYPE,
@@ -28,6 +28,7 @@ from surgery.tracing import (
     is_autocast,
     is_watched,
     new_graph,
+    pattern_of,
     signature_of,
     trace,
 )
@@ -65,7 +66,7 @@ class KeyWriter:
         caches += [value for name, value in rest.items() if name in CACHE_NAMES and value is not None]
         if len(caches) != 1 or hasattr(caches[0], "is_updated"):  # an encoder-decoder's holds two caches
             return False
-        pattern = signature.pattern(tuple(args), kwargs)
+        pattern = pattern_of(values, extra, rest)
         call = (module, *values, *extra, *[rest[name] for name in sorted(rest)])
         if pattern not in self.programs:
             program = self.programs[pattern] = key_program(module, signature, pattern)
@@ -94,11 +95,7 @@ def key_program(module: nn.Module, signature: Signature, pattern: Pattern) -> Ca
     except TraceError as error:
         logger.info("%s: keys and values are not written alone: %s", base_class(module).__name__, error)
         return None
-    namespace: dict[str, Any] = {}
-    text = code_of(graph, "_keys", namespace)
-    program: Callable[..., Update] = functions_of(text, namespace, f"<surgery keys of {base_class(module).__name__}>")[
-        "_keys"
-    ]
+    program: Callable[..., Update] = function_of(graph, "_keys", f"<surgery keys of {base_class(module).__name__}>")
     return program
 
 

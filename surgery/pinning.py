@@ -64,6 +64,8 @@ class Pinned:
     """The decision where no router runs."""
     nested: bool
     """Whether the gate stands inside another one's branch; what is decided there cannot leave it."""
+    padding_closed: bool
+    """Whether it is closed for padding."""
     running: Running = field(compare=False)
 
 
@@ -84,7 +86,9 @@ class PinnedGate(Gate):
                 return self.open(branch, left, inputs) if pinned.constant else self.closed(branch, left, residual)
             decisions = self._constant(residual, pinned.constant)
         else:
-            decisions = self.chosen(residual, self.scores(residual), pinned.threshold)
+            decisions = self.scores(residual) > pinned.threshold
+            if pinned.padding_closed:
+                decisions = self.without_padding(residual, decisions)
         running = pinned.running
         if running.decisions is not None and not pinned.nested:
             running.decisions[self.site.name] = decisions
@@ -170,9 +174,9 @@ def pin(
         constant = True if gate.always_on else static.get(name, True) if execution == "static" else None
         at = gate.threshold if at is None else at
         gate.__class__ = PinnedGate
-        gate.__dict__["pinned"] = Pinned(
-            execution, tokens, float(at[name] if isinstance(at, Mapping) else at), constant, name in nested, running
-        )
+        own = float(at[name] if isinstance(at, Mapping) else at)
+        closes = gate.closes_padding(own)
+        gate.__dict__["pinned"] = Pinned(execution, tokens, own, constant, name in nested, closes, running)
     twin.__dict__["_surgery_running"] = running
     return twin
 

@@ -12,7 +12,7 @@ Axis letters: `T` tokens, `S` keys, `K` active rows, `H` heads, `D` channels of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from surgery.counting import uncounted
 from surgery.errors import TraceError
-from surgery.generating import code_of, functions_of
+from surgery.generating import function_of
 from surgery.tracing import (
     DTYPE,
     Pattern,
@@ -95,11 +95,7 @@ def rows_program(module: nn.Module, signature: Signature, pattern: Pattern) -> C
     except TraceError as error:
         logger.info("%s: no generated code for active query tokens: %s", base_class(module).__name__, error)
         return None
-    namespace: dict[str, Any] = {}
-    text = code_of(graph, "_rows", namespace)
-    program: Callable[..., Any] = functions_of(text, namespace, f"<surgery rows of {base_class(module).__name__}>")[
-        "_rows"
-    ]
+    program: Callable[..., Any] = function_of(graph, "_rows", f"<surgery rows of {base_class(module).__name__}>")
     return program
 
 
@@ -227,8 +223,8 @@ def _same(ours: Any, theirs: Any, index: Tensor) -> bool:
     if isinstance(theirs, (tuple, list)):
         if not isinstance(ours, (tuple, list)) or len(ours) != len(theirs):
             return False
-        pairs: Collection[tuple[Any, Any]] = list(zip(ours[1:], theirs[1:], strict=True))
-        if any(isinstance(other, Tensor) or type(own) is not type(other) for own, other in pairs):
+        further = zip(ours[1:], theirs[1:], strict=True)
+        if any(isinstance(other, Tensor) or type(own) is not type(other) for own, other in further):
             return False
         ours, theirs = ours[0], theirs[0]
     if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor) and theirs.dim() == 3):

@@ -35,7 +35,7 @@ from surgery.context import Scope, runs_dense, state_of
 from surgery.copying import share
 from surgery.errors import AlreadyConverted, PlanMismatch, TraceError, UnknownSite, UnsupportedModel, near, shortened
 from surgery.gates import Gate
-from surgery.generating import code_of, functions_of
+from surgery.generating import code_of, function_of, functions_of
 from surgery.head_gates import HeadGate
 from surgery.key_values import KeyWriter
 from surgery.queries import owner
@@ -93,8 +93,8 @@ class Marked:
     axes: Mapping[str, RegionInput] | None
     shared: bool = False
     leader: str = ""
-    query: str = ""
-    """The parameter that makes queries and nothing else, for attention decided per token."""
+    attention: str = ""
+    """The module whose linear map makes queries, where they are decided per token."""
 
 
 @dataclass(slots=True)
@@ -225,10 +225,8 @@ class Programs:
 
     def _query_rows(self, mark: Marked, region: Region, index: int) -> QueryRows | None:
         """Runs the branch for some query tokens, where its attention is one module that queries are made in."""
-        calls = [n for n in region.nodes if n.op == "call_module" and mark.query.startswith(f"{n.target}.")]
-        if len(calls) != 1 or mark.query.count(".", len(str(calls[0].target)) + 1) == 0:
-            return None
-        rest = _rest_graph(region, calls[0])
+        calls = [n for n in region.nodes if n.op == "call_module" and mark.attention == n.target]
+        rest = _rest_graph(region, calls[0]) if len(calls) == 1 else None
         if rest is None:
             return None
         name = _branch_name(mark.key, index)
@@ -236,9 +234,7 @@ class Programs:
         return QueryRows(str(calls[0].target), arguments, self._function(rest, f"{name}_rest"))
 
     def _function(self, graph: fx.Graph, name: str) -> Callable[..., Any]:
-        namespace: dict[str, Any] = {}
-        source = code_of(graph, name, namespace)
-        made: Callable[..., Any] = functions_of(source, namespace, f"<surgery {self.name or 'model'} {name}>")[name]
+        made: Callable[..., Any] = function_of(graph, name, f"<surgery {self.name or 'model'} {name}>")
         return made
 
 
@@ -393,8 +389,8 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
         gates._modules[key].cache_layer = _cache_layer(gated, one.site)  # type: ignore[union-attr]
         axes = {i.name: i for i in one.site.inputs} if not one.site.restriction else None
         anchor = tuple(a[len(prefix) :] for a in one.site.anchor)
-        query = _query(one)[len(prefix) :]
-        marked.append(Marked(one.site.name, key, anchor, axes, one.site.shared, one.leader, query))
+        attention = _attention(one).removeprefix(prefix)
+        marked.append(Marked(one.site.name, key, anchor, axes, one.site.shared, one.leader, attention))
     base = base_class(module)
     inlined = frozenset(n[len(prefix) :] for n in plan.inlined if n.startswith(prefix))
     patterns = [Pattern.from_list(p) for p in plan.patterns[host]]
@@ -415,11 +411,12 @@ def _owners(gated: nn.Module, planned: SitePlan) -> Owners:
     return tuple(owner(gated, name) if name else None for name in (roles.query, roles.output))
 
 
-def _query(planned: SitePlan) -> str:
-    """The parameter that makes queries, sample by sample, of attention that is decided per token; or ""."""
+def _attention(planned: SitePlan) -> str:
+    """Name of the module whose linear map makes queries, sample by sample, of attention that is decided per token; or ""."""
     roles = planned.site.query
-    known = roles is not None and planned.granularity == "token" and roles.query_rows == roles.output_rows == "NT"
-    return roles.query if known and roles is not None else ""
+    if roles is None or planned.granularity != "token" or not roles.query_rows == roles.output_rows == "NT":
+        return ""
+    return roles.query.rpartition(".")[0].rpartition(".")[0]
 
 
 def _cache_layer(gated: nn.Module, site: Site) -> int | None:
@@ -537,10 +534,14 @@ def _rest_graph(region: Region, call: fx.Node) -> fx.Graph | None:
     """The branch from a module's output on; None where it reads anything else."""
     graph = new_graph()
     env: dict[fx.Node, fx.Node] = {call: graph.placeholder("made")}
+
+    def is_known(node: fx.Node) -> bool:
+        return all(source in env for source in node.all_input_nodes)
+
     for node in region.nodes[region.nodes.index(call) + 1 :]:
-        if all(source in env for source in node.all_input_nodes):
+        if is_known(node):
             env[node] = graph.node_copy(node, env.__getitem__)
-    if region.term not in env or any(s not in env for n in region.escapes if n not in env for s in n.all_input_nodes):
+    if region.term not in env or not all(node in env or is_known(node) for node in region.escapes):
         return None
     result: Any = env[region.term]
     if region.escapes:

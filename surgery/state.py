@@ -116,6 +116,8 @@ class GatedState:
     policy: str = "routed"
     """`routed`, or `static` where input-dependence did not pay and the frozen policy runs."""
     healing: Healing | None = None
+    padding_is_unread: bool = False
+    """Whether nothing reads what becomes of padding, so that gates per token are closed there."""
 
     @property
     def names(self) -> tuple[str, ...]:

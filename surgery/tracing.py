@@ -245,9 +245,9 @@ def weights_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def is_autocast(module: nn.Module) -> bool:
-    """Whether autocast decides dtypes where the module's parameters are."""
-    device = next((p.device.type for p in module.parameters()), "cpu")
-    return torch.is_autocast_enabled(device)
+    """Whether autocast decides dtypes where the module's parameters are, or may be when it runs (meta: offloaded)."""
+    devices = {p.device.type for p in module.parameters()} - {"meta"} or {"cpu", "cuda"}
+    return any(torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d) for d in devices)
 
 
 def _remove_dropout(graph: fx.Graph) -> None:

@@ -259,10 +259,10 @@ def test_convert_puts_texts_of_like_length_together(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("surgery.adapters.load_data", stop)
     with pytest.raises(KeyboardInterrupt):
-        from surgery.scripts.convert import _read
+        from surgery.scripts.convert import read_data
 
         common = {"batch_size": 2, "limit": None, "seed": 0, "shuffle": True}
-        _read(None, "a.csv", "train", None, "", common=common, augment=False, whole_texts="auto")
+        read_data(None, "a.csv", "train", None, "", common=common, augment=False, whole_texts="auto")
     assert given["group_by_length"] is True and given["shuffle"] is True
 
 

@@ -304,28 +304,6 @@ def test_forced_draws_do_not_see_padding(name: str) -> None:
             assert torch.equal(right.decisions, moved.decisions), right.site
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_padding_is_never_active_and_nobody_reads_what_it_becomes(name: str) -> None:
-    one = subject(name)
-    example = one.entry.example(3, seed=2)
-    assert isinstance(example, dict)
-    real = example["attention_mask"].bool()
-    found = {site: decisions for site, (decisions, _) in decisions_of(one, example).items()}
-    per_token = [site for site, decisions in found.items() if decisions.shape == real.shape]
-    assert not any((found[site] & ~real).any() for site in per_token)
-    results = []
-    for padding in (False, True):
-        decisions = {s: (d | ~real if padding else d) if s in per_token else d for s, d in found.items()}
-        with surgery.execution(one.gated, "skip"), surgery.force(one.gated, decisions):
-            results.append(outputs(one.gated, example))
-    for closed, opened in zip(*results, strict=True):
-        if closed.dim() == 4 and closed.shape[::2] == real.shape:  # a cache, N H T D
-            closed, opened = closed.transpose(1, 2), opened.transpose(1, 2)
-        if closed.shape[:2] == real.shape:
-            closed, opened = closed[real], opened[real]
-        assert_close([closed], [opened])
-
-
 def assert_same_decisions(site: str, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Decisions and scores: scores agree within 1e-4, decisions unless the score is that close to the threshold (0)."""
     assert torch.allclose(actual[1], expected[1], rtol=1e-4, atol=1e-4), site

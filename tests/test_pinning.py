@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -171,9 +172,11 @@ def test_padding_is_never_active_in_a_pinned_copy_either() -> None:
     example = one.entry.example(3, seed=2)
     assert isinstance(example, dict)
     padding = ~example["attention_mask"].bool()
-    pinned = surgery.pin(one.gated, example, "mask")
-    with surgery.tape(one.gated) as events:
-        routed(one, "mask", example)
+    gated = copy.deepcopy(one.gated)
+    state_of(gated).padding_is_unread = True
+    pinned = surgery.pin(gated, example, "mask")
+    with surgery.execution(gated, "mask"), surgery.tape(gated) as events:
+        outputs(gated, example)
     running = pinned.__dict__["_surgery_running"]
     running.decisions = {}
     outputs(pinned, example)

@@ -186,7 +186,9 @@ def test_programs_are_made_per_call_pattern() -> None:
     assert len(made.programs) == 2
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "vit", "deit", "dinov2", "siglip"])
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "electra", "distilbert", "vit", "deit", "dinov2", "siglip", "bart", "whisper"]
+)
 def test_networks_that_use_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     entry = find(f"transformers/{name}")
