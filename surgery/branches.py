@@ -23,7 +23,7 @@ roles.
 
 
 class Branch(Protocol):
-    """A generated function that runs one branch. Attributes are set by `surgery.rewriting`."""
+    """A generated function that runs one branch. Attributes are set by `surgery.programs`."""
 
     axes: tuple[RegionInput, ...] | None
     """How to cut each input, or None where this call pattern was never probed."""

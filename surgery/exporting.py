@@ -27,8 +27,9 @@ from surgery.calling import Batch, as_batch, call, device_of, dtype_of, read_out
 from surgery.context import state_of
 from surgery.errors import ExportError, MissingDependency, OutputExists, SurgeryError, check_choice
 from surgery.gates import iter_gates
+from surgery.patterns import signature_of
 from surgery.pinning import EXECUTIONS, TOKENS, Execution, Tokens, drop_unused, pin, running_of
-from surgery.tracing import base_class, signature_of
+from surgery.tracing import base_class
 
 logger = logging.getLogger(__name__)
 Format = Literal["onnx", "pt2"]

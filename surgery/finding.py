@@ -23,11 +23,12 @@ from surgery.context import handled
 from surgery.copying import share
 from surgery.counting import flop_counter
 from surgery.errors import SurgeryError, TraceError, UnsupportedModel
+from surgery.patterns import KINDS, Pattern, patterns_of_call, signature_of
 from surgery.probing import Claim, Probe
 from surgery.regions import Findings, Region, find_regions
 from surgery.rewriting import check_convertible, insert_gates
 from surgery.sites import Granularity, Plan, Rejection, Site, SitePlan, Sites
-from surgery.tracing import CACHE_NAMES, KINDS, Pattern, patterns_of_call, signature_of, trace
+from surgery.tracing import CACHE_NAMES, trace
 
 logger = logging.getLogger(__name__)
 

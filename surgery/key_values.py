@@ -18,20 +18,8 @@ from torch import Tensor, fx, nn
 from surgery.counting import uncounted
 from surgery.errors import TraceError
 from surgery.generating import function_of
-from surgery.tracing import (
-    CACHE_NAMES,
-    DTYPE,
-    Pattern,
-    Signature,
-    base_class,
-    has_side_effect,
-    is_autocast,
-    is_watched,
-    new_graph,
-    pattern_of,
-    signature_of,
-    trace,
-)
+from surgery.patterns import Pattern, Signature, pattern_of, signature_of
+from surgery.tracing import CACHE_NAMES, DTYPE, base_class, has_side_effect, is_autocast, is_watched, new_graph, trace
 
 logger = logging.getLogger(__name__)
 Update = tuple[Sequence[Any], Mapping[str, Any]]

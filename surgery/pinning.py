@@ -28,9 +28,11 @@ from surgery.copying import share
 from surgery.errors import PinError, check_choice
 from surgery.gates import Gate, iter_gates
 from surgery.healing import make_permanent
-from surgery.rewriting import Programs, subclass
+from surgery.patterns import Pattern, signature_of
+from surgery.programs import Programs
+from surgery.rewriting import subclass
 from surgery.roots import first_tokens_of, padding_of
-from surgery.tracing import GATES, Pattern, base_class, signature_of
+from surgery.tracing import GATES, base_class
 
 logger = logging.getLogger(__name__)
 Execution = Literal["cond", "mask", "static"]

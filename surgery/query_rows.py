@@ -22,19 +22,8 @@ from torch.nn import functional as F
 from surgery.counting import uncounted
 from surgery.errors import TraceError
 from surgery.generating import function_of
-from surgery.tracing import (
-    DTYPE,
-    Pattern,
-    Signature,
-    base_class,
-    has_side_effect,
-    is_watched,
-    new_graph,
-    pattern_of,
-    remove_dead_code,
-    signature_of,
-    trace,
-)
+from surgery.patterns import Pattern, Signature, pattern_of, signature_of
+from surgery.tracing import DTYPE, base_class, has_side_effect, is_watched, new_graph, remove_dead_code, trace
 
 logger = logging.getLogger(__name__)
 _ATTENTION = F.scaled_dot_product_attention

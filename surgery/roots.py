@@ -23,9 +23,10 @@ from surgery.calling import PROMPT, reads_texts
 from surgery.context import Forced, Scope
 from surgery.errors import PlanMismatch, PromptError
 from surgery.gates import Gate
+from surgery.patterns import Signature, signature_of
 from surgery.prompts import Kept, cache_in, keep, kept_with, span
 from surgery.state import GatedState
-from surgery.tracing import CACHE_NAMES, Signature, base_class, signature_of
+from surgery.tracing import CACHE_NAMES, base_class
 
 
 @dataclass(frozen=True, slots=True)

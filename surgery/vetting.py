@@ -9,10 +9,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from surgery.errors import CheckpointError
+from surgery.patterns import Pattern
 from surgery.rewriting import empty_gates
 from surgery.sites import Plan, Site
 from surgery.state import Healing
-from surgery.tracing import Pattern
 
 LIMITS: Mapping[str, tuple[int, int]] = {
     "channels": (1, 2**22),

@@ -372,6 +372,23 @@ def test_benchmark_times_every_batch_size(converted: Path) -> None:
     assert "gated ms" in run("benchmark", converted, *more).stdout
 
 
+def test_benchmark_groups_texts_where_it_is_asked_to(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import surgery.adapters
+
+    given: list[bool] = []
+    load = surgery.adapters.load_data
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        given.append(kwargs["group_by_length"])
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr("surgery.adapters.load_data", noted)
+    common = ("--data", "digits", "--batch-size", 4, "--repeats", 2)
+    run("benchmark", converted, *common)
+    run("benchmark", converted, *common, "--group-by-length")
+    assert given == [False, True]
+
+
 def test_benchmark_needs_enough_samples(converted: Path) -> None:
     result = run("benchmark", converted, "--data", "digits", "--batch-size", 501, expect=1)
     assert "fewer than 501" in result.stderr

@@ -21,6 +21,7 @@ from surgery.calling import read_output
 from surgery.cards import card
 from surgery.configs import read_config
 from surgery.context import state_of
+from surgery.conversion import heal_converted
 from surgery.errors import BudgetError, CheckpointError, PlanMismatch, SurgeryError
 from surgery.fingerprints import fingerprint
 from surgery.healing import changed, stored
@@ -76,6 +77,17 @@ def healed(ready: Ready) -> Ready:
     ready.heal()
     assert state_of(ready.gated).healing is not None
     return ready
+
+
+def test_a_finished_conversion_is_healed_as_convert_does_it(ready: Ready) -> None:
+    """The same change of the backbone, and thresholds that hold its budget on healed streams."""
+    shared: dict[str, Any] = {"validation": ready.held, "options": OPTIONS}
+    whole = surgery.convert(ready.model, 0.5, data=ready.data, heal=ready.kind, **shared, **HOW)  # type: ignore[arg-type]
+    before = [point.threshold for point in state_of(ready.gated).table]
+    heal_converted(ready.gated, ready.data, ready.kind, **shared)  # type: ignore[arg-type]
+    assert state_of(ready.gated).healing is not None
+    assert [p.threshold for p in state_of(ready.gated).table] == [p.threshold for p in state_of(whole).table] != before
+    assert_same(dict(ready.gated.state_dict()), dict(whole.state_dict()))
 
 
 def test_nearer_to_dense_at_the_same_decisions(ready: Ready) -> None:

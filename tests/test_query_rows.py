@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
+from surgery.patterns import signature_of
 from surgery.query_rows import QueryRows, attend_rows, rows_program, take_rows
 from surgery.scripts.zoo import find
-from surgery.tracing import signature_of
 
 
 class Attention(nn.Module):

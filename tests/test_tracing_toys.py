@@ -744,7 +744,7 @@ def test_sizes_that_decide_what_is_computed_belong_to_the_call_pattern() -> None
 
 
 def test_endless_sizes_run_dense(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("surgery.rewriting.MOST", 2)
+    monkeypatch.setattr("surgery.programs.MOST", 2)
     model = Windowed()
     _, gated = convert(model, maps())
     with surgery.force(gated, 0.0):

@@ -1,0 +1,335 @@
+"""Programs of one host: generated functions, one `forward` per call pattern and one function per branch.
+
+    def _branch_mlp(self, x):                     # before:  def forward(self, x):
+        norm = self.norm(x)                       #              return x + self.mlp(self.norm(x))
+        return self.mlp(norm)
+
+    def _forward_0(self, x):
+        return self.surgery_gates.mlp(self._branch_mlp, x, x, x)
+
+Graphs are never stored; a host that meets a new call pattern (another argument is None) traces again, once.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from surgery import context
+from surgery.context import Scope, runs_dense
+from surgery.errors import PlanMismatch, TraceError
+from surgery.generating import code_of, function_of, functions_of
+from surgery.key_values import KeyWriter
+from surgery.patterns import Held, Pattern, Signature, pattern_of
+from surgery.query_rows import QueryRows
+from surgery.regions import Region, find_regions, is_rest, or_nothing
+from surgery.sites import RegionInput
+from surgery.tracing import (
+    CACHE_NAMES,
+    DTYPE,
+    GATES,
+    INPLACE,
+    is_autocast,
+    new_graph,
+    remove_dead_code,
+    trace,
+    weights_dtype,
+)
+
+logger = logging.getLogger(__name__)
+MOST = 64
+"""Programs of one host, where its call patterns hold numbers or sizes fixed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A site inside a host: where its gate hangs, which region it is, and how its inputs are cut."""
+
+    site: str
+    key: str
+    anchor: tuple[str, ...]
+    axes: Mapping[str, RegionInput] | None
+    shared: bool = False
+    leader: str = ""
+    attention: str = ""
+    """The module whose linear map makes queries, where they are decided per token."""
+
+
+@dataclass(slots=True)
+class Programs:
+    """The generated functions of one host, one `forward` per call pattern."""
+
+    name: str
+    base: type[nn.Module]
+    signature: Signature
+    marked: tuple[Marked, ...]
+    inlined: frozenset[str]
+    held: Held = "kinds"
+    full: bool = False
+    compiled: dict[Pattern, Callable[..., Any] | None] = field(default_factory=dict)
+    sources: dict[Pattern, str] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+    """The weights' dtype that decided what some program does, or None."""
+    leaders: tuple[str, ...] = field(init=False)
+    """Sites from whose routers others read."""
+
+    def __post_init__(self) -> None:
+        self.leaders = tuple(mark.leader for mark in self.marked if mark.leader)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the program of this call's pattern; generate it when the pattern is new. Dense calls run the
+        original.
+        """
+        if runs_dense(module._modules[GATES].state):  # type: ignore[union-attr, arg-type]
+            return self.base.forward(module, *args, **kwargs)
+        if self.dtype is not None and (self.dtype != weights_dtype(module) or is_autocast(module)):
+            logger.warning(
+                "%s: this call runs dense, since its weights were %s when gates were inserted", self.name, self.dtype
+            )
+            return self.base.forward(module, *args, **kwargs)
+        values, extra, rest = self.signature.bind(args, kwargs)
+        names = sorted(rest)
+        pattern = pattern_of(values, extra, rest, self.held)
+        try:
+            program = self.compiled[pattern]
+        except KeyError:
+            program = self.add(module, pattern, strict=False) if self._has_room() else None
+        if program is None:
+            return self.base.forward(module, *args, **kwargs)
+        inputs = (module, *values, *extra, *[rest[name] for name in names])
+        return self._share(program, inputs) if self.leaders else program(*inputs)
+
+    def _share(self, program: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+        """Run a program; what its routers share is kept as long as it runs."""
+        running = context.scope()
+        if running is None:  # the host is called by itself
+            with context.entered(Scope()):
+                return program(*inputs)
+        try:
+            return program(*inputs)
+        finally:
+            for name in self.leaders:
+                running.shared.pop(name, None)
+
+    def _has_room(self) -> bool:
+        """Whether one more program may be made: patterns that hold numbers or sizes fixed could be endless."""
+        room = self.held == "kinds" or len(self.compiled) < MOST
+        if not room and not self.full:
+            self.full = True
+            logger.warning(
+                "%s: called with more than %d combinations of %s; further ones run dense", self.name, MOST, self.held
+            )
+        return room
+
+    def pattern(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pattern:
+        """The call pattern of one call."""
+        return self.signature.pattern(tuple(args), kwargs, self.held)
+
+    def add(self, module: nn.Module, pattern: Pattern, *, strict: bool) -> Callable[..., Any] | None:
+        """Generate the program of one pattern.
+
+        Raises:
+            PlanMismatch: If `strict`, and it cannot be traced or a site is not found again in the trace.
+        """
+        try:
+            graph = trace(module, pattern, self.inlined)
+        except TraceError as error:
+            if strict:
+                raise PlanMismatch(
+                    f"{self.name or 'model'} is not called as in the plan: {error}; was the plan made for another model?"
+                ) from error
+            logger.warning("%s: this call runs dense, since it cannot be traced: %s", self.name or "model", error)
+            self.compiled[pattern] = None
+            return None
+        self.dtype = graph.output_node().meta.get(DTYPE, self.dtype)
+        matched = _match(find_regions(graph, module).regions, self.marked)
+        missing = [m.site for m in self.marked if m not in [mark for mark, _ in matched]]
+        if missing and strict:
+            raise PlanMismatch(
+                f"{self.name or 'model'}: the plan's sites {missing} are not found in this model; "
+                "was the plan made for another architecture or another version of its library?"
+            )
+        if missing:
+            logger.warning("%s: called in a new way in which %s cannot be skipped", self.name or "model", missing)
+        index = len(self.compiled)
+        source, namespace = _generate(self, graph, pattern, matched, index)
+        functions = functions_of(source, namespace, f"<surgery {self.name or 'model'} #{index}>")
+        program = functions.pop(f"_forward_{index}")
+        cls = type(module)
+        for mark, region in matched:
+            function: Any = functions[_branch_name(mark.key, index)]
+            function.escapes = len(region.escapes)
+            function.axes = _axes(mark, region)
+            function.stateful = any(node.name in CACHE_NAMES for node in region.inputs) or mark.shared
+            function.inplace = region.add.meta.get(INPLACE, False) and region.add.args[0] is region.term
+            function.keys = self._key_writer(mark, region, index) if function.stateful else None
+            function.rows = None if function.stateful else self._query_rows(mark, region, index)
+            setattr(cls, function.__name__, function)
+        self.sources[pattern] = source
+        self.compiled[pattern] = program
+        return program
+
+    def _key_writer(self, mark: Marked, region: Region, index: int) -> KeyWriter | None:
+        """Writes the branch's keys and values alone, where its attention is one module that takes the cache."""
+        takers = [
+            node
+            for node in region.nodes
+            if node.op == "call_module" and any(source.name in CACHE_NAMES for source in node.all_input_nodes)
+        ]
+        if len(takers) != 1 or region.escapes:
+            return None
+        arguments = self._function(_arguments_graph(region, takers[0]), f"{_branch_name(mark.key, index)}_arguments")
+        return KeyWriter(str(takers[0].target), arguments)
+
+    def _query_rows(self, mark: Marked, region: Region, index: int) -> QueryRows | None:
+        """Runs the branch for some query tokens, where its attention is one module that queries are made in."""
+        calls = [n for n in region.nodes if n.op == "call_module" and mark.attention == n.target]
+        rest = _rest_graph(region, calls[0]) if len(calls) == 1 else None
+        if rest is None:
+            return None
+        name = _branch_name(mark.key, index)
+        arguments = self._function(_arguments_graph(region, calls[0]), f"{name}_arguments")
+        return QueryRows(str(calls[0].target), arguments, self._function(rest, f"{name}_rest"))
+
+    def _function(self, graph: fx.Graph, name: str) -> Callable[..., Any]:
+        made: Callable[..., Any] = function_of(graph, name, f"<surgery {self.name or 'model'} {name}>")
+        return made
+
+
+def _match(regions: list[Region], marked: Iterable[Marked]) -> list[tuple[Marked, Region]]:
+    left = list(regions)
+    pairs = []
+    for mark in marked:
+        region = next((r for r in left if r.anchor == mark.anchor), None)
+        if region is not None:
+            left.remove(region)
+            pairs.append((mark, region))
+    return pairs
+
+
+def _axes(mark: Marked, region: Region) -> tuple[RegionInput, ...] | None:
+    if mark.axes is None or any(node.name not in mark.axes for node in region.inputs):
+        return None
+    return tuple(mark.axes[node.name] for node in region.inputs)
+
+
+def _branch_name(key: str, index: int) -> str:
+    return f"_branch_{key}" if index == 0 else f"_branch_{key}_{index}"
+
+
+def _generate(
+    programs: Programs, graph: fx.Graph, pattern: Pattern, matched: list[tuple[Marked, Region]], index: int
+) -> tuple[str, dict[str, Any]]:
+    namespace: dict[str, Any] = {}
+    parts = []
+    for mark, region in matched:
+        parts.append(code_of(_branch_graph(region), _branch_name(mark.key, index), namespace))
+    main = _main_graph(programs, graph, pattern, matched, index)
+    parts.append(code_of(main, f"_forward_{index}", namespace))
+    return "\n\n".join(parts) + "\n", namespace
+
+
+def _branch_graph(region: Region) -> fx.Graph:
+    graph = new_graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in region.inputs:
+        env[node] = graph.placeholder(node.name)
+    for node in region.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    result: Any = env[region.term]
+    if region.escapes:
+        result = (result, *(_copy_escape(graph, node, env) for node in region.escapes))
+    graph.output(result)
+    return graph
+
+
+def _arguments_graph(region: Region, call: fx.Node) -> fx.Graph:
+    """The branch up to the call of one module: what that is called with."""
+    graph = new_graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in region.inputs:
+        env[node] = graph.placeholder(node.name)
+    for node in region.nodes:
+        if node is call:
+            break
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(fx.map_arg((call.args, call.kwargs), env.__getitem__))
+    remove_dead_code(graph)
+    return graph
+
+
+def _rest_graph(region: Region, call: fx.Node) -> fx.Graph | None:
+    """The branch from a module's output on; None where it reads anything else."""
+    graph = new_graph()
+    env: dict[fx.Node, fx.Node] = {call: graph.placeholder("made")}
+
+    def is_known(node: fx.Node) -> bool:
+        return all(source in env for source in node.all_input_nodes)
+
+    for node in region.nodes[region.nodes.index(call) + 1 :]:
+        if is_known(node):
+            env[node] = graph.node_copy(node, env.__getitem__)
+    if region.term not in env or not all(node in env or is_known(node) for node in region.escapes):
+        return None
+    result: Any = env[region.term]
+    if region.escapes:
+        result = (result, *(_copy_escape(graph, node, env) for node in region.escapes))
+    graph.output(result)
+    remove_dead_code(graph)
+    return graph
+
+
+def _copy_escape(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    return env[node] if node in env else graph.node_copy(node, env.__getitem__)
+
+
+def _main_graph(
+    programs: Programs, source: fx.Graph, pattern: Pattern, matched: list[tuple[Marked, Region]], index: int
+) -> fx.Graph:
+    graph = new_graph()
+    env: dict[fx.Node, fx.Node] = {}
+    given = {str(node.target): node for node in source.nodes if node.op == "placeholder"}
+    for name in programs.signature.names(pattern):
+        placeholder = graph.placeholder(name)
+        if name in given:
+            env[given[name]] = placeholder
+    inside = {node for _, region in matched for node in region.own}
+    escaped = {node for _, region in matched for node in region.escapes}
+    gates: dict[fx.Node, list[tuple[Marked, Region]]] = {}
+    for mark, region in matched:
+        gates.setdefault(region.add, []).append((mark, region))
+    for node in source.nodes:
+        if node.op == "placeholder" or node in inside or node in escaped:
+            continue
+        if node in gates:
+            env[node] = _gate_calls(graph, node, gates[node], env, index)
+        elif node.op == "output" or all(source in env for source in node.all_input_nodes):
+            env[node] = graph.node_copy(node, env.__getitem__)  # what is left out are shape reads inside a branch
+    remove_dead_code(graph)
+    return graph
+
+
+def _gate_calls(
+    graph: fx.Graph, add: fx.Node, branches: list[tuple[Marked, Region]], env: dict[fx.Node, fx.Node], index: int
+) -> fx.Node:
+    terms = [region.term for _, region in branches]
+    others = [operand for operand in add.args if operand not in terms]
+    left: fx.Node | None = env[others[0]] if others else None  # type: ignore[index]
+    for mark, region in branches:
+        function = graph.get_attr(_branch_name(mark.key, index))
+        inputs = tuple(env[node] for node in region.inputs)
+        call = graph.call_module(f"{GATES}.{mark.key}", (function, left, env[region.residual], *inputs))
+        if region.escapes:
+            for position, node in enumerate(region.escapes, start=1):
+                further = graph.call_function(operator.getitem, (call, position))
+                env[node] = graph.call_function(or_nothing, (further,)) if is_rest(node) else further
+            call = graph.call_function(operator.getitem, (call, 0))
+        left = call
+    assert left is not None
+    return left
