@@ -51,6 +51,7 @@ class Run:
         budget: Converted for.
         lowest: Smallest budget that is trained for.
         second_look: What `convert` is told.
+        granularity: What `convert` is told.
         test_limit: Test inputs, drawn with seed 0, or None for all.
         texts: Whether inputs are texts, whose lengths differ.
         prepare: Directory of the dense model that `surgery.scripts.news_head` writes, if it is that one.
@@ -72,6 +73,7 @@ class Run:
     budget: float = 0.6
     lowest: float | None = None
     second_look: Literal["auto"] | bool = "auto"
+    granularity: Literal["auto", "sample"] = "auto"
     test_limit: int | None = None
     texts: bool = False
     prepare: str = ""
@@ -91,6 +93,11 @@ RUNS = (
         "agnews", "MiniLM features and a linear head, AG News", "hf:{out}/agnews-dense", "agnews", 5000, 32, (1, 32),
         (0.75, 0.6, 0.5, 0.4, 0.3), {0.75: "100 %", 0.6: "99.8 %", 0.5: "99.3 %", 0.4: "98.5 %", 0.3: "97 %"}, epochs=3,
         lowest=0.3, test_limit=1500, texts=True, prepare="agnews-dense",
+    ),
+    Run(
+        "agnews-sample", "The same, decided per text", "hf:{out}/agnews-dense", "agnews", 5000, 32, (1, 32), (0.75, 0.6, 0.5, 0.4),
+        {0.75: "100 %", 0.6: "99.8 %", 0.5: "99.3 %", 0.4: "98.5 %"}, epochs=3, lowest=0.3, granularity="sample",
+        test_limit=1500, texts=True, prepare="agnews-dense",
     ),
     Run(
         "vit6", "small ViT (nn.TransformerEncoder), CIFAR-10", "python:{networks}:vit6", "cifar10", 15000, 50, (1, 64),
@@ -277,6 +284,7 @@ class Work:
                 tune=tune,
                 options=options,
                 second_look=run.second_look,
+                granularity=run.granularity,
                 seed=seed,
                 progress=progress,
             )
