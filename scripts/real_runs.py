@@ -95,9 +95,9 @@ RUNS = (
         lowest=0.3, test_limit=1500, texts=True, prepare="agnews-dense",
     ),
     Run(
-        "agnews-sample", "The same, decided per text", "hf:{out}/agnews-dense", "agnews", 5000, 32, (1, 32), (0.75, 0.6, 0.5, 0.4),
-        {0.75: "100 %", 0.6: "99.8 %", 0.5: "99.3 %", 0.4: "98.5 %"}, epochs=3, lowest=0.3, granularity="sample",
-        test_limit=1500, texts=True, prepare="agnews-dense",
+        "agnews-sample", "The same, decided per text", "hf:{out}/agnews-dense", "agnews", 5000, 32, (1, 32),
+        (0.75, 0.6, 0.5, 0.4), {0.75: "100 %", 0.6: "99.8 %", 0.5: "99.3 %", 0.4: "98.5 %"}, epochs=3, lowest=0.3,
+        granularity="sample", test_limit=1500, texts=True, prepare="agnews-dense",
     ),
     Run(
         "vit6", "small ViT (nn.TransformerEncoder), CIFAR-10", "python:{networks}:vit6", "cifar10", 15000, 50, (1, 64),
@@ -109,15 +109,6 @@ RUNS = (
         {0.85: "96 %"}, epochs=6, heal=("norms", 1e-3, 40), augment=True, budget=0.85,
     ),
 )  # fmt: skip
-
-
-STORIES = {
-    "MLP per token": "linear",
-    "both per token": "auto",
-    "attention per token": "auto",
-    "both per story": "auto",
-}
-"""Variants of `surgery.scripts.stories`, with their kind of skip path."""
 
 
 def main(
@@ -159,53 +150,42 @@ def main(
                 work.time()
         typer.echo(real_tables.markdown(work.load()))
     if not only or "stories" in only:
-        if "convert" in wanted:
-            tell_stories(shared, out / "stories", threads, limit)
-        typer.echo(stories_told(out / "stories"))
+        tell_stories(shared, out / "stories", wanted, seeds, columns, limit)
+        typer.echo(stories_told(shared, out / "stories"))
     if "write" in wanted:
         results = [
             work.load() for run in RUNS if (work := Work(run, shared, out, seeds, columns, threads, limit)).known
         ]
         if write is not None:
-            real_tables.replace(write, results, stories_told(out / "stories"))
+            real_tables.replace(write, results, stories_told(shared, out / "stories"))
         if picture is not None:
             real_tables.draw(picture, results)
 
 
-def tell_stories(shared: Path, out: Path, threads: int, limit: int | None) -> None:
-    """Convert and score the story writer in every way that is not there yet."""
+def tell_stories(shared: Path, out: Path, wanted: list[str], seeds: int, columns: bool, limit: int | None) -> None:
+    """The story writer: converted and scored in every way that is not there yet, and timed."""
     from surgery.scripts import stories
 
-    for variant, skip in STORIES.items():
-        if not _told(out, variant).exists():
-            stories.main(
-                shared,
-                out,
-                limit or 600,
-                min(limit or 100, 100),
-                3,
-                [variant],
-                skip,
-                validate=False,
-                threads=threads,
-                seed=0,
-            )
+    out.mkdir(parents=True, exist_ok=True)
+    setting = stories.Setting(shared, out, limit or 600, min(limit or 100, 100), epochs=3)
+    for variant in stories.VARIANTS:
+        if "convert" in wanted:
+            for seed in range(seeds if variant.columns else 1):
+                stories.tell(setting, variant, "trained", seed)
+        if "columns" in wanted and columns and variant.columns:
+            stories.tell(setting, variant, "routers", 0)
+            stories.tell(setting, variant, "healed", 0)
+        if "time" in wanted:
+            stories.clock(setting, variant)
 
 
-def stories_told(out: Path) -> str:
-    """The story writer's table, and what it writes; "" before it has written."""
+def stories_told(shared: Path, out: Path) -> str:
+    """The story writer's tables, and what it writes; "" before it has written."""
     from surgery.scripts import stories
 
-    found: dict[str, Any] = {}
-    for variant in STORIES:
-        if (file := _told(out, variant)).exists():
-            one = json.loads(file.read_text("utf-8"))
-            found |= one | {"stories": found.get("stories", {}) | one["stories"]}
-    return f"### Story writer (Llama, 5 layers), TinyStories\n\n{stories.markdown(found)}\n" if found else ""
-
-
-def _told(out: Path, variant: str) -> Path:
-    return out / f"{variant.replace(' ', '-')}.json"
+    setting = stories.Setting(shared, out, 0, 0, 0)
+    tables = stories.markdown({variant.name: setting.load(variant) for variant in stories.VARIANTS})
+    return f"### Story writer (Llama, 5 layers), TinyStories\n\n{tables}\n" if tables else ""
 
 
 @dataclass

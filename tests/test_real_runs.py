@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from surgery.scripts import real_runs, real_tables
+from surgery.scripts import real_runs, real_tables, stories
 
 NETWORK = """
 import torch
@@ -71,7 +71,7 @@ def shared(tmp_path: Path) -> Path:
 def test_one_command_makes_tables_and_picture(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(real_runs, "RUNS", (RUN,))
-    monkeypatch.setattr(real_runs, "STORIES", {})
+    monkeypatch.setattr(stories, "VARIANTS", ())
     out, page, picture = tmp_path / "out", tmp_path / "page.md", tmp_path / "picture.png"
     out.mkdir()
     (out / "net.py").write_text(NETWORK, encoding="utf-8")
