@@ -1,9 +1,8 @@
 """What small pieces cost in plain torch, without a gate: `python -m surgery.scripts.rows_speed --what mlp`.
 
 `mlp`: skipping tokens makes matrices shorter, and their weights have to be read all the same: the two linear maps of an MLP
-at some numbers of rows. `attention`: some queries with keys and values of every token. `skip`: a depthwise skip path of a
-feature map and its parts, beside one 3x3 convolution of what it replaces. Each call of a layer has other weights, as in a
-network.
+at some numbers of rows. `attention`: some queries with keys and values of every token. `skip`: skip paths of a feature map and
+their parts, beside one 3x3 convolution of what they replace. Each call of a layer has other weights, as in a network.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ def main(
     hidden: Annotated[int, typer.Option(help="Width of its MLPs.")] = 1536,
     heads: Annotated[int, typer.Option(help="Heads of its attention.")] = 12,
     rows: Annotated[int, typer.Option(help="Tokens of one call, or pixels along a side.")] = 25,
+    batch: Annotated[int, typer.Option(help="Feature maps of one call.")] = 1,
     layers: Annotated[int, typer.Option(help="Layers, each with weights of its own.")] = 18,
     repeats: Annotated[int, typer.Option(help="Rounds, of which the median counts.")] = 30,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -44,7 +44,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if what is What.skip:
-        steps = skip_steps(channels, rows, layers)
+        steps = skip_steps(channels, rows, batch, layers)
     else:
         counts = [max(1, round(share * rows)) for share in (1.0, 0.8, 0.6, 0.5, 0.4, 0.2, 0.0)]
         make = mlp_step(channels, hidden, layers) if what is What.mlp else attention_step(channels, heads, rows, layers)
@@ -109,12 +109,13 @@ def attention_step(channels: int, heads: int, rows: int, layers: int) -> Callabl
     return at
 
 
-def skip_steps(channels: int, side: int, layers: int) -> Mapping[str, Callable[[], None]]:
-    """One 3x3 convolution, and a depthwise skip path with its parts."""
+def skip_steps(channels: int, side: int, batch: int, layers: int) -> Mapping[str, Callable[[], None]]:
+    """One 3x3 convolution, and skip paths with their parts."""
     import torch
     from torch.nn import functional as F
 
-    x = torch.randn(1, channels, side, side)
+    x = torch.randn(batch, channels, side, side)
+    flat = x.flatten(2)
     whole = [torch.randn(channels, channels, 3, 3) for _ in range(layers)]
     kernels = [torch.randn(channels, 1, 3, 3) for _ in range(layers)]
     mixing = [torch.randn(channels, channels, 1, 1) for _ in range(layers)]
@@ -133,7 +134,10 @@ def skip_steps(channels: int, side: int, layers: int) -> Mapping[str, Callable[[
         "one 3x3 convolution": each(lambda layer: F.conv2d(x, whole[layer], padding=1)),
         "depthwise skip path": each(lambda layer: F.conv2d(depthwise(layer), mixing[layer])),
         "its depthwise convolution": each(depthwise),
-        "its 1x1 convolution": each(lambda layer: F.conv2d(x, mixing[layer])),
+        "1x1 convolution": each(lambda layer: F.conv2d(x, mixing[layer])),
+        "the same as a product": each(
+            lambda layer: torch.bmm(mixing[layer][None, :, :, 0, 0].expand(batch, -1, -1), flat)
+        ),
     }
 
 

@@ -62,6 +62,8 @@ class Executor(nn.Module):
             value = self.skip_path(residual)
         elif self.skip_path.is_identity:
             value = left.clone()  # in-place operations may follow; the sum that is skipped made a new tensor as well
+        elif left is residual:
+            value = self.skip_path.added(residual)
         else:
             value = self.skip_path(residual)
             same = value.dtype == left.dtype and value.shape == left.shape and not torch.is_grad_enabled()
@@ -104,8 +106,6 @@ class Executor(nn.Module):
 
         def passive(*tensors: Tensor) -> Tensor:
             own_left, own_residual, _ = rebuild(tensors)
-            if own_left is own_residual:
-                return self.skip_path.added(own_residual)
             return split_outputs(branch, self.closed(branch, own_left, own_residual))[0]
 
         value = choose(decisions.any(), active, passive, operands)

@@ -1,0 +1,82 @@
+"""Skip paths: every way to compute a map gives the same values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from surgery import skip_paths
+from surgery.skip_paths import LinearSkip, make_skip_path
+
+
+def drawn(kind: Any, channels: int = 8) -> Any:
+    torch.manual_seed(0)
+    path = make_skip_path(kind, channels, "NCHW", 2)
+    for parameter in path.parameters():
+        nn.init.normal_(parameter)
+    return path
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_map_of_a_feature_map_is_a_1x1_convolution(count: int, dtype: torch.dtype) -> None:
+    path, x = drawn("linear"), torch.randn(count, 8, 6, 7).to(dtype)
+    weight, bias = path.weight.detach().to(dtype), path.bias.detach().to(dtype)
+    expected = F.conv2d(x.float(), weight.float()[:, :, None, None], bias.float())
+    for made in (path(x), path(x.contiguous(memory_format=torch.channels_last)), trained(path, x)):
+        assert made.dtype == dtype
+        torch.testing.assert_close(made.float(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=5e-2)
+
+
+def trained(path: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        made: torch.Tensor = path(x)
+    assert made.requires_grad
+    return made.detach()
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("kind", ["affine", "linear", "low-rank", "depthwise"])
+@pytest.mark.parametrize("count", [1, 300])
+def test_what_is_added_in_one_pass_is_the_sum(kind: str, count: int) -> None:
+    path, x = drawn(kind), torch.randn(count, 8, 6, 6)
+    assert (count == 300) == (x.numel() >= skip_paths._LARGE)
+    weights = [parameter.clone() for parameter in path.parameters()]
+    torch.testing.assert_close(path.added(x), x + path(x), rtol=1e-5, atol=1e-5)
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights, path.parameters(), strict=True)
+    )  # the identity is not left in
+
+
+def test_large_maps_take_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    product = skip_paths._product
+    monkeypatch.setattr(skip_paths, "_product", lambda *args: (calls.append("product"), product(*args))[1])
+    path = LinearSkip(8, "NCHW")
+    for x, expected in (
+        (torch.randn(2, 8, 4, 4), 1),
+        (torch.randn(300, 8, 6, 6), 1),
+        (torch.randn(1, 8, 4, 4), 0),
+        (torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last), 0),
+    ):
+        calls.clear()
+        path.added(x)
+        assert len(calls) == expected, x.shape
+
+
+def test_gradients_reach_inputs_and_weights() -> None:
+    path, x = drawn("linear"), torch.randn(4, 8, 3, 3)
+    with torch.enable_grad():
+        x.requires_grad_()
+        path.added(x).sum().backward()
+    torch.testing.assert_close(path.bias.grad, torch.full((8,), 36.0))
+    torch.testing.assert_close(x.grad[0, :, 0, 0], 1 + path.weight.sum(0))
