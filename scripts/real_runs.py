@@ -52,6 +52,7 @@ class Run:
         lowest: Smallest budget that is trained for.
         second_look: What `convert` is told.
         granularity: What `convert` is told.
+        skip: Kind of skip path, likewise.
         test_limit: Test inputs, drawn with seed 0, or None for all.
         texts: Whether inputs are texts, whose lengths differ.
         prepare: Directory of the dense model that `surgery.scripts.news_head` writes, if it is that one.
@@ -74,6 +75,7 @@ class Run:
     lowest: float | None = None
     second_look: Literal["auto"] | bool = "auto"
     granularity: Literal["auto", "sample"] = "auto"
+    skip: Literal["auto", "linear"] = "auto"
     test_limit: int | None = None
     texts: bool = False
     prepare: str = ""
@@ -83,6 +85,11 @@ RUNS = (
     Run(
         "resnet56", "ResNet-56, CIFAR-10", "python:{networks}:resnet56", "cifar10", 15000, 50, (1, 256), (0.75, 0.6, 0.5),
         {0.75: "0.928", 0.6: "0.913", 0.5: "0.890"}, epochs=5, heal=("norms", 1e-3, 200), augment=True,
+    ),
+    Run(
+        "resnet56-linear", "The same with linear skip paths", "python:{networks}:resnet56", "cifar10", 15000, 50, (1, 256),
+        (0.75, 0.6, 0.5, 0.4), {0.75: "0.928", 0.6: "0.913", 0.5: "0.890"}, epochs=5, heal=("norms", 1e-3, 200), augment=True,
+        skip="linear",
     ),
     Run(
         "minilm", "MiniLM (BERT, 6 layers), SST-2", "hf:{weights}/minilm-sst2", "sst2", None, 32, (1, 32),
@@ -265,6 +272,7 @@ class Work:
                 options=options,
                 second_look=run.second_look,
                 granularity=run.granularity,
+                skip=run.skip,
                 seed=seed,
                 progress=progress,
             )
