@@ -11,7 +11,7 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch import nn
 
@@ -22,6 +22,7 @@ from surgery.costs import observe
 from surgery.errors import BudgetError, DataError, check_choice
 from surgery.padding import is_unread
 from surgery.progress import Progress, silent
+from surgery.sites import Cost
 from surgery.state import BudgetPoint, CostModel, GatedState, LookPoint
 
 TOLERANCE = 0.01
@@ -33,8 +34,6 @@ _NEAR_CLOSED = 0.04  # above the cost of all gates closed, where thresholds run 
 _STEP = 0.02  # largest gap in the table of budgets
 _STEEP = 10  # times the usual change of cost with the threshold: a step
 _TRIES = 10
-COSTS = ("flops", "latency")
-"""What a budget may count."""
 
 
 def calibrate(
@@ -42,7 +41,7 @@ def calibrate(
     data: Iterable[Any],
     budget: float,
     *,
-    cost: Literal["flops", "latency"] = "flops",
+    cost: Cost = "flops",
     grid: Sequence[float] = _GRID,
     progress: Progress | None = None,
 ) -> BudgetPoint:
@@ -65,7 +64,7 @@ def calibrate(
         DataError: If the data yields nothing, or can be read only once.
     """
     check_budget(budget)
-    check_choice("cost", cost, COSTS)
+    check_choice("cost", cost, get_args(Cost))
     state = state_of(gated)
     state.looks = []  # they belong to the thresholds that are replaced
     stored = _Repeatable(data)

@@ -15,14 +15,14 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from surgery.adaptation import KINDS as HEALING
 from surgery.adaptation import heal as heal_backbone
-from surgery.calibration import COSTS, calibrate, check_budget, set_budget
+from surgery.calibration import calibrate, check_budget, set_budget
 from surgery.calling import Batch, as_batch, batches
 from surgery.context import execution, state_of
 from surgery.costs import Usage, observe
@@ -38,7 +38,7 @@ from surgery.orders import settle_order
 from surgery.progress import Progress, silent
 from surgery.regression import regress_routers
 from surgery.rewriting import check_convertible, insert_gates
-from surgery.sites import KINDS, Granularity, Routers, Sites, SkipKind
+from surgery.sites import KINDS, Cost, Granularity, Routers, Sites, SkipKind
 from surgery.splitting import Head, check_reiterable, split
 from surgery.training import CHECKPOINT as TRAINING
 from surgery.training import Options, count_steps, find_checkpoint, train_routers, trainable
@@ -76,7 +76,7 @@ def convert(
     first_tokens: int | Literal["auto"] = "auto",
     first_layers: int | Literal["auto"] = "auto",
     routers: Routers = "own",
-    cost: Literal["flops", "latency"] = "flops",
+    cost: Cost = "flops",
     heal: Literal["norms", "lora"] | None = None,
     options: Options | None = None,
     samples: int = 2048,
@@ -137,7 +137,7 @@ def convert(
     check_convertible(model)
     check_weights(model)
     check_choice("tune", tune, ("auto", "oneshot", "routers", "train"))
-    check_choice("cost", cost, COSTS)
+    check_choice("cost", cost, get_args(Cost))
     check_choice("second_look", second_look, ("auto", True, False))
     check_choice("heal", heal, (None, *HEALING))
     if heal is not None and data is None:
@@ -167,6 +167,7 @@ def convert(
         first_tokens=first_tokens,
         first_layers=first_layers,
         routers=routers,
+        cost=cost,
         trained=trains and (options or Options()).skip_rate > 0,
     )
     gated = insert_gates(model, plan)
@@ -278,7 +279,7 @@ def heal_converted(
     looked = bool(state.looks)
     heal_backbone(gated, fit, kind, options=options, seed=seed, validation=held, progress=progress)
     assert state.budget is not None
-    unit: Literal["flops", "latency"] = "flops" if state.costs.unit == "flops" else "latency"
+    unit: Cost = "flops" if state.costs.unit == "flops" else "latency"
     calibrate(gated, held, state.budget, cost=unit, progress=progress)
     if looked:
         calibrate_second_look(gated, held, progress=progress)

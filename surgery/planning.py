@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from surgery.errors import PlanMismatch, SurgeryError, check_choice
 from surgery.routers import router_features
-from surgery.sites import Granularity, Plan, Routers, Site, SitePlan, Sites, SkipKind, is_in_first
+from surgery.sites import Cost, Granularity, Plan, Routers, Site, SitePlan, Sites, SkipKind, is_in_first
 
 LINEAR_LIMIT = 0.15
 """A full linear or depthwise skip path is chosen where it costs at most this share of its branch."""
@@ -39,14 +39,16 @@ def choose(
     first_layers: int | Literal["auto"] = "auto",
     trained: bool = False,
     routers: Routers = "own",
+    cost: Cost = "flops",
 ) -> Plan:
     """See `Sites.plan`."""
+    check_choice("cost", cost, get_args(Cost))
     check_choice("granularity", granularity, ("auto", *get_args(Granularity)))
     check_choice("skip", skip, ("auto", *get_args(SkipKind)))
     check_choice("routers", routers, get_args(Routers))
     layers = _number("first_layers", first_layers, FIRST_LAYERS if sites.causal else 0)
     grains = {site.name: _granularity(sites, site, granularity) for site in sites}
-    kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0) for site in sites}
+    kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0, cost) for site in sites}
     planned = [
         SitePlan(
             site,
@@ -100,7 +102,7 @@ def _granularity(sites: Sites, site: Site, wanted: Granularity | Literal["auto"]
     return site.granularities[0]
 
 
-def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity, rank: int) -> SkipKind:
+def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity, rank: int, cost: Cost) -> SkipKind:
     """The kind of skip path; `rank` is that of low-rank ones where they will be trained, else 0."""
     if site.layout == "other" or site.kind == "heads":
         return "identity"
@@ -111,7 +113,8 @@ def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity, ra
     if grain == "token":  # fitted paths alone did not pay per token, trained ones do (docs/results.md)
         cheap = 4 * site.positions * site.channels * rank <= LOW_RANK_LIMIT * site.flops
         return "low-rank" if rank and cheap else "identity"
-    kinds: tuple[SkipKind, ...] = ("depthwise", "linear") if _is_map(site) else ("linear",)
+    # a depthwise path keeps more for its FLOPs and less for its time (docs/decisions.md)
+    kinds: tuple[SkipKind, ...] = ("depthwise", "linear") if _is_map(site) and cost == "flops" else ("linear",)
     return next((kind for kind in kinds if _is_cheap(site, kind)), "affine")
 
 

@@ -24,6 +24,7 @@ Granularity = Literal["sample", "token", "prefill"]
 Layout = Literal["NC", "NTC", "NHWC", "NCHW", "other"]
 SkipKind = Literal["identity", "affine", "low-rank", "linear", "depthwise"]
 Routers = Literal["own", "shared"]
+Cost = Literal["flops", "latency"]
 
 KINDS: tuple[Kind, ...] = ("block", "attention", "mlp", "heads")
 PLAN_FORMAT = 1
@@ -262,6 +263,7 @@ class Sites(Sequence[Site]):
         first_layers: int | Literal["auto"] = "auto",
         trained: bool = False,
         routers: Routers = "own",
+        cost: Cost = "flops",
     ) -> Plan:
         """Choose granularity, skip path and router size for every site.
 
@@ -269,9 +271,10 @@ class Sites(Sequence[Site]):
             granularity: `auto` takes the finest that the probes allow; `token` and `sample` apply where allowed; `prefill`
                 (once per sequence, from the prompt) is for causal language models.
             skip: Kind of skip path; `auto` takes the identity where decisions are per token (where it will be trained,
-                `low-rank`, unless that costs more than 0.1 of the branch), else the first of `depthwise`
-                (feature maps only) and `linear` that costs at most 0.15 of its branch and holds at most 0.1 of its
-                parameters, else per-channel affine. `depthwise` means `linear` where the stream is no feature map.
+                `low-rank`, unless that costs more than 0.1 of the branch), else the first of `depthwise` (feature maps
+                only, and not where `cost` is `latency`) and `linear` that costs at most 0.15 of its branch and holds at
+                most 0.1 of its parameters, else per-channel affine. `depthwise` means `linear` where the stream is no
+                feature map.
             rank: Rank of `low-rank` skip paths.
             hidden: Width of the routers' bottleneck; `auto` keeps a router within its cost limit.
             first_tokens: For how many first tokens of every sequence all gates per token stay open; `auto` is
@@ -281,10 +284,11 @@ class Sites(Sequence[Site]):
             trained: Whether skip paths will be trained.
             routers: `shared` lets an MLP's router read the hidden features of the attention's before it in the same
                 layer, where both decide alike (docs/routers.md); `own` gives each site its own.
+            cost: What budgets will count.
 
         Raises:
             NoSites: If there is nothing to plan.
-            SurgeryError: If `granularity`, `skip` or `routers` is none of the kinds above, or a number is negative.
+            SurgeryError: If `granularity`, `skip`, `routers` or `cost` is none of the kinds above, or a number is negative.
         """
         from surgery.planning import choose
 
@@ -304,6 +308,7 @@ class Sites(Sequence[Site]):
             first_layers=first_layers,
             trained=trained,
             routers=routers,
+            cost=cost,
         )
 
     def _with(self, sites: Iterable[Site]) -> Sites:

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import surgery
 from surgery import skip_paths
+from surgery.context import state_of
+from surgery.errors import SurgeryError
 from surgery.skip_paths import LinearSkip, make_skip_path
 
 
@@ -80,3 +83,26 @@ def test_gradients_reach_inputs_and_weights() -> None:
         path.added(x).sum().backward()
     torch.testing.assert_close(path.bias.grad, torch.full((8,), 36.0))
     torch.testing.assert_close(x.grad[0, :, 0, 0], 1 + path.weight.sum(0))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.body(x)
+
+
+def test_feature_maps_get_depthwise_paths_for_flops_and_linear_ones_for_time() -> None:
+    model = nn.Sequential(Block(), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)).eval()
+    sites = surgery.find_sites(model, torch.randn(2, 16, 8, 8))
+    assert {planned.skip for planned in sites.plan().sites} == {"depthwise"}
+    assert {planned.skip for planned in sites.plan(cost="latency").sites} == {"linear"}
+    assert {planned.skip for planned in sites.plan(cost="latency", skip="depthwise").sites} == {"depthwise"}
+    with pytest.raises(SurgeryError, match="cost must be"):
+        sites.plan(cost="time")  # type: ignore[arg-type]
+    data = [torch.randn(16, 16, 8, 8) for _ in range(10)]
+    with torch.enable_grad():
+        gated = surgery.convert(model, 1.0, data=data, tune="oneshot", cost="latency")
+    assert {planned.skip for planned in state_of(gated).plan.sites} == {"linear"}
