@@ -106,9 +106,11 @@ def correct_table(gated: nn.Module, data: Iterable[Any], budget: float, *, progr
             ]
             if not pairs:
                 low, high = min(p.cost for p in measured), max(p.cost for p in measured)
+                tokens = any(planned.granularity == "token" for planned in state.plan.sites)
+                instead = "; granularity='sample' leaves out whole branches, which a single input gains from" * tokens
                 raise BudgetError(
                     f"budget {budget:g} of the dense model's time cannot be reached on this device: measured {low:.3f} to "
-                    f"{high:.3f} (or 1.0 for dense); routers and gathering take their share of small batches"
+                    f"{high:.3f} (or 1.0 for dense); routers and gathering take their share of small batches{instead}"
                 )
             below, above = min(pairs, key=lambda pair: abs(pair[0].cost - pair[1].cost))
             share = (budget - below.cost) / (above.cost - below.cost) if above.cost != below.cost else 0.5

@@ -568,6 +568,18 @@ def test_latency() -> None:
         surgery.convert(model, 0.005, data=data, cost="latency", tune="oneshot")
 
 
+@pytest.mark.usefixtures("steady_clock")
+@pytest.mark.parametrize("granularity", ["token", "sample"])
+def test_a_time_out_of_reach_says_what_would_reach_it(
+    vit: nn.Module, monkeypatch: pytest.MonkeyPatch, granularity: Any
+) -> None:
+    monkeypatch.setattr(latency, "measure_ratio", lambda *_: 1.3)
+    data = [torch.randn(8, 3, 32, 32) for _ in range(5)]
+    with pytest.raises(BudgetError, match="measured 1.300 to 1.300") as raised:
+        surgery.convert(vit, 0.7, data=data, cost="latency", tune="oneshot", granularity=granularity)
+    assert ("granularity='sample' leaves out whole branches" in str(raised.value)) == (granularity == "token")
+
+
 def test_latency_by_the_clock_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "_PASSES", 3)
     model = Stack(convolution(16), convolution(16), head=nn.Linear(16, 3), pool=True)
