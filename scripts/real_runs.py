@@ -353,7 +353,8 @@ class Work:
             sizes = {}
             for size, like in [(n, False) for n in self.run.times] + ([(self.run.times[-1], True)] * self.run.texts):
                 inputs = inputs_of(loaded, str(self._file("train")), "train", size, 0, group_by_length=like)
-                ratio = compare(steps_of(gated, inputs), steps_of(loaded.model, inputs), repeats=30, device=where)
+                steps, repeats = (steps_of(gated, inputs), steps_of(loaded.model, inputs)), 100 if size == 1 else 30
+                ratio = compare(*steps, repeats=repeats, device=where)
                 sizes[f"{size}{' of like length' * like}"] = ratio.to_dict()
             found[str(budget)] = sizes
         self.keep(times=found, conditions=conditions(where, dtype_of(loaded.model)))

@@ -100,16 +100,20 @@ def _ahead(peer: Mapping[str, Any]) -> str:
 def _times(result: Mapping[str, Any]) -> list[str]:
     if "times" not in result:
         return []
-    sizes = list(next(iter(result["times"].values())))
+    sizes, looks = list(next(iter(result["times"].values()))), any(result["looks"])
     where = ", ".join(f"{name} {value}" for name, value in result["conditions"].items())
     lines = [
-        f"Time of the first seed by that of the dense network, medians and middle halves of 30 pairs ({where}):",
+        f"Time of the first seed by that of the dense network, medians and middle halves of at least 30 pairs ({where})"
+        f"{'; in brackets also the sum of all calls, since second looks are few and long' * looks}:",
         "",
         f"| budget | {' | '.join(f'N = {size}' for size in sizes)} |",
         f"|{'---|' * (1 + len(sizes))}",
     ]
     for budget, ratios in result["times"].items():
-        cells = [f"{r['median']:.2f}x ({r['q1']:.2f} to {r['q3']:.2f})" for r in (ratios[size] for size in sizes)]
+        cells = [
+            f"{r['median']:.2f}x ({r['q1']:.2f} to {r['q3']:.2f}{'; all ' + format(r['total'], '.2f') if looks else ''})"
+            for r in (ratios[size] for size in sizes)
+        ]
         lines.append(f"| {float(budget):.2f} | {' | '.join(cells)} |")
     return lines
 

@@ -55,6 +55,12 @@ def test_every_number_is_in_its_row() -> None:
     assert any("was undone" in line for line in lines)
 
 
+def test_second_looks_are_in_the_sum_of_all_calls() -> None:
+    ratio = {"median": 0.4, "q1": 0.35, "q3": 0.5, "total": 0.625}
+    lines = real_tables.markdown({**RESULT, "looks": [True, True], "times": {"0.6": {"1": ratio}}}).splitlines()
+    assert "| 0.60 | 0.40x (0.35 to 0.50; all 0.62) |" in lines
+
+
 def test_what_was_not_run_is_not_there() -> None:
     text = real_tables.markdown({k: v for k, v in RESULT.items() if k not in ("routers", "healed", "peers", "times")})
     assert "minus policies" not in text and "Time of" not in text and "undone" not in text
