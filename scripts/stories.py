@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PROMPTS = ("Once upon a time, there was a little girl", "Tom had a big red ball.")
 _BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
-_MLP_EXECUTIONS = (0.8, 0.6, 0.5, 0.4)
+_MLP_EXECUTIONS = (0.6, 0.5, 0.4)
 _HEALING = 200  # steps, as for the other real networks
 
 Column = Literal["trained", "routers", "healed"]
