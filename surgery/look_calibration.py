@@ -6,7 +6,7 @@ Axis letters: `N` samples, `K` classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -87,39 +87,22 @@ def calibrate_second_look(
         report("looking again", index + 1, len(bases))
     points = []
     for goal in bases:
-        gains = {
-            base: distances[goal] - _left(distances[base], margins[base], weights, share)
-            for base in bases
-            if base <= goal and 0 < (share := goal - spent[base]) <= _MOST
-        }
-        chosen = fewest_looks(gains, _BEYOND_CHANCE if mode == "auto" else 0.0)
-        base, first = (goal, goal) if chosen is None else (chosen, spent[chosen])
-        points.append(LookPoint(goal, base, first, _quantiles(margins[base], weights)))
-    current = next((point for point in points if point.budget == budget), None)
-    on = current is not None and current.cost < budget
+        best, gain, first = goal, 0.0, goal
+        for base in bases:
+            share = goal - spent[base]
+            if base > goal or not 0 < share <= _MOST:
+                continue
+            left = _left(distances[base], margins[base], weights, share)
+            change = distances[goal] - left
+            error = float(change.std()) / math.sqrt(len(change))
+            if float(change.mean()) > max(gain, _BEYOND_CHANCE * error if mode == "auto" else 0.0):
+                best, gain, first = base, float(change.mean()), spent[base]
+        points.append(LookPoint(goal, best, first, _quantiles(margins[best], weights)))
+    chosen = next((p for p in points if p.budget == budget), None)
+    on = chosen is not None and chosen.cost < budget
     state.looks = points if on else []
     set_budget(gated, budget)
     return on
-
-
-def fewest_looks(gains: Mapping[float, Tensor], beyond: float) -> float | None:
-    """The first pass to take: the dearest one whose gain is within one standard error of the largest (Breiman et al. 1984,
-    of trees), since what second looks bring on few inputs, or on ones that the network was trained on, is overrated.
-
-    Args:
-        gains: Budget of a first pass -> by how much second looks bring every input nearer to dense, `(N,)`.
-        beyond: How many standard errors a gain must be above 0.
-    """
-    able = {base: gain for base, gain in gains.items() if float(gain.mean()) > beyond * _error(gain)}
-    if not able:
-        return None
-    best = max(able.values(), key=lambda gain: float(gain.mean()))
-    return max(base for base, gain in able.items() if float((best - gain).mean()) <= _error(best - gain))
-
-
-def _error(values: Tensor) -> float:
-    """Standard error of a mean."""
-    return float(values.std(correction=0)) / math.sqrt(max(len(values) - 1, 1))
 
 
 def _left(distance: Tensor, margin: Tensor, weights: Tensor, share: float) -> Tensor:

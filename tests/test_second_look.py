@@ -12,7 +12,6 @@ import surgery
 from surgery.context import state_of
 from surgery.costs import observe
 from surgery.errors import SurgeryError
-from surgery.look_calibration import fewest_looks
 from surgery.second_look import margin_of
 from surgery.state import LookPoint
 
@@ -148,19 +147,6 @@ def test_calibration_keeps_the_budget_and_brings_outputs_nearer(gated: nn.Module
     assert float(usage.costs(state_of(gated).costs).mean()) == pytest.approx(0.7, abs=0.01)
     assert distance() <= before + 1e-6
     assert on == bool(usage.looked.any())
-
-
-def test_the_dearest_first_pass_within_one_standard_error_of_the_best_is_taken() -> None:
-    cheap = torch.tensor([4.0, 4, 0, 0])  # mean 2, standard error 2 / sqrt(3) = 1.155
-    near = torch.tensor([4.0, 0, 1, 0])  # the cheap one is ahead by 0.75, standard error 1.109
-    worse = torch.tensor([2.0, 2, 0, 0])  # … by 1, standard error 0.577
-    assert fewest_looks({0.3: cheap, 0.5: near, 0.6: worse}, 0.0) == 0.5
-    assert fewest_looks({0.3: cheap, 0.6: worse}, 0.0) == 0.3
-    assert fewest_looks({0.3: cheap, 0.5: near, 0.6: worse}, 1.7) == 0.3  # near is 1.25 +- 0.946
-    assert fewest_looks({0.3: cheap}, 1.8) is None
-    assert fewest_looks({0.3: -cheap}, 0.0) is None
-    assert fewest_looks({0.3: torch.tensor([1.0])}, 0.0) == 0.3  # one input
-    assert fewest_looks({}, 0.0) is None
 
 
 def test_saved_and_loaded(looking: nn.Module, dense: nn.Module, data: list[Tensor], tmp_path) -> None:  # type: ignore[no-untyped-def]
