@@ -63,7 +63,7 @@ class Executor(nn.Module):
         elif self.skip_path.is_identity:
             value = left.clone()  # in-place operations may follow; the sum that is skipped made a new tensor as well
         elif left is residual:
-            value = self.skip_path.added(residual)
+            value = self.skip_path(residual, added=True)
         else:
             value = self.skip_path(residual)
             same = value.dtype == left.dtype and value.shape == left.shape and not torch.is_grad_enabled()

@@ -33,15 +33,19 @@ class SkipPath(nn.Module):
         """Whether the path contributes nothing."""
         return self.kind == "identity"
 
-    def forward(self, residual: Tensor) -> Tensor:
-        """Residual stream -> what is added to it instead of the branch; same shape."""
+    def forward(self, residual: Tensor, *, added: bool = False) -> Tensor:
+        """Residual stream -> what is added to it instead of the branch, or their sum; same shape."""
+        return self.added(residual) if added else self.term(residual)
+
+    def term(self, residual: Tensor) -> Tensor:
+        """Residual stream -> what is added to it."""
         return torch.zeros_like(residual)
 
     def added(self, residual: Tensor) -> Tensor:
-        """`residual + self(residual)`, in as few passes over memory as the path allows."""
+        """The sum of both, in as few passes over memory as the path allows."""
         if self.is_identity:
             return residual.clone()
-        value = self(residual)
+        value = self.term(residual)
         same = value.dtype == residual.dtype and not torch.is_grad_enabled()
         return value.add_(residual) if same else residual + value  # a skip path's value is nobody else's
 
@@ -60,7 +64,7 @@ class AffineSkip(SkipPath):
         self.scale = nn.Parameter(torch.zeros(channels))
         self.shift = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, residual: Tensor) -> Tensor:
+    def term(self, residual: Tensor) -> Tensor:
         """Residual stream -> same shape."""
         scale, shift = self.scale.to(residual.dtype), self.shift.to(residual.dtype)
         if self.layout == "NCHW":
@@ -90,7 +94,7 @@ class LinearSkip(SkipPath):
         self.weight = nn.Parameter(torch.zeros(channels, channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, residual: Tensor) -> Tensor:
+    def term(self, residual: Tensor) -> Tensor:
         """Residual stream -> same shape."""
         return _linear(residual, self.weight, self.bias, self.layout)
 
@@ -119,7 +123,7 @@ class LowRankSkip(SkipPath):
         self.up = nn.Parameter(torch.zeros(channels, self.rank))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, residual: Tensor) -> Tensor:
+    def term(self, residual: Tensor) -> Tensor:
         """Residual stream -> same shape."""
         return _linear(_linear(residual, self.down, None, self.layout), self.up, self.bias, self.layout)
 
@@ -141,7 +145,7 @@ class DepthwiseSkip(SkipPath):
         with torch.no_grad():
             self.kernel[:, 1, 1] = 1  # looks at its own position only until it is fitted
 
-    def forward(self, residual: Tensor) -> Tensor:
+    def term(self, residual: Tensor) -> Tensor:
         """Residual stream -> same shape."""
         kernel = _like(self.kernel, residual).unsqueeze(1)  # C 1 3 3
         spread = F.conv2d(residual, kernel, padding=1, groups=self.channels)

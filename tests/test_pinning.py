@@ -121,8 +121,8 @@ def test_a_skip_path_added_in_one_pass(layout: Any) -> None:
         for parameter in path.parameters():
             nn.init.normal_(parameter)
         with torch.no_grad():
-            torch.testing.assert_close(path.added(residual), residual + path(residual), rtol=1e-5, atol=1e-5)
-            assert path.added(residual).data_ptr() != residual.data_ptr()
+            torch.testing.assert_close(path(residual, added=True), residual + path(residual), rtol=1e-5, atol=1e-5)
+            assert path(residual, added=True).data_ptr() != residual.data_ptr()
 
 
 class FirstChannel(nn.Module):

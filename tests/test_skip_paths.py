@@ -54,7 +54,7 @@ def test_what_is_added_in_one_pass_is_the_sum(kind: str, count: int) -> None:
     path, x = drawn(kind), torch.randn(count, 8, 6, 6)
     assert (count == 300) == (x.numel() >= skip_paths._LARGE)
     weights = [parameter.clone() for parameter in path.parameters()]
-    torch.testing.assert_close(path.added(x), x + path(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(path(x, added=True), x + path(x), rtol=1e-5, atol=1e-5)
     assert all(
         torch.equal(a, b) for a, b in zip(weights, path.parameters(), strict=True)
     )  # the identity is not left in
@@ -72,7 +72,7 @@ def test_large_maps_take_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last), 0),
     ):
         calls.clear()
-        path.added(x)
+        path(x, added=True)
         assert len(calls) == expected, x.shape
 
 
@@ -80,7 +80,7 @@ def test_gradients_reach_inputs_and_weights() -> None:
     path, x = drawn("linear"), torch.randn(4, 8, 3, 3)
     with torch.enable_grad():
         x.requires_grad_()
-        path.added(x).sum().backward()
+        path(x, added=True).sum().backward()
     torch.testing.assert_close(path.bias.grad, torch.full((8,), 36.0))
     torch.testing.assert_close(x.grad[0, :, 0, 0], 1 + path.weight.sum(0))
 
