@@ -87,7 +87,7 @@ RUNS = (
         {0.75: "0.928", 0.6: "0.913", 0.5: "0.890"}, epochs=5, heal=("norms", 1e-3, 200), augment=True,
     ),
     Run(
-        "resnet56-linear", "The same with linear skip paths", "python:{networks}:resnet56", "cifar10", 15000, 50, (1, 256),
+        "resnet56-linear", "ResNet-56 with linear skip paths, CIFAR-10", "python:{networks}:resnet56", "cifar10", 15000, 50, (1, 256),
         (0.75, 0.6, 0.5, 0.4), {0.75: "0.928", 0.6: "0.913", 0.5: "0.890"}, epochs=5, heal=("norms", 1e-3, 200), augment=True,
         skip="linear",
     ),
@@ -102,7 +102,7 @@ RUNS = (
         lowest=0.3, test_limit=1500, texts=True, prepare="agnews-dense",
     ),
     Run(
-        "agnews-sample", "The same, decided per text", "hf:{out}/agnews-dense", "agnews", 5000, 32, (1, 32),
+        "agnews-sample", "AG News, decided per text", "hf:{out}/agnews-dense", "agnews", 5000, 32, (1, 32),
         (0.75, 0.6, 0.5, 0.4), {0.75: "100 %", 0.6: "99.8 %", 0.5: "99.3 %", 0.4: "98.5 %"}, epochs=3, lowest=0.3,
         granularity="sample", test_limit=1500, texts=True, prepare="agnews-dense",
     ),
