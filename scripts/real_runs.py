@@ -87,9 +87,9 @@ RUNS = (
         {0.75: "0.928", 0.6: "0.913", 0.5: "0.890"}, epochs=5, heal=("norms", 1e-3, 200), augment=True,
     ),
     Run(
-        "resnet56-linear", "ResNet-56 with linear skip paths, CIFAR-10", "python:{networks}:resnet56", "cifar10", 15000, 50, (1, 256),
-        (0.75, 0.6, 0.5, 0.4), {0.75: "0.928", 0.6: "0.913", 0.5: "0.890"}, epochs=5, heal=("norms", 1e-3, 200), augment=True,
-        skip="linear",
+        "resnet56-linear", "ResNet-56 with linear skip paths, CIFAR-10", "python:{networks}:resnet56", "cifar10", 15000, 50,
+        (1, 256), (0.75, 0.6, 0.5, 0.4), {0.75: "0.928", 0.6: "0.913", 0.5: "0.890"}, epochs=5, heal=("norms", 1e-3, 200),
+        augment=True, skip="linear",
     ),
     Run(
         "minilm", "MiniLM (BERT, 6 layers), SST-2", "hf:{weights}/minilm-sst2", "sst2", None, 32, (1, 32),

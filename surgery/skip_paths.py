@@ -16,6 +16,8 @@ from surgery.sites import Layout, SkipKind
 
 _LARGE = 2**16
 """Numbers in a map from which a pass over it costs more than a change to the weights."""
+_CACHED = 2**21
+"""Numbers in a map from which a depthwise convolution on the CPU is several times faster sample by sample."""
 
 
 class SkipPath(nn.Module):
@@ -147,6 +149,12 @@ class DepthwiseSkip(SkipPath):
 
     def term(self, residual: Tensor) -> Tensor:
         """Residual stream -> same shape."""
+        if residual.numel() > _CACHED and _is_product(residual):
+            parts = [self._one(part) for part in residual.split(max(1, len(residual) * _CACHED // residual.numel()))]
+            return torch.cat(parts)
+        return self._one(residual)
+
+    def _one(self, residual: Tensor) -> Tensor:
         kernel = _like(self.kernel, residual).unsqueeze(1)  # C 1 3 3
         spread = F.conv2d(residual, kernel, padding=1, groups=self.channels)
         return _linear(spread, self.weight, self.bias, self.layout)

@@ -106,3 +106,14 @@ def test_feature_maps_get_depthwise_paths_for_flops_and_linear_ones_for_time() -
     with torch.enable_grad():
         gated = surgery.convert(model, 1.0, data=data, tune="oneshot", cost="latency")
     assert {planned.skip for planned in state_of(gated).plan.sites} == {"linear"}
+
+
+@pytest.mark.parametrize("limit", [1, 8 * 36, 3 * 8 * 36, 4 * 8 * 36 + 1])
+def test_a_large_map_goes_through_a_depthwise_path_in_parts(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, x = drawn("depthwise"), torch.randn(10, 8, 6, 6)
+    expected, calls = path(x), []
+    monkeypatch.setattr(skip_paths, "_CACHED", limit)
+    one = path._one
+    monkeypatch.setattr(path, "_one", lambda part: (calls.append(len(part)), one(part))[1])
+    torch.testing.assert_close(path(x), expected, rtol=1e-5, atol=1e-5)
+    assert sum(calls) == 10 and max(calls) == max(1, limit // (8 * 36))
