@@ -75,7 +75,9 @@ class AffineSkip(SkipPath):
         return torch.addcmul(shift, residual, scale)
 
     def added(self, residual: Tensor) -> Tensor:
-        """One pass: `residual * (1 + scale) + shift`, which is what BatchNorm computes in eval."""
+        """One pass over large maps and in graphs: `residual * (1 + scale) + shift`, which is what BatchNorm computes in eval."""
+        if residual.numel() < _LARGE and not torch.compiler.is_compiling():
+            return super().added(residual)
         if self.layout != "NCHW":
             return torch.addcmul(self.shift.to(residual.dtype), residual, 1 + self.scale.to(residual.dtype))
         scale, shift = 1 + self.scale.to(residual.dtype), self.shift.to(residual.dtype)
