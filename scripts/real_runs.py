@@ -176,12 +176,10 @@ def tell_stories(shared: Path, out: Path, wanted: list[str], seeds: int, columns
     out.mkdir(parents=True, exist_ok=True)
     setting = stories.Setting(shared, out, limit or 600, min(limit or 100, 100), epochs=3)
     for variant in stories.VARIANTS:
+        if variant.granularity == "prefill":
+            continue  # it was never run to the end
         if "convert" in wanted:
-            for seed in range(seeds if variant.columns else 1):
-                stories.tell(setting, variant, "trained", seed)
-        if "columns" in wanted and columns and variant.columns:
-            stories.tell(setting, variant, "routers", 0)
-            stories.tell(setting, variant, "healed", 0)
+            stories.tell_all(setting, variant, seeds, columns=columns)
         if "time" in wanted:
             stories.clock(setting, variant)
 

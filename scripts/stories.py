@@ -89,6 +89,11 @@ class Setting:
     skip: SkipKind | None = None
 
     @property
+    def chosen(self) -> dict[str, Any]:
+        """What a conversion and its scores hang on."""
+        return {name: getattr(self, name) for name in ("limit", "test_limit", "epochs", "validate", "skip")}
+
+    @property
     def weights(self) -> Path:
         """The story writer's directory."""
         return self.shared / "weights" / "stories260K"
@@ -222,15 +227,34 @@ def write_stories(model: Any, tokenizer: Any) -> list[str]:
     return written
 
 
+def tell_all(setting: Setting, variant: Variant, seeds: int, *, columns: bool) -> None:
+    """Convert and score a variant: every seed, and the other columns of the first, where it has them."""
+    for seed in range(seeds if variant.columns else 1):
+        tell(setting, variant, "trained", seed)
+    if columns and variant.columns:
+        tell(setting, variant, "routers", 0)
+        tell(setting, variant, "healed", 0)
+
+
 def tell(setting: Setting, variant: Variant, column: Column, seed: int) -> None:
-    """Convert and score once, unless it was done before; healing starts from the trained conversion of the same seed."""
+    """Convert and score once, unless it was done before; healing starts from the trained conversion of the same seed.
+
+    Raises:
+        SurgeryError: If the directory holds conversions of that variant with other settings.
+    """
     import torch
 
     from surgery import Options, convert, load, save, set_budget
     from surgery.context import state_of
     from surgery.conversion import heal_converted
+    from surgery.errors import SurgeryError
 
     found = setting.load(variant)
+    if found.setdefault("setting", setting.chosen) != setting.chosen:
+        raise SurgeryError(
+            f"{setting.out} holds {variant.name!r} of other settings: {found['setting']}, now {setting.chosen}; "
+            "choose another --out"
+        )
     if any((run["column"], run["seed"]) == (column, seed) for run in found["runs"]):
         return
     model, tokenizer = setting.dense()
@@ -323,11 +347,7 @@ def main(
     for variant in VARIANTS:
         if only and variant.name not in only:
             continue
-        for seed in range(seeds if variant.columns else 1):
-            tell(setting, variant, "trained", seed)
-        if columns and variant.columns:
-            tell(setting, variant, "routers", 0)
-            tell(setting, variant, "healed", 0)
+        tell_all(setting, variant, seeds, columns=columns)
         if timing:
             clock(setting, variant)
     typer.echo(markdown({variant.name: setting.load(variant) for variant in VARIANTS}))

@@ -28,10 +28,7 @@ from surgery.programs import Marked, Programs
 from surgery.queries import owner
 from surgery.sites import Plan, Site, SitePlan, Sites, is_in_first
 from surgery.state import CostModel, GatedState, SiteCost
-from surgery.tracing import (
-    GATES,
-    base_class,
-)
+from surgery.tracing import GATES, base_class
 
 
 class Gates(nn.Module):

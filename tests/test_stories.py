@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from surgery.errors import SurgeryError
 from surgery.scripts import stories
 
 WORDS = ("<unk>", "<s>", "a", "dog", "saw", "the", "red", "ball", "and", "ran", ".")
@@ -71,6 +72,9 @@ def test_seeds_columns_and_times_end_in_one_table(
     again = run(seeds=2, columns=True, timing=True)  # nothing is converted a second time
     assert again["runs"] == found["runs"] and set(again["times"]) == {row["row"] for row in found["runs"][0]["rows"]}
     assert "x |" in capsys.readouterr().out
+
+    with pytest.raises(SurgeryError, match="other settings.*choose another --out"):
+        stories.tell(stories.Setting(shared, tmp_path, 64, 12, 1, skip="low-rank"), VARIANT, "trained", 0)
 
 
 def test_nats_are_of_the_next_real_token() -> None:
