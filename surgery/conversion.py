@@ -72,6 +72,7 @@ def convert(
     granularity: Granularity | Literal["auto"] = "auto",
     tune: Literal["auto", "oneshot", "routers", "train"] = "auto",
     skip: SkipKind | Literal["auto"] = "auto",
+    width: float = 0.5,
     second_look: bool | Literal["auto"] = "auto",
     first_tokens: int | Literal["auto"] = "auto",
     first_layers: int | Literal["auto"] = "auto",
@@ -101,6 +102,7 @@ def convert(
             `routers` distillation of routers alone, while skip paths stay as they were fitted;
             `auto` trains when there is data.
         skip: Kind of skip path, or `auto`.
+        width: Share of a branch's hidden channels that `narrow` skip paths keep.
         second_look: Whether inputs of which the gated pass is not sure are run again in full, within the same budget;
             `auto` where that brings held-out outputs nearer to the dense model's (classifiers only).
         first_tokens: For how many first tokens of every sequence all gates per token stay open; `auto` only in causal
@@ -164,6 +166,7 @@ def convert(
     plan = found.plan(
         granularity=granularity,
         skip=skip,
+        width=width,
         first_tokens=first_tokens,
         first_layers=first_layers,
         routers=routers,

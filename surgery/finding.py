@@ -354,6 +354,7 @@ def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module], onc
         query=claim.query,
         shared=claim.shared,
         folded=claim.folded,
+        chain=claim.chain,
     )
 
 

@@ -18,21 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery import least_squares
-from surgery.branches import Branch
+from surgery import least_squares, narrowing
+from surgery.branches import Branch, take_samples
 from surgery.calling import Batch, batches
+from surgery.chains import Weights, read_chain
 from surgery.context import handled, scope, state_of
 from surgery.costs import place, run
-from surgery.errors import DataError
+from surgery.errors import DataError, SurgeryError
 from surgery.gates import Gate, iter_gates
 from surgery.head_gates import HeadGate
 from surgery.progress import Progress, silent
 from surgery.sites import Layout
-from surgery.skip_paths import AffineSkip, DepthwiseSkip, LinearSkip, LowRankSkip, SkipPath
+from surgery.skip_paths import AffineSkip, DepthwiseSkip, LinearSkip, LowRankSkip, NarrowSkip, SkipPath, chain_features
 
 _ELEMENTS = 2**26  # largest residual stream of the twin pass; bounds memory
 _ROWS = 2**16  # rows per least-squares problem; more change the maps by less than their noise
 _NEIGHBOURS = 2**23  # numbers in the rows of a depthwise problem
+_HIDDEN = 2**26  # likewise of a narrow one
+_SAMPLES = 16  # whose hidden channels are made at once
 
 
 def fit_skip_paths(
@@ -115,8 +118,10 @@ class _TwinPass:
         wanted = target - base[n:]
         if not gate.skip_path.is_identity:
             chosen = ~active if self.decisions == "routed" else torch.ones_like(active)
+            rows = self._rows(gate, residual, chosen)
+            weights = _weights(gate, branch, residual, inputs)
             self.left[gate.site.name] = fit_one(
-                gate.skip_path, residual[n:], wanted, base[n:], self._rows(gate, residual, chosen), self.ridge
+                gate.skip_path, residual[n:], wanted, base[n:], rows, self.ridge, weights
             )
         term = torch.where(gate.expand(active, wanted), value[n:], gate.skip_path(residual[n:]))
         result = torch.cat((target, base[n:] + term))
@@ -149,11 +154,20 @@ class _TwinPass:
         return rows
 
 
-def fit_one(path: SkipPath, residual: Tensor, wanted: Tensor, base: Tensor, rows: Tensor, ridge: float) -> float:
+def fit_one(
+    path: SkipPath,
+    residual: Tensor,
+    wanted: Tensor,
+    base: Tensor,
+    rows: Tensor,
+    ridge: float,
+    weights: Weights | None = None,
+) -> float:
     """Fit one skip path on every fifth-excluded row and judge it on the fifth ones.
 
     The judgement compares streams after LayerNorm where the last axis holds channels, since a next layer reads them so
-    (plain squared error in a post-norm network prefers maps that are worse after the norm).
+    (plain squared error in a post-norm network prefers maps that are worse after the norm). `weights` are the branch's own,
+    for a narrow path that holds no channels of it yet.
 
     Returns:
         Error left, as a share of the error without a skip path; 1 if the path was reset, or kept for want of rows.
@@ -162,20 +176,22 @@ def fit_one(path: SkipPath, residual: Tensor, wanted: Tensor, base: Tensor, rows
     index = rows.flatten().nonzero().squeeze(1)
     if len(index) < 32:
         return 1.0
-    limit = min(_ROWS, _NEIGHBOURS // (9 * path.channels)) if isinstance(path, DepthwiseSkip) else _ROWS
-    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:limit].to(index.device)
-    index = index[order]
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[: _most_rows(path, weights)]
+    index = index[order.to(index.device)]
     y, b = (_to_rows(t, layout)[index] for t in (wanted, base))
-    x = _neighbours(residual, index) if isinstance(path, DepthwiseSkip) else _to_rows(residual, layout)[index]
+    x = _read(path, residual, index, weights)
     held, used = slice(0, len(index) // 5), slice(len(index) // 5, None)
-    before = {name: p.clone() for name, p in path.named_parameters()}
+    if weights is not None and isinstance(path, NarrowSkip):
+        kept = narrowing.narrowest(x[used], y[used], path.width, ridge)
+        narrowing.adopt(path, weights, kept)
+        x = x[:, kept]
     _solve(path, x[used], y[used], ridge)
     plain = _Rows(path)
     after = _judge(b[held] + plain(x[held]), b[held] + y[held], layout)
     without = _judge(b[held], b[held] + y[held], layout)
     if not math.isfinite(after) or after >= without:
-        for name, parameter in path.named_parameters():
-            parameter.copy_(torch.zeros_like(before[name]))
+        for parameter in path.parameters():
+            parameter.zero_()
         return 1.0
     return after / max(without, 1e-30)
 
@@ -219,6 +235,10 @@ def _solve(path: SkipPath, x: Tensor, y: Tensor, ridge: float) -> None:
         path.kernel.copy_(kernel.view_as(path.kernel))
         path.weight.copy_(weight)
         path.bias.copy_(bias)
+    elif isinstance(path, NarrowSkip):
+        weight, bias = least_squares.linear(x.flatten(1), y, ridge)
+        path.last.copy_(weight.view_as(path.last))
+        path.bias.copy_(bias)
     elif isinstance(path, LowRankSkip):
         down, up, bias = least_squares.low_rank(x, y, path.rank, ridge)
         path.down.copy_(down)
@@ -227,12 +247,14 @@ def _solve(path: SkipPath, x: Tensor, y: Tensor, ridge: float) -> None:
 
 
 class _Rows:
-    """A skip path applied to rows `(M, C)`, or to neighbourhoods `(M, C, 3, 3)`."""
+    """A skip path applied to rows `(M, C)`, to neighbourhoods `(M, C, 3, 3)`, or to hidden channels `(M, H, K)`."""
 
     def __init__(self, path: SkipPath) -> None:
         self.path = path
 
     def __call__(self, rows: Tensor) -> Tensor:
+        if isinstance(self.path, NarrowSkip):
+            return F.linear(rows.flatten(1), self.path.last.flatten(1), self.path.bias)
         if rows.dim() == 4:
             return self.path(rows)[:, :, 1, 1]
         if self.path.layout == "NCHW":
@@ -244,6 +266,65 @@ def _judge(stream: Tensor, target: Tensor, layout: Layout) -> float:
     if layout != "NCHW":
         stream, target = (F.layer_norm(t.float(), t.shape[-1:]) for t in (stream, target))
     return float((stream.double() - target.double()).square().mean())
+
+
+def _weights(gate: Gate, branch: Branch, residual: Tensor, inputs: Sequence[Any]) -> Weights | None:
+    """The branch's own weights, where a narrow path does not hold its channels yet."""
+    path = gate.skip_path
+    if not isinstance(path, NarrowSkip) or bool(path.first.any()):
+        return None
+    one = slice(0, 1)
+    cut = [take_samples(v, axes, one, len(residual)) for v, axes in zip(inputs, branch.axes or (), strict=False)]
+    found: list[Weights | None] = []
+
+    def run() -> Tensor:
+        value: Tensor = branch(*cut)
+        return value
+
+    stream = next((v for v, whole in zip(cut, inputs, strict=False) if whole is residual), None)
+    if stream is not None:
+        found.append(read_chain(run, stream))
+    if not found or found[0] is None or found[0].chain != path.chain:
+        raise SurgeryError(
+            f"{gate.site.name}: its branch no longer has the layers that were found with it, of which a narrow skip path keeps a "
+            "part; find sites again"
+        )
+    return found[0]
+
+
+def _most_rows(path: SkipPath, weights: Weights | None) -> int:
+    """Rows of one problem, by the numbers that one row has."""
+    if isinstance(path, NarrowSkip):
+        hidden = path.width if weights is None else path.chain.width
+        return min(_ROWS, _HIDDEN // (hidden * max(1, path.chain.last**2)))
+    return min(_ROWS, _NEIGHBOURS // (9 * path.channels)) if isinstance(path, DepthwiseSkip) else _ROWS
+
+
+def _read(path: SkipPath, residual: Tensor, index: Tensor, weights: Weights | None) -> Tensor:
+    """What the map that is solved reads at the positions that `index` numbers, one row each."""
+    if isinstance(path, DepthwiseSkip):
+        return _neighbours(residual, index)
+    if not isinstance(path, NarrowSkip):
+        return _to_rows(residual, path.layout)[index]
+    each = _positions_shape(residual, path.layout)[1:].numel()
+    found: Tensor | None = None
+    for start in range(0, len(residual), _SAMPLES):
+        part = residual[start : start + _SAMPLES]
+        if weights is None:
+            features = path.features(part)
+        else:
+            features = chain_features(path.chain, part, weights.first, weights.middle, path.layout)
+        here = ((index >= start * each) & (index < (start + len(part)) * each)).nonzero().squeeze(1)
+        local = index[here] - start * each
+        rows = (
+            _neighbours(features, local).flatten(2)
+            if path.chain.last > 1
+            else _to_rows(features, path.layout)[local].unsqueeze(2)
+        )
+        found = rows.new_empty(len(index), *rows.shape[1:]) if found is None else found
+        found[here] = rows
+    assert found is not None
+    return found
 
 
 def _to_rows(value: Tensor, layout: Layout) -> Tensor:

@@ -56,7 +56,7 @@ class Gate(Executor):
         """The gate whose router's hidden features this one's router reads, if any; in a tuple likewise."""
         self.leads = any(other.leader == site.name for other in state.plan.sites)
         self.router: Router | FollowingRouter = make_router(planned)
-        self.skip_path: SkipPath = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
+        self.skip_path: SkipPath = make_skip_path(planned)
         self.cache_layer: int | None = None
         """Index of the attention's layer in key/value caches, where it says so."""
         self.offset = 0.0  # log of the cost saved by skipping, subtracted from the predicted log harm

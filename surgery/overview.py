@@ -26,7 +26,7 @@ class SiteStatus:
         site: Name of the site.
         kind: block, attention, mlp or heads.
         granularity: sample, token or prefill.
-        skip_path: identity, affine, low-rank, linear or depthwise.
+        skip_path: identity, affine, low-rank, linear, depthwise or narrow.
         threshold: Scores above it keep the branch; None where no router runs.
         active_rate: Share of calibration inputs (or tokens, or heads) for which the branch ran; None before calibration.
         cost_share: What branch, skip path and router cost at that rate, as a fraction of the dense model.

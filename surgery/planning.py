@@ -34,6 +34,7 @@ def choose(
     granularity: Granularity | Literal["auto"],
     skip: SkipKind | Literal["auto"],
     rank: int,
+    width: float,
     hidden: int | Literal["auto"],
     first_tokens: int | Literal["auto"] = "auto",
     first_layers: int | Literal["auto"] = "auto",
@@ -46,6 +47,8 @@ def choose(
     check_choice("granularity", granularity, ("auto", *get_args(Granularity)))
     check_choice("skip", skip, ("auto", *get_args(SkipKind)))
     check_choice("routers", routers, get_args(Routers))
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < 1:
+        raise SurgeryError(f"width must be a number between 0 and 1, got {width!r}")
     layers = _number("first_layers", first_layers, FIRST_LAYERS if sites.causal else 0)
     grains = {site.name: _granularity(sites, site, granularity) for site in sites}
     kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0, cost) for site in sites}
@@ -54,7 +57,7 @@ def choose(
             site,
             grains[site.name],
             kinds[site.name],
-            rank if kinds[site.name] == "low-rank" else 0,
+            _rank(site, kinds[site.name], rank, width),
             always_on=is_in_first(layers, site),
         )
         for site in sites
@@ -108,6 +111,8 @@ def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity, ra
         return "identity"
     if wanted == "depthwise" and not _is_map(site):
         return "linear"
+    if wanted == "narrow" and site.chain is None:
+        wanted = "auto"
     if wanted != "auto":
         return wanted
     if grain == "token":  # fitted paths alone did not pay per token, trained ones do (docs/results.md)
@@ -116,6 +121,12 @@ def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity, ra
     # a depthwise path keeps more for its FLOPs and less for its time (docs/decisions.md)
     kinds: tuple[SkipKind, ...] = ("depthwise", "linear") if _is_map(site) and cost == "flops" else ("linear",)
     return next((kind for kind in kinds if _is_cheap(site, kind)), "affine")
+
+
+def _rank(site: Site, kind: SkipKind, rank: int, width: float) -> int:
+    if kind == "narrow" and site.chain is not None:
+        return max(1, round(width * site.chain.width))
+    return rank if kind == "low-rank" else 0
 
 
 def _is_map(site: Site) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.branches import Branch, Unfolded, take_samples, take_tokens, unfold
+from surgery.chains import Chain, read_chain
 from surgery.counting import flop_counter
 from surgery.gates import Gate
 from surgery.head_finding import find_heads
@@ -53,6 +54,7 @@ class Claim:
     folded: bool = False
     heads: HeadRoles | str = ""
     """Where its heads are, or why they cannot be decided; "" where nothing was looked for."""
+    chain: Chain | None = None
 
 
 @dataclass(slots=True)
@@ -134,6 +136,8 @@ class Probe:
                 claim.per_token = _reason(lambda: self._queries(claim, gate, branch, value, again, escaped))
             if not claim.problem and _attends(claim.operations):
                 claim.heads = self._heads(gate, branch, value, again, claim)
+            if not (claim.problem or claim.cached or branch.escapes):
+                claim.chain = _chain(branch, residual, inputs, claim.layout)
         self.claims[name] = claim
         result = value if left is None else left + value
         return (result, *escaped) if branch.escapes else result
@@ -172,6 +176,16 @@ class Probe:
             return ""
 
         return _reason(look) or found[0]
+
+
+def _chain(branch: Branch, residual: Tensor, inputs: Sequence[Any], layout: Layout) -> Chain | None:
+    """The layers of a branch, where they are a chain over the channels of the stream."""
+    weights = read_chain(lambda: _first(branch, branch(*inputs)), residual)
+    if weights is None:
+        return None
+    chain = weights.chain
+    sides = (1, 3) if layout == "NCHW" else (0,)
+    return chain if chain.first in sides and chain.last in sides else None
 
 
 def _is_size(escaped: Sequence[Any]) -> bool:

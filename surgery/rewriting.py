@@ -168,7 +168,7 @@ def flop_costs(plan: Plan) -> CostModel:
                 share = SiteCost(float(site.heads.flops), 0.0, asked / site.heads.count)
                 sites |= dict.fromkeys(site.units, share)
                 continue
-            skip = make_skip_path(planned.skip, site.channels, site.layout, planned.rank)
+            skip = make_skip_path(planned)
             keeps_keys = per_token or (planned.granularity == "prefill" and is_in_first(1, site))
             saved = site.query.flops if site.query is not None and keeps_keys else site.flops
             sites[site.name] = SiteCost(float(saved), float(skip.flops(site.positions)), asked)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 from surgery import decoding
+from surgery.chains import Chain
 from surgery.errors import CheckpointError, NoSites, PlanMismatch, SitesMismatch, UnknownSite, near, shortened
 from surgery.heads import HeadRoles
 from surgery.queries import QueryRoles
@@ -22,7 +23,7 @@ from surgery.queries import QueryRoles
 Kind = Literal["block", "attention", "mlp", "heads"]
 Granularity = Literal["sample", "token", "prefill"]
 Layout = Literal["NC", "NTC", "NHWC", "NCHW", "other"]
-SkipKind = Literal["identity", "affine", "low-rank", "linear", "depthwise"]
+SkipKind = Literal["identity", "affine", "low-rank", "linear", "depthwise", "narrow"]
 Routers = Literal["own", "shared"]
 Cost = Literal["flops", "latency"]
 
@@ -67,6 +68,7 @@ class Site:
             decided.
         folded: Whether samples and tokens share the first axis of the residual stream here, `(N * T, C)` (OPT).
         heads: Where the heads are that a site of kind `heads` decides, else None.
+        chain: The layers of the branch where they are a chain (`surgery.chains`), else None.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Site:
     shared: bool = False
     folded: bool = False
     heads: HeadRoles | None = None
+    chain: Chain | None = None
 
     @property
     def units(self) -> tuple[str, ...]:
@@ -112,7 +115,8 @@ class Rejection:
 class SitePlan:
     """What is done at one site; `always_on` ones run unless they are forced not to, and have no router at work.
 
-    `leader` is the name of the site whose router's hidden features this one's router reads, or "" where it has its own.
+    `rank` is that of low-rank skip paths, and the hidden channels of narrow ones. `leader` is the name of the site whose router's
+    hidden features this one's router reads, or "" where it has its own.
     """
 
     site: Site
@@ -258,6 +262,7 @@ class Sites(Sequence[Site]):
         granularity: Granularity | Literal["auto"] = "auto",
         skip: SkipKind | Literal["auto"] = "auto",
         rank: int = 16,
+        width: float = 0.5,
         hidden: int | Literal["auto"] = "auto",
         first_tokens: int | Literal["auto"] = "auto",
         first_layers: int | Literal["auto"] = "auto",
@@ -274,8 +279,9 @@ class Sites(Sequence[Site]):
                 `low-rank`, unless that costs more than 0.1 of the branch), else the first of `depthwise` (feature maps
                 only, and not where `cost` is `latency`) and `linear` that costs at most 0.15 of its branch and holds at
                 most 0.1 of its parameters, else per-channel affine. `depthwise` means `linear` where the stream is no
-                feature map.
+                feature map, and `narrow` what `auto` takes where the branch is no chain.
             rank: Rank of `low-rank` skip paths.
+            width: Share of a branch's hidden channels that `narrow` skip paths keep, in (0, 1).
             hidden: Width of the routers' bottleneck; `auto` keeps a router within its cost limit.
             first_tokens: For how many first tokens of every sequence all gates per token stay open; `auto` is
                 `planning.FIRST_TOKENS` in causal language models, else 0.
@@ -303,6 +309,7 @@ class Sites(Sequence[Site]):
             granularity=granularity,
             skip=skip,
             rank=rank,
+            width=width,
             hidden=hidden,
             first_tokens=first_tokens,
             first_layers=first_layers,

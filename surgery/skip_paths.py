@@ -1,9 +1,9 @@
 """Skip paths: what replaces a branch where it is skipped.
 
-All are linear in the residual stream (an activation after the sum is the host's own) and are fitted in closed form
-before any training (`surgery.fitting`).
+All are fitted in closed form before any training (`surgery.fitting`). All but narrow ones are linear in the residual stream (an
+activation after the sum is the host's own).
 
-Axis letters: `N` samples, `T` tokens, `C` channels, `R` rank.
+Axis letters: `N` samples, `T` tokens, `C` channels, `R` rank, `H` hidden channels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.sites import Layout, SkipKind
+from surgery.chains import ACTIVATIONS, Chain
+from surgery.sites import Layout, SitePlan, SkipKind
 
 _LARGE = 2**16
 """Numbers in a map from which a pass over it costs more than a change to the weights."""
@@ -166,8 +167,73 @@ class DepthwiseSkip(SkipPath):
         return 2 * positions * self.channels * (9 + self.channels)
 
 
-def make_skip_path(kind: SkipKind, channels: int, layout: Layout, rank: int) -> SkipPath:
-    """The skip path of a kind; it contributes nothing until it is fitted."""
+class NarrowSkip(SkipPath):
+    """The branch itself with fewer hidden channels, BatchNorms folded in: for branches that are chains (`surgery.chains`).
+
+    Which channels it keeps, and its last map, come from the fit (`surgery.narrowing`).
+
+    Args:
+        channels: Width `C` of the residual stream.
+        layout: Of the residual stream.
+        chain: The branch's layers.
+        width: Hidden channels `H` that are kept.
+    """
+
+    kind: SkipKind = "narrow"
+
+    def __init__(self, channels: int, layout: Layout, chain: Chain, width: int) -> None:
+        super().__init__(channels, layout)
+        self.chain, self.width = chain, width
+        self.first = nn.Parameter(torch.zeros(width, channels, *_kernel(chain.first)))
+        self.first_bias = nn.Parameter(torch.zeros(width))
+        if chain.middle:
+            self.middle = nn.Parameter(torch.zeros(width, 1, chain.middle, chain.middle))
+            self.middle_bias = nn.Parameter(torch.zeros(width))
+        self.last = nn.Parameter(torch.zeros(channels, width, *_kernel(chain.last)))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def features(self, residual: Tensor) -> Tensor:
+        """Residual stream -> hidden channels that the last map reads, `H` in place of `C`."""
+        middle = (self.middle, self.middle_bias) if self.chain.middle else None
+        return chain_features(self.chain, residual, (self.first, self.first_bias), middle, self.layout)
+
+    def term(self, residual: Tensor) -> Tensor:
+        """Residual stream -> same shape."""
+        return _map(self.features(residual), self.last, self.bias, self.layout)
+
+    def flops(self, positions: int) -> int:
+        """Multiply-adds of the maps per position; norms and activations count nothing, as in the branch."""
+        taps = max(1, self.chain.first**2) + max(1, self.chain.last**2)
+        return 2 * positions * self.width * (self.channels * taps + self.chain.middle**2)
+
+
+def chain_features(
+    chain: Chain, residual: Tensor, first: tuple[Tensor, Tensor], middle: tuple[Tensor, Tensor] | None, layout: Layout
+) -> Tensor:
+    """What a chain's last map reads.
+
+    Args:
+        chain: The layers.
+        residual: The residual stream.
+        first: Weight and bias of the first map.
+        middle: Likewise of the depthwise convolution, or None.
+        layout: Of the residual stream.
+
+    Returns:
+        The residual's shape with `H` channels.
+    """
+    x = residual if chain.norm is None else F.layer_norm(residual, residual.shape[-1:], eps=chain.norm)
+    x = ACTIVATIONS[chain.activations[0]](_map(x, *first, layout))
+    if middle is None:
+        return x
+    weight, bias = (_like(value, x) for value in middle)
+    spread = F.conv2d(x, weight, bias, padding=chain.middle // 2, groups=len(weight))
+    return ACTIVATIONS[chain.activations[1]](spread)
+
+
+def make_skip_path(planned: SitePlan) -> SkipPath:
+    """The skip path that a plan asks for; it contributes nothing until it is fitted."""
+    kind, channels, layout, chain = planned.skip, planned.site.channels, planned.site.layout, planned.site.chain
     if kind == "affine":
         return AffineSkip(channels, layout)
     if kind == "linear":
@@ -175,8 +241,21 @@ def make_skip_path(kind: SkipKind, channels: int, layout: Layout, rank: int) -> 
     if kind == "depthwise":
         return DepthwiseSkip(channels, layout)
     if kind == "low-rank":
-        return LowRankSkip(channels, layout, rank)
+        return LowRankSkip(channels, layout, planned.rank)
+    if kind == "narrow" and chain is not None:
+        return NarrowSkip(channels, layout, chain, planned.rank)
     return SkipPath(channels, layout)
+
+
+def _kernel(side: int) -> tuple[int, ...]:
+    return (side, side) if side else ()
+
+
+def _map(x: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Tensor:
+    """A linear map over channels, or a convolution of a feature map that keeps its size."""
+    if weight.dim() == 4 and weight.shape[-1] > 1:
+        return F.conv2d(x, _like(weight, x), _like(bias, x), padding=weight.shape[-1] // 2)
+    return _linear(x, weight.flatten(1), bias, layout)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from surgery.errors import CheckpointError
 from surgery.patterns import Pattern
 from surgery.rewriting import empty_gates
-from surgery.sites import Plan, Site
+from surgery.sites import Plan, Site, SitePlan
 from surgery.state import Healing
 
 LIMITS: Mapping[str, tuple[int, int]] = {
@@ -19,6 +19,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "hidden": (1, 2**16),
     "rank": (0, 2**16),
     "heads": (1, 4096),
+    "kernel": (0, 31),
     "sites": (1, 100_000),
     "characters": (0, 500),
     "count": (0, 2**62),
@@ -47,6 +48,7 @@ def vet(plan: Plan) -> None:
             _vet_name(name, where)
         for key, value in (("channels", planned.site.channels), ("hidden", planned.hidden), ("rank", planned.rank)):
             _within(key, value, where)
+        _vet_chain(planned, where)
         if planned.site.heads is not None:
             _within("heads", planned.site.heads.count, where)
         for key in ("flops", "parameters", "positions"):
@@ -142,6 +144,19 @@ def _vet_name(name: str, where: str) -> None:
     _within("characters", len(name), where)
     if not name.isprintable() or "\\" in name or name.startswith(("/", "~")) or ".." in name:
         raise CheckpointError(f"{where}: {name!r} is no name of a module or tensor")
+
+
+def _vet_chain(planned: SitePlan, where: str) -> None:
+    """A chain's layers are those that are read off branches, and a narrow skip path keeps some of its channels."""
+    chain = planned.site.chain
+    if chain is not None:
+        sides = chain.first in (0, 1, 3) and chain.last in (0, 1, 3) and (chain.middle == 0 or chain.middle % 2 == 1)
+        if not sides or len(chain.activations) != 1 + (chain.middle > 0):
+            raise CheckpointError(f"{where}.site.chain is no chain of layers")
+        _within("kernel", chain.middle, f"{where}.site.chain")
+        _within("channels", chain.width, f"{where}.site.chain")
+    if planned.skip == "narrow" and (chain is None or not 1 <= planned.rank <= chain.width):
+        raise CheckpointError(f"{where}: a narrow skip path of {planned.rank} channels fits no chain of this site")
 
 
 def _vet_patterns(host: str, patterns: object) -> None:

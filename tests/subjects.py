@@ -45,9 +45,18 @@ def subject(name: str) -> Subject:
 
 
 def with_skip_paths(plan: surgery.Plan) -> surgery.Plan:
-    """The plan with a skip path at every site, whatever is chosen by default, so that laws see what it adds."""
-    chosen = [p if p.skip != "identity" or p.site.layout == "other" else replace(p, skip="affine") for p in plan.sites]
-    return replace(plan, sites=tuple(chosen))
+    """The plan with a skip path at every site, whatever is chosen by default, so that laws see what it adds; every second branch
+    that is a chain gets a narrow one.
+    """
+    chains = [p.site.name for p in plan.sites if p.site.chain is not None][1::2]
+
+    def chosen(planned: surgery.SitePlan) -> surgery.SitePlan:
+        if planned.site.name in chains and planned.site.chain is not None:
+            return replace(planned, skip="narrow", rank=max(1, planned.site.chain.width // 2))
+        plain = planned.skip != "identity" or planned.site.layout == "other"
+        return planned if plain else replace(planned, skip="affine")
+
+    return replace(plan, sites=tuple(map(chosen, plan.sites)))
 
 
 def enliven(gated: nn.Module, seed: int = 0) -> nn.Module:

@@ -16,7 +16,6 @@ from surgery.context import state_of
 from surgery.errors import PinError, SurgeryError
 from surgery.gates import iter_gates
 from surgery.scripts.zoo import call
-from surgery.skip_paths import make_skip_path
 
 NETWORKS = [
     "timm/vit_pico@sample",
@@ -117,7 +116,7 @@ def test_a_gated_model_itself_compiles_with_breaks() -> None:
 def test_a_skip_path_added_in_one_pass(layout: Any) -> None:
     residual = torch.randn((2, 5, 8) if layout == "NTC" else (2, 8, 3, 3))
     for kind in ("identity", "affine", "linear", "low-rank", *(("depthwise",) if layout == "NCHW" else ())):
-        path = make_skip_path(kind, 8, layout, 2)  # type: ignore[arg-type]
+        path = toys.path_of(kind, 8, layout, 2)
         for parameter in path.parameters():
             nn.init.normal_(parameter)
         with torch.no_grad():

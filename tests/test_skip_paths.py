@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from toys import path_of
 
 import surgery
 from surgery import skip_paths
 from surgery.context import state_of
 from surgery.errors import SurgeryError
-from surgery.skip_paths import LinearSkip, make_skip_path
+from surgery.skip_paths import LinearSkip
 
 
 def drawn(kind: Any, channels: int = 8) -> Any:
     torch.manual_seed(0)
-    path = make_skip_path(kind, channels, "NCHW", 2)
+    path = path_of(kind, channels, "NCHW", 2)
     for parameter in path.parameters():
         nn.init.normal_(parameter)
     return path

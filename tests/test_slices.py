@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import path_of
 
 import surgery
 from surgery import executing, slices
-from surgery.skip_paths import make_skip_path
 from surgery.slices import Slices, cheaper_than_gathering, may_slice, slices_of
 
 
@@ -45,7 +45,7 @@ def test_slices_are_for_the_cpu_without_gradients() -> None:
 def test_merging_is_the_masked_sum(skip: str, alone: bool) -> None:
     decisions = torch.tensor([True, False, False, True, True])
     residual, branch = torch.randn(5, 4, 6, 6), torch.randn(5, 4, 6, 6)
-    path = make_skip_path(skip, 4, "NCHW", 0)  # type: ignore[arg-type]
+    path = path_of(skip, 4, "NCHW")
     for parameter in path.parameters():
         nn.init.normal_(parameter)
     left = None if alone else torch.randn(5, 4, 6, 6)

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
+from surgery.chains import Chain
 from surgery.gates import Gate, iter_gates
+from surgery.sites import Site, SitePlan
+from surgery.skip_paths import make_skip_path
 
 
 class Residual(nn.Module):
@@ -145,6 +148,12 @@ def convolution(channels: int) -> nn.Module:
 def gate_all(model: nn.Module, example: Any, **plan: Any) -> nn.Module:
     """`model` with gates at every site."""
     return surgery.insert_gates(model.eval(), surgery.find_sites(model, example).plan(**plan))
+
+
+def path_of(kind: Any, channels: int, layout: Any, rank: int = 0, chain: Chain | None = None) -> Any:
+    """A skip path as a plan makes it."""
+    site = Site("branch", "block", "", 1, 1.0, 1, ("sample",), layout, channels, 1, chain=chain)
+    return make_skip_path(SitePlan(site, "sample", kind, rank))
 
 
 def gates(gated: nn.Module) -> list[Gate]:

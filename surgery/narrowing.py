@@ -1,0 +1,67 @@
+"""Narrow skip paths: which hidden channels of a branch to keep.
+
+Channels are left out by the error that leaving one out brings when all others are solved anew, which is that of Optimal Brain
+Surgeon (Hassibi & Stork 1993) for a linear map of `k x k` taps per channel, in rounds.
+
+Axis letters: `M` rows, `H` hidden channels, `K` taps of the last map's kernel, `C` channels of the stream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from surgery import least_squares
+from surgery.chains import Weights
+from surgery.skip_paths import NarrowSkip
+
+ROUND = 0.1
+"""Share of the channels that are left, which one round leaves out."""
+_CHUNK = 2**13
+
+
+def narrowest(features: Tensor, wanted: Tensor, width: int, ridge: float = least_squares.RIDGE) -> Tensor:
+    """The channels to keep.
+
+    Args:
+        features: What the last map reads, `(M, H, K)`.
+        wanted: What it should give, `(M, C)`.
+        width: How many channels to keep.
+        ridge: Relative to the mean variance of the features.
+
+    Returns:
+        Their numbers in ascending order, `(width,)`.
+    """
+    channels, taps = features.shape[1:]
+    gram, cross = _moments(features.flatten(1), wanted)
+    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-30)
+    kept = torch.arange(channels, device=features.device)
+    while len(kept) > width:
+        flat = (kept[:, None] * taps + torch.arange(taps, device=kept.device)).flatten()
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[flat][:, flat]))
+        weight = (inverse @ cross[flat]).view(len(kept), taps, -1)
+        own = inverse.view(len(kept), taps, len(kept), taps).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # H K K
+        harm = (weight * torch.linalg.solve(own, weight)).sum((1, 2))
+        left = max(width, min(len(kept) - 1, int(len(kept) * (1 - ROUND))))
+        kept = kept[harm.argsort(descending=True)[:left].sort().values]
+    return kept
+
+
+def adopt(path: NarrowSkip, weights: Weights, kept: Tensor) -> None:
+    """Give a path these channels of its branch; its last map is left to the fit."""
+    path.first.copy_(weights.first[0][kept])
+    path.first_bias.copy_(weights.first[1][kept])
+    if weights.middle is not None:
+        path.middle.copy_(weights.middle[0][kept])
+        path.middle_bias.copy_(weights.middle[1][kept])
+
+
+def _moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariances of `x` with itself and with `y` in float64, in chunks of rows."""
+    mean_x, mean_y = x.mean(0, dtype=torch.float64), y.mean(0, dtype=torch.float64)
+    gram, cross = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64), 0.0
+    for some, targets in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True):
+        centred = some.double() - mean_x
+        gram.addmm_(centred.T, centred)
+        cross = cross + centred.T @ (targets.double() - mean_y)
+    return gram / len(x), cross / len(x)  # type: ignore[return-value]

@@ -1,0 +1,304 @@
+"""Narrow skip paths: the branch itself with fewer hidden channels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from subjects import subject
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import Stack, convolution, gate_all, gates, mlp, path_of
+
+import surgery
+from surgery import narrowing
+from surgery.chains import Chain, read_chain
+from surgery.errors import CheckpointError, SurgeryError
+from surgery.fitting import fit_skip_paths
+from surgery.skip_paths import NarrowSkip, chain_features
+from surgery.vetting import vet
+
+C, H = 6, 16
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+class Inverted(nn.Module):
+    """A branch of a MobileNet, BatchNorms with what they could have learned."""
+
+    def __init__(self, channels: int = C, hidden: int = H, norm: bool = True) -> None:
+        super().__init__()
+        batch = nn.BatchNorm2d if norm else nn.Identity
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=not norm),
+            batch(hidden),
+            nn.ReLU6(inplace=True),
+            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False),
+            batch(hidden),
+            nn.ReLU6(inplace=True),
+            nn.Conv2d(hidden, channels, 1, bias=False),
+            batch(channels),
+        )
+        for part in self.body:
+            if isinstance(part, nn.BatchNorm2d):
+                for value in (part.weight, part.bias, part.running_mean):
+                    nn.init.normal_(value)  # type: ignore[arg-type]
+                nn.init.uniform_(part.running_var, 0.5, 2)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.body(x)
+        return made
+
+
+class FeedForward(nn.Module):
+    """A branch written with functions."""
+
+    def __init__(self, act: Any = F.silu) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(C, eps=1e-3), nn.Linear(C, H, bias=False), nn.Linear(H, C)
+        self.drop, self.act, self.gamma = nn.Dropout(), act, nn.Parameter(torch.randn(C))
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.down(self.drop(self.act(self.up(self.norm(x)))))) * self.gamma
+
+
+class Gated(FeedForward):
+    """A branch with a product of two maps, which is no chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(C, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)) * self.gate(x))
+
+
+class Twice(nn.Module):
+    """A branch whose hidden channels are mixed once more, which is no chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(C, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.body(x)
+        return made
+
+
+class Strided(nn.Module):
+    """A convolution that looks past its neighbours, which is no chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(C, H, 3, padding=2, dilation=2), nn.ReLU(), nn.Conv2d(H, C, 3, padding=1, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.body(x)
+        return made
+
+
+TOKENS, MAPS = (3, 5, C), (3, C, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("branch", "shape", "chain"),
+    [
+        (Inverted(), MAPS, Chain(H, None, 1, 3, 1, ("relu6", "relu6"))),
+        (Inverted(norm=False), MAPS, Chain(H, None, 1, 3, 1, ("relu6", "relu6"))),
+        (convolution(C), MAPS, Chain(C, None, 3, 0, 3, ("relu",))),
+        (FeedForward(), TOKENS, Chain(H, 1e-3, 0, 0, 0, ("silu",))),
+        (FeedForward(nn.GELU("tanh")), TOKENS, Chain(H, 1e-3, 0, 0, 0, ("gelu_tanh",))),
+        (FeedForward(nn.Hardswish()), TOKENS, Chain(H, 1e-3, 0, 0, 0, ("hardswish",))),
+        (mlp(C, H), TOKENS, Chain(H, 1e-5, 0, 0, 0, ("gelu",))),
+    ],
+    ids=["inverted", "no norm", "basic block", "functions", "tanh", "hardswish", "mlp"],
+)
+def test_a_chain_is_read_with_everything_folded_in(branch: nn.Module, shape: tuple[int, ...], chain: Chain) -> None:
+    branch.eval()
+    x = torch.randn(shape)
+    weights = read_chain(lambda: branch(x), x)
+    assert weights is not None and weights.chain == chain
+    seen: list[Tensor] = []
+    maps = [m for m in branch.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    hook = maps[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    with torch.no_grad():
+        branch(x)
+        made = chain_features(chain, x, weights.first, weights.middle, "NCHW" if len(shape) == 4 else "NTC")
+    hook.remove()
+    torch.testing.assert_close(made, seen[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("branch", "shape"),
+    [
+        (Gated(), TOKENS),
+        (Twice(), TOKENS),
+        (Strided(), MAPS),
+        (FeedForward(torch.tanh), TOKENS),
+        (nn.Linear(C, C), TOKENS),
+        (nn.Sequential(nn.Conv2d(C, H, 1), nn.Hardtanh(-1, 1), nn.Conv2d(H, C, 1)), MAPS),
+        (nn.Sequential(nn.Conv2d(C, H, 1), nn.ReLU(), nn.Conv2d(H, C, 1), nn.ReLU()), MAPS),
+        (nn.Sequential(nn.Conv2d(C, H, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(H, C, 1)), MAPS),
+        (nn.Sequential(nn.Conv2d(C, H, (1, 3), padding=(0, 1)), nn.ReLU(), nn.Conv2d(H, C, 1)), MAPS),
+        (nn.Sequential(nn.BatchNorm2d(C), nn.Conv2d(C, H, 1), nn.ReLU(), nn.Conv2d(H, C, 1)), MAPS),
+    ],
+)
+def test_what_is_no_chain(branch: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    assert read_chain(lambda: branch.eval()(x), x) is None
+
+
+def test_training_statistics_are_no_chain() -> None:
+    branch, x = convolution(C).train(), torch.randn(MAPS)
+    assert read_chain(lambda: branch(x), x) is None
+    branch = FeedForward().train()
+    x = torch.randn(TOKENS)
+    assert read_chain(lambda: branch(x), x) is None  # its dropout drops
+
+
+def test_another_input_than_the_stream_is_no_chain() -> None:
+    branch, x = mlp(C).eval(), torch.randn(TOKENS)
+    assert read_chain(lambda: branch(x), x) is not None
+    assert read_chain(lambda: branch(x * 2), x) is None
+    assert read_chain(lambda: branch(x) + 1, x) is None
+
+
+@pytest.mark.parametrize("taps", [1, 9])
+def test_the_channels_that_matter_are_kept(taps: int) -> None:
+    """Channels 1 and 4 make the output; 3 is twice channel 1, so that one of both is enough."""
+    x = torch.randn(400, 5, taps)
+    x[:, 3] = 2 * x[:, 1] + 1e-3 * torch.randn(400, taps)
+    weight = torch.randn(5, taps, 3)
+    weight[[0, 2]] = 0
+    wanted = torch.einsum("mht,htc->mc", x, weight)
+    assert narrowing.narrowest(x, wanted, 2).tolist() in ([1, 4], [3, 4])
+    assert narrowing.narrowest(x, wanted, 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_leaving_one_out_costs_what_solving_again_says() -> None:
+    """Of 4 channels the one goes without which the error of a new least-squares problem is smallest."""
+    x, wanted = torch.randn(200, 4), torch.randn(200, 2)
+    wanted = x @ torch.randn(4, 2) * 0.4 + wanted
+    errors = []
+    for left in range(4):
+        some = torch.cat((x[:, [i for i in range(4) if i != left]], torch.ones(200, 1)), 1)
+        errors.append(float((some @ torch.linalg.lstsq(some, wanted).solution - wanted).square().sum()))
+    expected = [i for i in range(4) if i != min(range(4), key=errors.__getitem__)]
+    assert narrowing.narrowest(x[:, :, None], wanted, 3, ridge=1e-9).tolist() == expected
+
+
+@pytest.mark.parametrize(("branch", "shape"), [(Inverted, MAPS), (FeedForward, TOKENS)])
+def test_a_branch_with_spare_channels_loses_nothing(branch: Any, shape: tuple[int, ...]) -> None:
+    one = branch()
+    last = [m for m in one.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+    spare = torch.randperm(H)[: H // 2].sort().values
+    with torch.no_grad():
+        last.weight[:, spare] = 0
+    model = Stack(one)
+    data = [torch.randn(64, *shape[1:])]
+    gated = gate_all(model, data[0][:2], skip="narrow")
+    (gate,) = gates(gated)
+    assert isinstance(gate.skip_path, NarrowSkip) and gate.skip_path.width == H // 2
+    with surgery.force(gated, 0.0), torch.no_grad():
+        torch.testing.assert_close(gated(data[0]), data[0])  # it contributes nothing before it is fitted
+    left = fit_skip_paths(gated, data)
+    assert left[gate.site.name] < 1e-4
+    x = torch.randn(4, *shape[1:])
+    with surgery.force(gated, 0.0), torch.no_grad():
+        torch.testing.assert_close(gated(x), model(x), rtol=1e-2, atol=1e-2)
+
+
+def test_a_second_fit_keeps_the_channels_and_what_was_trained() -> None:
+    model = Stack(Inverted())
+    data = [torch.randn(64, *MAPS[1:])]
+    gated = gate_all(model, data[0][:2], skip="narrow")
+    path = gates(gated)[0].skip_path
+    fit_skip_paths(gated, data)
+    with torch.no_grad():
+        path.first.mul_(1.1)  # type: ignore[operator]
+    before = {name: p.clone() for name, p in path.named_parameters()}
+    fit_skip_paths(gated, [torch.randn(64, *MAPS[1:])])
+    assert {n for n, p in path.named_parameters() if not torch.equal(p, before[n])} == {"last", "bias"}
+
+
+def test_more_channels_leave_less() -> None:
+    model = Stack(convolution(8), convolution(8)).eval()
+    data = [torch.randn(32, 8, 6, 6)]
+    left = []
+    for width in (0.25, 0.5, 0.9):
+        gated = gate_all(model, data[0][:2], skip="narrow", width=width)
+        left.append(sum(fit_skip_paths(gated, data).values()))
+    assert left[0] > left[1] > left[2]
+
+
+def test_plans_take_them_where_a_branch_is_a_chain() -> None:
+    model = Stack(Inverted(), Inverted(), nn.Conv2d(C, C, 3, padding=1))
+    sites = surgery.find_sites(model.eval(), torch.randn(2, *MAPS[1:]))
+    planned = sites.plan(skip="narrow", width=0.3).sites
+    assert [(p.skip, p.rank) for p in planned] == [("narrow", 5), ("narrow", 5), (sites.plan().sites[2].skip, 0)]
+    for width in (0, 1, 1.5, True, "half"):
+        with pytest.raises(SurgeryError, match="width must be"):
+            sites.plan(skip="narrow", width=width)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet", "timm/vit_pico", "plain/encoder", "transformers/bert"])
+def test_costs_are_what_runs(name: str) -> None:
+    one = subject(name)
+    chains = [p for p in one.sites.plan().sites if p.site.chain is not None]
+    assert chains, name
+    for planned in chains[:1]:
+        chain = planned.site.chain
+        assert chain is not None
+        path = path_of("narrow", planned.site.channels, planned.site.layout, chain.width, chain)
+        # with all of its channels it costs what the branch costs
+        assert path.flops(planned.site.positions) == pytest.approx(planned.site.flops, rel=0.02)
+
+
+def test_no_gradient_is_lost() -> None:
+    path = path_of("narrow", C, "NCHW", 4, Chain(H, None, 1, 3, 1, ("relu6", "relu6")))
+    for parameter in path.parameters():
+        nn.init.normal_(parameter)
+    path(torch.randn(MAPS)).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in path.parameters())
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    model = Stack(Inverted(), FlatMaps())
+    data = [torch.randn(64, *MAPS[1:])]
+    gated = gate_all(model, data[0][:2], skip="narrow")
+    fit_skip_paths(gated, data)
+    surgery.save(gated, tmp_path / "made")
+    again = surgery.load(tmp_path / "made", model=model)
+    x = torch.randn(3, *MAPS[1:])
+    with surgery.force(gated, 0.0), surgery.force(again, 0.0), torch.no_grad():
+        assert torch.equal(gated(x), again(x))
+
+
+class FlatMaps(Inverted):
+    """The same branch a second time, under another name."""
+
+
+def test_a_plan_of_impossible_layers_is_refused() -> None:
+    gated = gate_all(Stack(Inverted()), torch.randn(2, *MAPS[1:]), skip="narrow")
+    plan = surgery.context.state_of(gated).plan
+    planned = plan.sites[0]
+    assert planned.site.chain is not None
+    vet(plan)
+    for change in ({"first": 999}, {"middle": 2**20}, {"width": 0}, {"activations": ()}):
+        chain = replace(planned.site.chain, **change)
+        with pytest.raises(CheckpointError, match="chain"):
+            vet(replace(plan, sites=(replace(planned, site=replace(planned.site, chain=chain)),)))
+    with pytest.raises(CheckpointError, match="narrow"):
+        vet(replace(plan, sites=(replace(planned, rank=H + 1),)))
+    with pytest.raises(CheckpointError, match="narrow"):
+        vet(replace(plan, sites=(replace(planned, site=replace(planned.site, chain=None)),)))
