@@ -66,6 +66,11 @@ class Batch:
         labels = None if self.labels is None else self.labels.to(device)
         return Batch(tuple(map(move, self.args)), {k: move(v) for k, v in self.kwargs.items()}, labels, self.number)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its first tensor is."""
+        return next(v.device for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+
     def rows(self, index: Tensor) -> Batch:
         """The samples that `index` names; values without a batch axis stay."""
         n = self.size

@@ -10,19 +10,19 @@ Axis letters: `N` samples.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from surgery.calling import read_output
+from surgery.calling import Batch, batches, read_output
 from surgery.context import execution, state_of
 from surgery.costs import place, run
-from surgery.fitting import gather
 from surgery.objectives import divergence
 from surgery.policies import constant, decided, static_cost
 from surgery.progress import Progress, silent
+from surgery.splitting import Head
 
 LOWEST = 0.35
 """Below this cost the remaining sites are ordered by their latest values."""
@@ -49,11 +49,12 @@ def cut_order(
     state = state_of(gated)
     always = state.plan.always_on
     report = progress or silent
-    batch = place(gather(data, samples), gated)
+    given = [place(batch, gated) for batch in _first(data, samples)]
 
     def harm(cut: Sequence[str]) -> float:
         with decided(gated, constant([name for name in state.units if name not in cut])):
-            return float(divergence(read_output(run(gated, batch)), dense, batch).double().mean())
+            apart = [divergence(read_output(run(gated, b)), d, b).double() for b, d in zip(given, dense, strict=True)]
+        return float(torch.cat(apart).mean())
 
     def price(name: str) -> float:
         site = state.costs.sites[name]
@@ -61,7 +62,7 @@ def cut_order(
 
     with torch.no_grad():
         with execution(gated, "dense"):
-            dense = read_output(run(gated, batch))
+            dense = [read_output(run(gated, batch)) for batch in given]
         names = [name for name in state.units if name not in always]
         heap = [(harm([name]) / price(name), index, name) for index, name in enumerate(names)]
         heapq.heapify(heap)
@@ -78,3 +79,12 @@ def cut_order(
             report("ordering cuts", len(order), len(names))
     state.order = tuple(order)
     return state.order
+
+
+def _first(data: Iterable[Any], samples: int) -> Iterator[Batch]:
+    """The first samples, in the batches that they come in, which are padded to their own longest text each."""
+    left = samples
+    for batch in batches(Head(data, samples)):
+        some = batch if batch.size <= left else batch.rows(torch.arange(left, device=batch.device))
+        yield some
+        left -= some.size

@@ -249,7 +249,7 @@ def _probe(
         try:
             gated = insert_gates(model, plan)
             parameters = {site.name: _parameters(gated, site) for _, _, site in named}
-            larger = batch.rows(torch.tensor([*range(batch.size), 0], device=_device(batch)))
+            larger = batch.rows(torch.tensor([*range(batch.size), 0], device=batch.device))
             first = Probe(input_names, modules, parameters, larger.size)
             with handled(gated, first):
                 call(gated, larger)
@@ -446,7 +446,7 @@ def _pair(batch: Batch) -> Batch:
     """A batch of at least two different samples."""
     if batch.size > 1:
         return batch
-    pair = batch.rows(torch.zeros(2, dtype=torch.long, device=_device(batch)))
+    pair = batch.rows(torch.zeros(2, dtype=torch.long, device=batch.device))
     generator = torch.Generator().manual_seed(0)
 
     def vary(value: Any) -> Any:
@@ -468,10 +468,6 @@ def _equal(output: list[Tensor], reference: list[Tensor]) -> bool:
         a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
         for a, b in zip(output, reference, strict=True)
     )
-
-
-def _device(batch: Batch) -> torch.device:
-    return next(v.device for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor))
 
 
 def _signature(batch: Batch) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def fit_skip_paths(
     batch = gather(data, max(8, min(samples, _ELEMENTS // (2 * widest))))
     batch = place(batch, gated)
     count = batch.size
-    twin = batch.rows(torch.arange(2 * count, device=_device(batch)) % count)
+    twin = batch.rows(torch.arange(2 * count, device=batch.device) % count)
     handler = _TwinPass(
         count,
         decisions,
@@ -218,7 +218,7 @@ def gather(data: Iterable[Any], samples: int) -> Batch:
         {k: _join([b.kwargs[k] for b in found]) for k in found[0].kwargs},
         None,
     )
-    return joined.rows(torch.arange(min(samples, joined.size), device=_device(joined)))
+    return joined.rows(torch.arange(min(samples, joined.size), device=joined.device))
 
 
 def _solve(path: SkipPath, x: Tensor, y: Tensor, ridge: float) -> None:
@@ -365,7 +365,3 @@ def _join(values: list[Any]) -> Any:
         return values[0]
     length = max(v.shape[1] if v.dim() > 1 else 0 for v in values)
     return torch.cat([F.pad(v, (0, length - v.shape[1])) if v.dim() == 2 else v for v in values])
-
-
-def _device(batch: Batch) -> torch.device:
-    return next(v.device for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toys import Residual, Stack, assert_same, convolution, frozen, gate_all, gates, interrupt_after_update, mlp
 
 import surgery
-from surgery import orders
+from surgery import cutting, orders
 from surgery.calibration import static_policy
 from surgery.context import handled, state_of
 from surgery.cutting import cut_order
@@ -202,3 +202,16 @@ def test_interrupted_training_goes_on_as_if_it_had_not_been(
     assert_same(skip_paths(again), skip_paths(whole))
     with pytest.raises(CheckpointError, match="over 6 steps"):
         train_skip_paths(fresh(), images, options=Options(steps=7), output_dir=tmp_path, resume=True)
+
+
+def test_an_order_is_measured_on_the_first_samples_in_batches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    gated = gate_all(Stack(mlp(4), mlp(4), head=nn.Linear(4, 3)), torch.randn(2, 5, 4), granularity="sample")
+    rows = torch.randn(20, 5, 4)
+    sizes: list[tuple[int, ...]] = []
+    watched = cutting.run
+    monkeypatch.setattr(cutting, "run", lambda gated, batch: (sizes.append(batch.args[0].shape), watched(gated, batch))[1])
+    together = cut_order(gated, [rows], samples=12)
+    assert set(sizes) == {(12, 5, 4)}
+    sizes.clear()
+    assert cut_order(gated, [rows[:8, :], rows[8:, :]], samples=12) == together
+    assert set(sizes) == {(8, 5, 4), (4, 5, 4)}
