@@ -209,7 +209,9 @@ def test_an_order_is_measured_on_the_first_samples_in_batches_of_their_own(monke
     rows = torch.randn(20, 5, 4)
     sizes: list[tuple[int, ...]] = []
     watched = cutting.run
-    monkeypatch.setattr(cutting, "run", lambda gated, batch: (sizes.append(batch.args[0].shape), watched(gated, batch))[1])
+    monkeypatch.setattr(
+        cutting, "run", lambda gated, batch: (sizes.append(batch.args[0].shape), watched(gated, batch))[1]
+    )
     together = cut_order(gated, [rows], samples=12)
     assert set(sizes) == {(12, 5, 4)}
     sizes.clear()
