@@ -75,7 +75,7 @@ class Run:
     lowest: float | None = None
     second_look: Literal["auto"] | bool = "auto"
     granularity: Literal["auto", "sample"] = "auto"
-    skip: Literal["auto", "linear"] = "auto"
+    skip: Literal["auto", "linear", "narrow"] = "auto"
     test_limit: int | None = None
     texts: bool = False
     prepare: str = ""
@@ -113,7 +113,7 @@ RUNS = (
     ),
     Run(
         "mobilenetv2", "MobileNetV2, ImageNet subset", MOBILENET, "imagenet", 1000, 25, (1, 32), (0.9, 0.85, 0.8),
-        {0.85: "96 %"}, epochs=6, heal=("norms", 1e-3, 40), augment=True, budget=0.85,
+        {0.85: "96 %"}, epochs=8, heal=("norms", 1e-3, 40), augment=True, budget=0.85, skip="narrow",
     ),
 )  # fmt: skip
 
