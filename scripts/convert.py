@@ -99,8 +99,9 @@ def convert(
     ] = Granularity.auto,
     skip: Annotated[Skip, typer.Option("--skip", help="What replaces a skipped branch.")] = Skip.auto,
     width: Annotated[
-        float, typer.Option("--width", help="Share of a branch's hidden channels that narrow skip paths keep.")
-    ] = 0.5,
+        float | None,
+        typer.Option("--width", help="Share of a branch's hidden channels that narrow skip paths keep; by the budget."),
+    ] = None,
     routers: Annotated[
         Routers,
         typer.Option("--routers", help="shared: an MLP reads what the router of its layer's attention made."),
@@ -205,7 +206,7 @@ def convert(
                 granularity=granularity.value,
                 tune=tune.value,
                 skip=skip.value,
-                width=width,
+                width="auto" if width is None else width,
                 second_look="auto" if second_look is None else second_look,
                 first_tokens="auto" if first_tokens is None else first_tokens,
                 first_layers="auto" if first_layers is None else first_layers,

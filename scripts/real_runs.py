@@ -53,7 +53,6 @@ class Run:
         second_look: What `convert` is told.
         granularity: What `convert` is told.
         skip: Kind of skip path, likewise.
-        width: Of narrow skip paths, likewise.
         test_limit: Test inputs, drawn with seed 0, or None for all.
         texts: Whether inputs are texts, whose lengths differ.
         prepare: Directory of the dense model that `surgery.scripts.news_head` writes, if it is that one.
@@ -76,8 +75,7 @@ class Run:
     lowest: float | None = None
     second_look: Literal["auto"] | bool = "auto"
     granularity: Literal["auto", "sample"] = "auto"
-    skip: Literal["auto", "linear", "narrow"] = "auto"
-    width: float = 0.5
+    skip: Literal["auto", "linear"] = "auto"
     test_limit: int | None = None
     texts: bool = False
     prepare: str = ""
@@ -85,13 +83,8 @@ class Run:
 
 RUNS = (
     Run(
-        "resnet56", "ResNet-56, CIFAR-10", "python:{networks}:resnet56", "cifar10", 15000, 50, (1, 256), (0.75, 0.6, 0.5),
+        "resnet56", "ResNet-56, CIFAR-10", "python:{networks}:resnet56", "cifar10", 15000, 50, (1, 256), (0.75, 0.6, 0.5, 0.4),
         {0.75: "0.928", 0.6: "0.913", 0.5: "0.890"}, epochs=5, heal=("norms", 1e-3, 200), augment=True,
-    ),
-    Run(
-        "resnet56-narrow", "ResNet-56 with narrow skip paths, CIFAR-10", "python:{networks}:resnet56", "cifar10", 15000, 50,
-        (1, 256), (0.75, 0.6, 0.5, 0.4), {0.75: "0.928", 0.6: "0.913", 0.5: "0.890"}, epochs=5, heal=("norms", 1e-3, 200),
-        augment=True, skip="narrow", width=0.375,
     ),
     Run(
         "resnet56-linear", "ResNet-56 with linear skip paths, CIFAR-10", "python:{networks}:resnet56", "cifar10", 15000, 50,
@@ -120,7 +113,7 @@ RUNS = (
     ),
     Run(
         "mobilenetv2", "MobileNetV2, ImageNet subset", MOBILENET, "imagenet", 1000, 25, (1, 32), (0.9, 0.85, 0.8),
-        {0.85: "96 %"}, epochs=8, heal=("norms", 1e-3, 40), augment=True, budget=0.85, skip="narrow",
+        {0.85: "96 %"}, epochs=8, heal=("norms", 1e-3, 40), augment=True, budget=0.85,
     ),
 )  # fmt: skip
 
@@ -278,7 +271,6 @@ class Work:
                 second_look=run.second_look,
                 granularity=run.granularity,
                 skip=run.skip,
-                width=run.width,
                 seed=seed,
                 progress=progress,
             )

@@ -72,7 +72,7 @@ def convert(
     granularity: Granularity | Literal["auto"] = "auto",
     tune: Literal["auto", "oneshot", "routers", "train"] = "auto",
     skip: SkipKind | Literal["auto"] = "auto",
-    width: float = 0.5,
+    width: float | Literal["auto"] = "auto",
     second_look: bool | Literal["auto"] = "auto",
     first_tokens: int | Literal["auto"] = "auto",
     first_layers: int | Literal["auto"] = "auto",
@@ -102,7 +102,7 @@ def convert(
             `routers` distillation of routers alone, while skip paths stay as they were fitted;
             `auto` trains when there is data.
         skip: Kind of skip path, or `auto`.
-        width: Share of a branch's hidden channels that `narrow` skip paths keep.
+        width: Share of a branch's hidden channels that `narrow` skip paths keep, in (0, 1); `auto` goes by the budget.
         second_look: Whether inputs of which the gated pass is not sure are run again in full, within the same budget;
             `auto` where that brings held-out outputs nearer to the dense model's (classifiers only).
         first_tokens: For how many first tokens of every sequence all gates per token stay open; `auto` only in causal
@@ -171,6 +171,7 @@ def convert(
         first_layers=first_layers,
         routers=routers,
         cost=cost,
+        budget=min((budget, *((options or Options()).budgets or ())[:1])),
         trained=trains and (options or Options()).skip_rate > 0,
     )
     gated = insert_gates(model, plan)

@@ -29,6 +29,7 @@ from surgery.gates import Gate, iter_gates
 from surgery.objectives import divergence
 from surgery.policies import static_cost
 from surgery.progress import Progress, silent
+from surgery.rates import groups_of
 from surgery.straight_through import OpenGates, stream_error, watched_sites
 from surgery.training import Options, count_steps, stream_of
 
@@ -78,16 +79,17 @@ def train_skip_paths(
         raise SurgeryError(
             "static policies have no order yet; measure it first: surgery.cutting.cut_order(gated, data)"
         )
-    parameters = [p for _, gate in iter_gates(gated) for p in gate.skip_path.parameters()]
+    groups = groups_of([gate for _, gate in iter_gates(gated)], "skip_path", options.nested_rate, by_width=False)
+    parameters = [p for group in groups for p in group["params"]]
     levels = trained_levels(gated)
     if not parameters or not levels or options.nested_rate == 0:
         return []
     before = [p.detach().clone() for p in parameters]
     distance = _distance(gated, validation, levels)
     total = count_steps(data, options)
-    optimiser = torch.optim.AdamW(parameters, lr=options.nested_rate, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, options.nested_rate, total_steps=total + 1, pct_start=max(0.1, 2 / (total + 1))
+        optimiser, [group["lr"] for group in groups], total_steps=total + 1, pct_start=max(0.1, 2 / (total + 1))
     )
     layouts = {planned.site.name: planned.site.layout for planned in state.plan.sites}
     watched = watched_sites(state.names)

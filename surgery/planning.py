@@ -25,6 +25,14 @@ FIRST_TOKENS = 0
 """First tokens of a causal language model's sequences that run in full by default (docs/generation.md)."""
 FIRST_LAYERS = 0
 """First layers of a causal language model that always run by default (likewise)."""
+WIDTH = 0.5
+"""Share of a branch's hidden channels that narrow skip paths keep where no budget is known."""
+NARROWEST, WIDEST = 0.2, 0.75
+"""Smallest and largest share that a budget asks for; below, other kinds of skip path are better (docs/narrow.md)."""
+LOWEST = 0.45
+"""Budgets from here up are reached with narrow skip paths, where that leaves them wide enough."""
+CLOSED_AT_LOWEST, CLOSED = 0.9, 0.7
+"""Share of the narrow sites that are closed at the smallest budget; and at the budget itself, where widths go by that."""
 _WIDTHS = (64, 32, 16, 8)
 
 
@@ -34,30 +42,36 @@ def choose(
     granularity: Granularity | Literal["auto"],
     skip: SkipKind | Literal["auto"],
     rank: int,
-    width: float,
+    width: float | Literal["auto"],
     hidden: int | Literal["auto"],
     first_tokens: int | Literal["auto"] = "auto",
     first_layers: int | Literal["auto"] = "auto",
     trained: bool = False,
     routers: Routers = "own",
     cost: Cost = "flops",
+    budget: float | None = None,
 ) -> Plan:
     """See `Sites.plan`."""
     check_choice("cost", cost, get_args(Cost))
     check_choice("granularity", granularity, ("auto", *get_args(Granularity)))
     check_choice("skip", skip, ("auto", *get_args(SkipKind)))
     check_choice("routers", routers, get_args(Routers))
-    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < 1:
-        raise SurgeryError(f"width must be a number between 0 and 1, got {width!r}")
+    if width != "auto" and (isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < 1):
+        raise SurgeryError(f"width must be a number between 0 and 1, or 'auto', got {width!r}")
     layers = _number("first_layers", first_layers, FIRST_LAYERS if sites.causal else 0)
     grains = {site.name: _granularity(sites, site, granularity) for site in sites}
     kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0, cost) for site in sites}
+    chains = [site for site in sites if site.chain is not None and grains[site.name] != "token" and _is_map(site)]
+    wanted = _narrow_width(sites, chains, budget)
+    if skip == "auto" and cost == "flops" and wanted >= NARROWEST:
+        kinds |= {site.name: "narrow" for site in chains}
+    share = width if width != "auto" else min(max(wanted, NARROWEST), WIDEST) if budget is not None else WIDTH
     planned = [
         SitePlan(
             site,
             grains[site.name],
             kinds[site.name],
-            _rank(site, kinds[site.name], rank, width),
+            _rank(site, kinds[site.name], rank, share),
             always_on=is_in_first(layers, site),
         )
         for site in sites
@@ -121,6 +135,17 @@ def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity, ra
     # a depthwise path keeps more for its FLOPs and less for its time (docs/decisions.md)
     kinds: tuple[SkipKind, ...] = ("depthwise", "linear") if _is_map(site) and cost == "flops" else ("linear",)
     return next((kind for kind in kinds if _is_cheap(site, kind)), "affine")
+
+
+def _narrow_width(sites: Sites, chains: Sequence[Site], budget: float | None) -> float:
+    """Share of the hidden channels that narrow skip paths of these sites keep; below `NARROWEST` where they would not reach the
+    budget, or there is none.
+    """
+    flops = sum(site.flops for site in chains)
+    if budget is None or budget >= 1 or not flops:
+        return 0.0
+    lowest = 1 - (1 - min(budget, LOWEST)) * sites.model_flops / (CLOSED_AT_LOWEST * flops)
+    return lowest if lowest >= NARROWEST else 1 - (1 - budget) * sites.model_flops / (CLOSED * flops)
 
 
 def _rank(site: Site, kind: SkipKind, rank: int, width: float) -> int:

@@ -1,7 +1,8 @@
 """Learning rates by width: Adam moves every weight by about its rate, so the wider a map, the more its output moves.
 
 A rate that suits one width suits another one if it falls with the number of inputs (Yang et al. 2022, "Tensor Programs V",
-table 3). Those of `Options` were chosen on 128 channels.
+table 3). Those of `Options` were chosen on 128 channels, for skip paths that start from a closed form; a narrow one starts from
+the branch's own weights, which a large rate spoils.
 """
 
 from __future__ import annotations
@@ -12,20 +13,25 @@ from typing import Any
 from torch import nn
 
 from surgery.gates import Gate
+from surgery.skip_paths import NarrowSkip
 
 WIDTH = 128
 """Channels up to which rates are what `Options` says."""
+NARROW = 0.1
+"""What of a rate is used for narrow skip paths (docs/results.md)."""
 
 
-def groups_of(gates: Iterable[Gate], part: str, rate: float) -> list[dict[str, Any]]:
+def groups_of(gates: Iterable[Gate], part: str, rate: float, *, by_width: bool = True) -> list[dict[str, Any]]:
     """Parameter groups of an optimiser for one part of all gates, `router` or `skip_path`, one for every rate; parts without
     parameters are left out.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for gate in gates:
-        parameters = list(getattr(gate, part).parameters())
+        module = getattr(gate, part)
+        parameters = list(module.parameters())
         if parameters:
-            groups.setdefault(rate * share(gate), []).extend(parameters)
+            kind = NARROW if isinstance(module, NarrowSkip) else 1.0
+            groups.setdefault(rate * kind * (share(gate) if by_width else 1.0), []).extend(parameters)
     return [{"params": parameters, "lr": one} for one, parameters in groups.items()]
 
 

@@ -262,13 +262,14 @@ class Sites(Sequence[Site]):
         granularity: Granularity | Literal["auto"] = "auto",
         skip: SkipKind | Literal["auto"] = "auto",
         rank: int = 16,
-        width: float = 0.5,
+        width: float | Literal["auto"] = "auto",
         hidden: int | Literal["auto"] = "auto",
         first_tokens: int | Literal["auto"] = "auto",
         first_layers: int | Literal["auto"] = "auto",
         trained: bool = False,
         routers: Routers = "own",
         cost: Cost = "flops",
+        budget: float | None = None,
     ) -> Plan:
         """Choose granularity, skip path and router size for every site.
 
@@ -276,12 +277,14 @@ class Sites(Sequence[Site]):
             granularity: `auto` takes the finest that the probes allow; `token` and `sample` apply where allowed; `prefill`
                 (once per sequence, from the prompt) is for causal language models.
             skip: Kind of skip path; `auto` takes the identity where decisions are per token (where it will be trained,
-                `low-rank`, unless that costs more than 0.1 of the branch), else the first of `depthwise` (feature maps
+                `low-rank`, unless that costs more than 0.1 of the branch); on feature maps `narrow` where branches are
+                chains, `cost` is `flops` and they reach the `budget`; else the first of `depthwise` (feature maps
                 only, and not where `cost` is `latency`) and `linear` that costs at most 0.15 of its branch and holds at
                 most 0.1 of its parameters, else per-channel affine. `depthwise` means `linear` where the stream is no
                 feature map, and `narrow` what `auto` takes where the branch is no chain.
             rank: Rank of `low-rank` skip paths.
-            width: Share of a branch's hidden channels that `narrow` skip paths keep, in (0, 1).
+            width: Share of a branch's hidden channels that `narrow` skip paths keep, in (0, 1); `auto` goes by the `budget`
+                (docs/narrow.md), and is 0.5 where there is none.
             hidden: Width of the routers' bottleneck; `auto` keeps a router within its cost limit.
             first_tokens: For how many first tokens of every sequence all gates per token stay open; `auto` is
                 `planning.FIRST_TOKENS` in causal language models, else 0.
@@ -291,6 +294,7 @@ class Sites(Sequence[Site]):
             routers: `shared` lets an MLP's router read the hidden features of the attention's before it in the same
                 layer, where both decide alike (docs/routers.md); `own` gives each site its own.
             cost: What budgets will count.
+            budget: The smallest one that matters, as a fraction of the dense model's cost, or None where it is not known.
 
         Raises:
             NoSites: If there is nothing to plan.
@@ -316,6 +320,7 @@ class Sites(Sequence[Site]):
             trained=trained,
             routers=routers,
             cost=cost,
+            budget=budget,
         )
 
     def _with(self, sites: Iterable[Site]) -> Sites:

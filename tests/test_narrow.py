@@ -18,6 +18,7 @@ from surgery import narrowing
 from surgery.chains import Chain, read_chain
 from surgery.errors import CheckpointError, SurgeryError
 from surgery.fitting import fit_skip_paths
+from surgery.rates import groups_of
 from surgery.skip_paths import NarrowSkip, chain_features
 from surgery.vetting import vet
 
@@ -302,3 +303,45 @@ def test_a_plan_of_impossible_layers_is_refused() -> None:
         vet(replace(plan, sites=(replace(planned, rank=H + 1),)))
     with pytest.raises(CheckpointError, match="narrow"):
         vet(replace(plan, sites=(replace(planned, site=replace(planned.site, chain=None)),)))
+
+
+def test_a_budget_asks_for_narrow_paths_of_the_width_that_reaches_it() -> None:
+    model = Stack(*(convolution(16) for _ in range(4))).eval()
+    sites = surgery.find_sites(model, torch.randn(2, 16, 8, 8))
+    assert sum(site.share for site in sites) == pytest.approx(1)
+    for budget, width in ((0.9, 1 - 0.55 / 0.9), (0.6, 1 - 0.55 / 0.9), (0.35, 1 - 0.65 / 0.9)):
+        planned = sites.plan(budget=budget).sites
+        assert {(p.skip, p.rank) for p in planned} == {("narrow", round(16 * width))}, budget
+    for plan in (sites.plan(), sites.plan(budget=0.2), sites.plan(budget=1.0)):
+        assert {p.skip for p in plan.sites} == {
+            "depthwise"
+        }  # nobody asked, or they would be too narrow, or for nothing
+    assert {p.skip for p in sites.plan(budget=0.6, cost="latency").sites} == {"linear"}
+    assert {p.skip for p in sites.plan(budget=0.6, skip="depthwise").sites} == {"depthwise"}
+    assert {p.rank for p in sites.plan(budget=0.6, skip="narrow", width=0.25).sites} == {4}
+    assert {p.rank for p in sites.plan(skip="narrow").sites} == {8}
+    head = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(2)))
+    half = Stack(convolution(16), head=head).eval()  # 0.45 would take too narrow paths here
+    sites = surgery.find_sites(half, torch.randn(2, 16, 8, 8))
+    for budget, skip, width in ((0.8, "narrow", 1 - 0.2 / (0.7 * sites[0].share)), (0.6, "depthwise", 0)):
+        assert [(p.skip, p.rank) for p in sites.plan(budget=budget).sites] == [(skip, round(16 * width))]
+    tokens = surgery.find_sites(Stack(mlp(8)).eval(), torch.randn(2, 5, 8))
+    assert {p.skip for p in tokens.plan(budget=0.6).sites} == {"identity"}
+
+
+def test_a_conversion_looks_at_the_smallest_budget_it_trains_for() -> None:
+    model = Stack(*(convolution(16) for _ in range(8)), head=nn.Linear(16, 3), pool=True).eval()
+    data = [torch.randn(16, 16, 6, 6) for _ in range(5)]
+    for budgets, kind in ((None, "narrow"), ((0.2, 0.9), "depthwise")):
+        options = surgery.Options(steps=1, budgets=budgets)
+        gated = surgery.convert(model, 0.7, data=data, options=options, samples=64)
+        assert {p.skip for p in surgery.context.state_of(gated).plan.sites} == {kind}
+
+
+def test_narrow_paths_learn_at_a_tenth_of_the_rate() -> None:
+    model = Stack(Inverted(), nn.Conv2d(C, C, 3, padding=1)).eval()
+    gated = gate_all(model, torch.randn(2, *MAPS[1:]), skip="narrow")
+    narrow, other = gates(gated)
+    groups = {g["lr"]: g["params"] for g in groups_of((narrow, other), "skip_path", 1.0, by_width=False)}
+    assert set(groups) == {0.1, 1.0}
+    assert list(map(id, groups[0.1])) == list(map(id, narrow.skip_path.parameters()))
