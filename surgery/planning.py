@@ -28,7 +28,7 @@ FIRST_LAYERS = 0
 WIDTH = 0.5
 """Share of a branch's hidden channels that narrow skip paths keep where no budget is known."""
 NARROWEST, WIDEST = 0.2, 0.75
-"""Smallest and largest share that a budget asks for; below, other kinds of skip path are better (docs/narrow.md)."""
+"""Smallest and largest share that a budget asks for; below, other kinds of skip path are better (docs/skip_paths.md)."""
 LOWEST = 0.45
 """Budgets from here up are reached with narrow skip paths, where that leaves them wide enough."""
 CLOSED_AT_LOWEST, CLOSED = 0.9, 0.7

@@ -284,7 +284,7 @@ class Sites(Sequence[Site]):
                 feature map, and `narrow` what `auto` takes where the branch is no chain.
             rank: Rank of `low-rank` skip paths.
             width: Share of a branch's hidden channels that `narrow` skip paths keep, in (0, 1); `auto` goes by the `budget`
-                (docs/narrow.md), and is 0.5 where there is none.
+                (docs/skip_paths.md), and is 0.5 where there is none.
             hidden: Width of the routers' bottleneck; `auto` keeps a router within its cost limit.
             first_tokens: For how many first tokens of every sequence all gates per token stay open; `auto` is
                 `planning.FIRST_TOKENS` in causal language models, else 0.
