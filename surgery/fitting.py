@@ -35,6 +35,7 @@ _ELEMENTS = 2**26  # largest residual stream of the twin pass; bounds memory
 _ROWS = 2**16  # rows per least-squares problem; more change the maps by less than their noise
 _NEIGHBOURS = 2**23  # numbers in the rows of a depthwise problem
 _HIDDEN = 2**26  # likewise of a narrow one
+_EACH, _FEW = 32, 2**14  # its rows per number in a row, and rows that it takes in any case
 _SAMPLES = 16  # whose hidden channels are made at once
 
 
@@ -295,8 +296,8 @@ def _weights(gate: Gate, branch: Branch, residual: Tensor, inputs: Sequence[Any]
 def _most_rows(path: SkipPath, weights: Weights | None) -> int:
     """Rows of one problem, by the numbers that one row has."""
     if isinstance(path, NarrowSkip):
-        hidden = path.width if weights is None else path.chain.width
-        return min(_ROWS, _HIDDEN // (hidden * max(1, path.chain.last**2)))
+        numbers = (path.width if weights is None else path.chain.width) * max(1, path.chain.last**2)
+        return min(_ROWS, _HIDDEN // numbers, max(_FEW, _EACH * numbers))
     return min(_ROWS, _NEIGHBOURS // (9 * path.channels)) if isinstance(path, DepthwiseSkip) else _ROWS
 
 
