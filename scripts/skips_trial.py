@@ -96,7 +96,8 @@ def compare(
         note(f"{kind}: {time.process_time() - started:.0f} s of CPU")
         state = state_of(gated)
         priced = {static_cost(state.costs, state.order[count:]): count for count in range(1, len(state.order) + 1)}
-        for cost in dict.fromkeys(min(priced, key=lambda c: abs(c - asked)) for asked in costs):
+        nearest = {min(priced, key=lambda c: abs(c - asked)): asked for asked in reversed(costs)}
+        for cost, asked in reversed(nearest.items()):
             cut = state.order[: priced[cost]]
             far, alike = [], []
             with torch.no_grad():
@@ -107,7 +108,6 @@ def compare(
                         output = read_output(run(gated, batch))
                     far.append(divergence(output, dense, batch))
                     alike.append((output.argmax(-1) == dense.argmax(-1)).double())
-            asked = min(costs, key=lambda c: abs(c - cost))
             yield Row(kind, asked, cost, float(torch.cat(far).mean()), float(torch.cat(alike).mean()))
 
 
