@@ -35,7 +35,8 @@ _ELEMENTS = 2**26  # largest residual stream of the twin pass; bounds memory
 _ROWS = 2**16  # rows per least-squares problem; more change the maps by less than their noise
 _NEIGHBOURS = 2**23  # numbers in the rows of a depthwise problem
 _HIDDEN = 2**26  # likewise of a narrow one
-_EACH, _FEW = 32, 2**14  # its rows per number in a row, and rows that it takes in any case
+_EACH, _FEW = 32, 2**14  # its rows per number in a row, and rows that are few enough in any case
+_PRODUCTS = 2**36  # multiply-adds of one covariance, as long as there are twice as many rows as numbers in one
 _SAMPLES = 16  # whose hidden channels are made at once
 
 
@@ -297,7 +298,8 @@ def _most_rows(path: SkipPath, weights: Weights | None) -> int:
     """Rows of one problem, by the numbers that one row has."""
     if isinstance(path, NarrowSkip):
         numbers = (path.width if weights is None else path.chain.width) * max(1, path.chain.last**2)
-        return min(_ROWS, _HIDDEN // numbers, max(_FEW, _EACH * numbers))
+        quick = max(2 * numbers, _PRODUCTS // numbers**2)
+        return min(_ROWS, _HIDDEN // numbers, max(_FEW, _EACH * numbers), quick)
     return min(_ROWS, _NEIGHBOURS // (9 * path.channels)) if isinstance(path, DepthwiseSkip) else _ROWS
 
 

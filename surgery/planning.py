@@ -27,6 +27,10 @@ FIRST_LAYERS = 0
 """First layers of a causal language model that always run by default (likewise)."""
 WIDTH = 0.5
 """Share of a branch's hidden channels that narrow skip paths keep where no budget is known."""
+TOKEN_WIDTH = 0.125
+"""The same for decisions per token."""
+WIDEST_FITTED = 4096
+"""Hidden channels up to which narrow skip paths per token are fitted by default, since the time for it grows with their cube."""
 NARROWEST, WIDEST = 0.2, 0.75
 """Smallest and largest share that a budget asks for; below, other kinds of skip path are better (docs/skip_paths.md)."""
 LOWEST = 0.45
@@ -61,17 +65,21 @@ def choose(
     layers = _number("first_layers", first_layers, FIRST_LAYERS if sites.causal else 0)
     grains = {site.name: _granularity(sites, site, granularity) for site in sites}
     kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0, cost) for site in sites}
+    shares = {site.name: TOKEN_WIDTH if grains[site.name] == "token" else WIDTH for site in sites}
     chains = [site for site in sites if site.chain is not None and grains[site.name] != "token" and _is_map(site)]
     wanted = _narrow_width(sites, chains, budget)
     if skip == "auto" and cost == "flops" and wanted >= NARROWEST:
-        kinds |= {site.name: "narrow" for site in chains}
-    share = width if width != "auto" else min(max(wanted, NARROWEST), WIDEST) if budget is not None else WIDTH
+        kinds |= {site.name: "narrow" for site in chains if site.chain is not None and wanted * site.chain.width >= 1}
+    if budget is not None:
+        shares |= {site.name: min(max(wanted, NARROWEST), WIDEST) for site in chains}
+    if width != "auto":
+        shares = dict.fromkeys(shares, width)
     planned = [
         SitePlan(
             site,
             grains[site.name],
             kinds[site.name],
-            _rank(site, kinds[site.name], rank, share),
+            _rank(site, kinds[site.name], rank, shares[site.name]),
             always_on=is_in_first(layers, site),
         )
         for site in sites
@@ -130,6 +138,8 @@ def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity, ra
     if wanted != "auto":
         return wanted
     if grain == "token":  # fitted paths alone did not pay per token, trained ones do (docs/results.md)
+        if rank and site.chain is not None and site.chain.width <= WIDEST_FITTED:
+            return "narrow"
         cheap = 4 * site.positions * site.channels * rank <= LOW_RANK_LIMIT * site.flops
         return "low-rank" if rank and cheap else "identity"
     # a depthwise path keeps more for its FLOPs and less for its time (docs/decisions.md)
@@ -150,7 +160,7 @@ def _narrow_width(sites: Sites, chains: Sequence[Site], budget: float | None) ->
 
 def _rank(site: Site, kind: SkipKind, rank: int, width: float) -> int:
     if kind == "narrow" and site.chain is not None:
-        return max(1, round(width * site.chain.width))
+        return max(1, int(width * site.chain.width))  # not more than a budget was promised
     return rank if kind == "low-rank" else 0
 
 
