@@ -75,7 +75,7 @@ class Run:
     lowest: float | None = None
     second_look: Literal["auto"] | bool = "auto"
     granularity: Literal["auto", "sample"] = "auto"
-    skip: Literal["auto", "linear"] = "auto"
+    skip: Literal["auto", "linear", "depthwise"] = "auto"
     test_limit: int | None = None
     texts: bool = False
     prepare: str = ""
@@ -85,6 +85,11 @@ RUNS = (
     Run(
         "resnet56", "ResNet-56, CIFAR-10", "python:{networks}:resnet56", "cifar10", 15000, 50, (1, 256), (0.75, 0.6, 0.5, 0.4),
         {0.75: "0.928", 0.6: "0.913", 0.5: "0.890"}, epochs=5, heal=("norms", 1e-3, 200), augment=True,
+    ),
+    Run(
+        "resnet56-depthwise", "ResNet-56 with depthwise skip paths, CIFAR-10", "python:{networks}:resnet56", "cifar10", 15000,
+        50, (1, 256), (0.75, 0.6, 0.5), {0.75: "0.928", 0.6: "0.913", 0.5: "0.890"}, epochs=5, heal=("norms", 1e-3, 200),
+        augment=True, skip="depthwise",
     ),
     Run(
         "resnet56-linear", "ResNet-56 with linear skip paths, CIFAR-10", "python:{networks}:resnet56", "cifar10", 15000, 50,
