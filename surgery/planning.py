@@ -138,7 +138,7 @@ def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity, ra
     if wanted != "auto":
         return wanted
     if grain == "token":  # fitted paths alone did not pay per token, trained ones do (docs/results.md)
-        if rank and site.chain is not None and site.chain.width <= WIDEST_FITTED:
+        if rank and cost == "flops" and site.chain is not None and site.chain.width <= WIDEST_FITTED:
             return "narrow"
         cheap = 4 * site.positions * site.channels * rank <= LOW_RANK_LIMIT * site.flops
         return "low-rank" if rank and cheap else "identity"
