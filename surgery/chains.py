@@ -98,14 +98,14 @@ class _Call:
     output: Tensor
 
     def tensor(self, name: str) -> Tensor | None:
-        """An operand that is a plain floating-point tensor, or None where it is missing."""
+        """An operand that is a plain floating-point tensor, in float32 at least, or None where it is missing."""
         value = self.named.get(name)
         if value is None:
             return None
         if type(value) not in (Tensor, torch.nn.Parameter) or not value.is_floating_point():
             raise _NoChain
         found: Tensor = value.detach()
-        return found
+        return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found  # folding adds up
 
 
 _OPERANDS: Mapping[Any, tuple[str, tuple[str, ...]]] = {

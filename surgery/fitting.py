@@ -256,7 +256,8 @@ class _Rows:
 
     def __call__(self, rows: Tensor) -> Tensor:
         if isinstance(self.path, NarrowSkip):
-            return F.linear(rows.flatten(1), self.path.last.flatten(1), self.path.bias)
+            last, bias = self.path.last.to(rows.dtype), self.path.bias.to(rows.dtype)
+            return F.linear(rows.flatten(1), last.flatten(1), bias)
         if rows.dim() == 4:
             return self.path(rows)[:, :, 1, 1]
         if self.path.layout == "NCHW":

@@ -347,3 +347,15 @@ def test_narrow_paths_learn_at_a_tenth_of_the_rate() -> None:
     groups = {g["lr"]: g["params"] for g in groups_of((narrow, other), "skip_path", 1.0, by_width=False)}
     assert set(groups) == {0.1, 1.0}
     assert list(map(id, groups[0.1])) == list(map(id, narrow.skip_path.parameters()))
+
+
+@pytest.mark.parametrize(("branch", "shape"), [(lambda: mlp(8, 32), (5, 8)), (lambda: Inverted(8, 32), (8, 6, 6))])
+def test_half_precision_is_folded_and_solved_in_more(branch: Any, shape: tuple[int, ...]) -> None:
+    model = Stack(branch()).to(torch.bfloat16)
+    data = [torch.randn(64, *shape, dtype=torch.bfloat16)]
+    gated = gate_all(model, data[0][:2], skip="narrow", width=0.75)
+    (gate,) = gates(gated)
+    assert fit_skip_paths(gated, data)[gate.site.name] < 0.5
+    assert gate.skip_path.first.dtype == torch.float32
+    with surgery.force(gated, 0.0), torch.no_grad():
+        assert gated(data[0]).dtype == torch.bfloat16
