@@ -29,6 +29,8 @@ WIDTH = 0.5
 """Share of a branch's hidden channels that narrow skip paths keep where no budget is known."""
 TOKEN_WIDTH = 0.125
 """The same for decisions per token."""
+LEAST_PER_TOKEN = 0.4
+"""Below this budget what narrow skip paths per token cost is worth more than what they keep."""
 WIDEST_FITTED = 4096
 """Hidden channels up to which narrow skip paths per token are fitted by default, since the time for it grows with their cube."""
 NARROWEST, WIDEST = 0.2, 0.75
@@ -64,7 +66,7 @@ def choose(
         raise SurgeryError(f"width must be a number between 0 and 1, or 'auto', got {width!r}")
     layers = _number("first_layers", first_layers, FIRST_LAYERS if sites.causal else 0)
     grains = {site.name: _granularity(sites, site, granularity) for site in sites}
-    kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0, cost) for site in sites}
+    kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0, cost, budget) for site in sites}
     shares = {site.name: TOKEN_WIDTH if grains[site.name] == "token" else WIDTH for site in sites}
     chains = [site for site in sites if site.chain is not None and grains[site.name] != "token" and _is_map(site)]
     wanted = _narrow_width(sites, chains, budget)
@@ -127,7 +129,9 @@ def _granularity(sites: Sites, site: Site, wanted: Granularity | Literal["auto"]
     return site.granularities[0]
 
 
-def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity, rank: int, cost: Cost) -> SkipKind:
+def _skip(
+    site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity, rank: int, cost: Cost, budget: float | None
+) -> SkipKind:
     """The kind of skip path; `rank` is that of low-rank ones where they will be trained, else 0."""
     if site.layout == "other" or site.kind == "heads":
         return "identity"
@@ -138,7 +142,8 @@ def _skip(site: Site, wanted: SkipKind | Literal["auto"], grain: Granularity, ra
     if wanted != "auto":
         return wanted
     if grain == "token":  # fitted paths alone did not pay per token, trained ones do (docs/results.md)
-        if rank and cost == "flops" and site.chain is not None and site.chain.width <= WIDEST_FITTED:
+        asked = budget is not None and budget >= LEAST_PER_TOKEN and cost == "flops"
+        if rank and asked and site.chain is not None and site.chain.width <= WIDEST_FITTED:
             return "narrow"
         cheap = 4 * site.positions * site.channels * rank <= LOW_RANK_LIMIT * site.flops
         return "low-rank" if rank and cheap else "identity"
