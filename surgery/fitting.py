@@ -276,23 +276,16 @@ def _weights(gate: Gate, branch: Branch, residual: Tensor, inputs: Sequence[Any]
     path = gate.skip_path
     if not isinstance(path, NarrowSkip) or bool(path.first.any()):
         return None
-    one = slice(0, 1)
-    cut = [take_samples(v, axes, one, len(residual)) for v, axes in zip(inputs, branch.axes or (), strict=False)]
-    found: list[Weights | None] = []
-
-    def run() -> Tensor:
-        value: Tensor = branch(*cut)
-        return value
-
+    axes = branch.axes or ()
+    cut = [take_samples(v, a, slice(0, 1), len(residual)) for v, a in zip(inputs, axes, strict=False)]
     stream = next((v for v, whole in zip(cut, inputs, strict=False) if whole is residual), None)
-    if stream is not None:
-        found.append(read_chain(run, stream))
-    if not found or found[0] is None or found[0].chain != path.chain:
+    found = None if stream is None else read_chain(lambda: branch(*cut), stream)
+    if found is None or found.chain != path.chain:
         raise SurgeryError(
             f"{gate.site.name}: its branch no longer has the layers that were found with it, of which a narrow skip path keeps a "
             "part; find sites again"
         )
-    return found[0]
+    return found
 
 
 def _most_rows(path: SkipPath, weights: Weights | None) -> int:

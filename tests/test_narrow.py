@@ -361,3 +361,11 @@ def test_half_precision_is_folded_and_solved_in_more(branch: Any, shape: tuple[i
     assert gate.skip_path.first.dtype == torch.float32
     with surgery.force(gated, 0.0), torch.no_grad():
         assert gated(data[0]).dtype == torch.bfloat16
+
+
+def test_a_branch_that_was_changed_since_is_refused() -> None:
+    gated = gate_all(Stack(mlp(8)), torch.randn(2, 5, 8), skip="narrow")
+    (holder,) = (m for m in gated.modules() if isinstance(m, nn.Sequential) and isinstance(m[-2], nn.GELU))
+    holder[-2] = nn.ReLU()
+    with pytest.raises(SurgeryError, match="no longer has the layers"):
+        fit_skip_paths(gated, [torch.randn(32, 5, 8)])
