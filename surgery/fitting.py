@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from surgery import least_squares, narrowing
 from surgery.branches import Branch, take_samples
 from surgery.calling import Batch, batches
-from surgery.chains import Weights, read_chain
+from surgery.chain_reading import read_chain
+from surgery.chains import Weights
 from surgery.context import handled, scope, state_of
 from surgery.costs import place, run
 from surgery.errors import DataError, SurgeryError
@@ -310,7 +311,7 @@ def _read(path: SkipPath, residual: Tensor, index: Tensor, weights: Weights | No
         if weights is None:
             features = path.features(part)
         else:
-            features = chain_features(path.chain, part, weights.first, weights.middle, path.layout)
+            features = chain_features(weights, part, path.layout)
         here = ((index >= start * each) & (index < (start + len(part)) * each)).nonzero().squeeze(1)
         local = index[here] - start * each
         rows = (

@@ -54,6 +54,9 @@ def adopt(path: NarrowSkip, weights: Weights, kept: Tensor) -> None:
     if weights.middle is not None:
         path.middle.copy_(weights.middle[0][kept])
         path.middle_bias.copy_(weights.middle[1][kept])
+    if weights.times is not None:
+        path.times.copy_(weights.times[0][kept])
+        path.times_bias.copy_(weights.times[1][kept])
 
 
 def _moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

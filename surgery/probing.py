@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.branches import Branch, Unfolded, take_samples, take_tokens, unfold
-from surgery.chains import Chain, read_chain
+from surgery.chain_reading import read_chain
+from surgery.chains import Chain
 from surgery.counting import flop_counter
 from surgery.gates import Gate
 from surgery.head_finding import find_heads

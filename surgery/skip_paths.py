@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.chains import ACTIVATIONS, Chain
+from surgery.chains import ACTIVATIONS, Chain, Weights
 from surgery.sites import Layout, SitePlan, SkipKind
 
 _LARGE = 2**16
@@ -189,13 +189,17 @@ class NarrowSkip(SkipPath):
         if chain.middle:
             self.middle = nn.Parameter(torch.zeros(width, 1, chain.middle, chain.middle))
             self.middle_bias = nn.Parameter(torch.zeros(width))
+        if chain.gated:
+            self.times = nn.Parameter(torch.zeros(width, channels))
+            self.times_bias = nn.Parameter(torch.zeros(width))
         self.last = nn.Parameter(torch.zeros(channels, width, *_kernel(chain.last)))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def features(self, residual: Tensor) -> Tensor:
         """Residual stream -> hidden channels that the last map reads, `H` in place of `C`."""
         middle = (self.middle, self.middle_bias) if self.chain.middle else None
-        return chain_features(self.chain, residual, (self.first, self.first_bias), middle, self.layout)
+        times = (self.times, self.times_bias) if self.chain.gated else None
+        return chain_features(Weights(self.chain, (self.first, self.first_bias), middle, times), residual, self.layout)
 
     def term(self, residual: Tensor) -> Tensor:
         """Residual stream -> same shape."""
@@ -203,31 +207,32 @@ class NarrowSkip(SkipPath):
 
     def flops(self, positions: int) -> int:
         """Multiply-adds of the maps per position; norms and activations count nothing, as in the branch."""
-        taps = max(1, self.chain.first**2) + max(1, self.chain.last**2)
+        taps = max(1, self.chain.first**2) + max(1, self.chain.last**2) + self.chain.gated
         return 2 * positions * self.width * (self.channels * taps + self.chain.middle**2)
 
 
-def chain_features(
-    chain: Chain, residual: Tensor, first: tuple[Tensor, Tensor], middle: tuple[Tensor, Tensor] | None, layout: Layout
-) -> Tensor:
+def chain_features(weights: Weights, residual: Tensor, layout: Layout) -> Tensor:
     """What a chain's last map reads.
 
     Args:
-        chain: The layers.
+        weights: The layers before it.
         residual: The residual stream.
-        first: Weight and bias of the first map.
-        middle: Likewise of the depthwise convolution, or None.
         layout: Of the residual stream.
 
     Returns:
         The residual's shape with `H` channels.
     """
-    x = residual if chain.norm is None else F.layer_norm(residual, residual.shape[-1:], eps=chain.norm)
-    x = ACTIVATIONS[chain.activations[0]](_map(x, *first, layout))
-    if middle is None:
-        return x
-    weight, bias = (_like(value, x) for value in middle)
-    spread = F.conv2d(x, weight, bias, padding=chain.middle // 2, groups=len(weight))
+    chain, x = weights.chain, residual
+    if chain.norm is not None:
+        norm = F.rms_norm if chain.rms else F.layer_norm
+        x = norm(residual, residual.shape[-1:], eps=chain.norm)
+    made = ACTIVATIONS[chain.activations[0]](_map(x, *weights.first, layout))
+    if weights.times is not None:
+        return made * _map(x, *weights.times, layout)
+    if weights.middle is None:
+        return made
+    weight, bias = (_like(value, made) for value in weights.middle)
+    spread = F.conv2d(made, weight, bias, padding=chain.middle // 2, groups=len(weight))
     return ACTIVATIONS[chain.activations[1]](spread)
 
 

@@ -151,6 +151,8 @@ def _vet_chain(planned: SitePlan, where: str) -> None:
     chain = planned.site.chain
     if chain is not None:
         sides = chain.first in (0, 1, 3) and chain.last in (0, 1, 3) and (chain.middle == 0 or chain.middle % 2 == 1)
+        plain = chain.first == chain.middle == chain.last == 0
+        sides = sides and (plain or not chain.gated) and (chain.norm is not None or not chain.rms)
         if not sides or len(chain.activations) != 1 + (chain.middle > 0):
             raise CheckpointError(f"{where}.site.chain is no chain of layers")
         _within("kernel", chain.middle, f"{where}.site.chain")

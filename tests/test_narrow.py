@@ -15,7 +15,8 @@ from toys import Stack, convolution, gate_all, gates, mlp, path_of
 
 import surgery
 from surgery import narrowing
-from surgery.chains import Chain, read_chain
+from surgery.chain_reading import read_chain
+from surgery.chains import Chain
 from surgery.errors import CheckpointError, SurgeryError
 from surgery.fitting import fit_skip_paths
 from surgery.rates import groups_of
@@ -71,15 +72,63 @@ class FeedForward(nn.Module):
         return self.drop(self.down(self.drop(self.act(self.up(self.norm(x)))))) * self.gamma
 
 
-class Gated(FeedForward):
-    """A branch with a product of two maps, which is no chain."""
+class Squared(nn.Module):
+    """An RMSNorm written out, as transformers has it."""
 
-    def __init__(self) -> None:
+    def __init__(self, offset: float = 0.0) -> None:
         super().__init__()
-        self.gate = nn.Linear(C, H)
+        self.weight, self.offset = nn.Parameter(torch.randn(C)), offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.up(x)) * self.gate(x))
+        made = x.to(torch.float32)
+        made = made * torch.rsqrt(made.pow(2).mean(-1, keepdim=True) + 1e-3)
+        if self.offset:
+            return (made * (self.offset + self.weight.float())).type_as(x)  # as Gemma
+        return self.weight * made.to(x.dtype)
+
+
+def rms_norm() -> nn.RMSNorm:
+    norm = nn.RMSNorm(C)
+    nn.init.normal_(norm.weight)
+    return norm
+
+
+class Gated(nn.Module):
+    """A branch with a product of two maps; in what order they come differs."""
+
+    def __init__(self, order: str, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm = norm or nn.Identity()
+        self.gate, self.up, self.down = nn.Linear(C, H), nn.Linear(C, H, bias=False), nn.Linear(H, C)
+        self.packed = nn.Linear(C, 2 * H)
+        self.order, self.act = order, nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        if self.order == "gate first":
+            return self.down(self.act(self.gate(x)) * self.up(x))
+        if self.order == "up first":
+            up = self.up(x)
+            return self.down(up * self.act(self.gate(x)))
+        if self.order == "both first":
+            gate, up = self.gate(x), self.up(x)
+            return self.down(up * self.act(gate))
+        one, other = self.packed(x).chunk(2, dim=-1)
+        return self.down(self.act(one) * other if self.order == "packed" else one * self.act(other))
+
+
+class Product(Gated):
+    """Products that are none of a gated MLP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.gate(x))
+        if self.order == "itself":
+            return self.down(hidden * hidden)
+        if self.order == "another input":
+            return self.down(hidden * self.up(x + 1))
+        if self.order == "stream":
+            return self.down(hidden) * x
+        return self.down(hidden * self.act(self.up(x)))
 
 
 class Twice(nn.Module):
@@ -109,6 +158,7 @@ class Strided(nn.Module):
 
 
 TOKENS, MAPS = (3, 5, C), (3, C, 5, 7)
+FLOAT = torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize(
@@ -121,8 +171,30 @@ TOKENS, MAPS = (3, 5, C), (3, C, 5, 7)
         (FeedForward(nn.GELU("tanh")), TOKENS, Chain(H, 1e-3, 0, 0, 0, ("gelu_tanh",))),
         (FeedForward(nn.Hardswish()), TOKENS, Chain(H, 1e-3, 0, 0, 0, ("hardswish",))),
         (mlp(C, H), TOKENS, Chain(H, 1e-5, 0, 0, 0, ("gelu",))),
+        (Gated("gate first"), TOKENS, Chain(H, None, 0, 0, 0, ("silu",), gated=True)),
+        (Gated("gate first", nn.LayerNorm(C)), TOKENS, Chain(H, 1e-5, 0, 0, 0, ("silu",), gated=True)),
+        (Gated("gate first", Squared()), TOKENS, Chain(H, 1e-3, 0, 0, 0, ("silu",), rms=True, gated=True)),
+        (Gated("up first", Squared(1.0)), TOKENS, Chain(H, 1e-3, 0, 0, 0, ("silu",), rms=True, gated=True)),
+        (Gated("both first", rms_norm()), TOKENS, Chain(H, FLOAT, 0, 0, 0, ("silu",), rms=True, gated=True)),
+        (Gated("packed", rms_norm()), TOKENS, Chain(H, FLOAT, 0, 0, 0, ("silu",), rms=True, gated=True)),
+        (Gated("packed the other way"), TOKENS, Chain(H, None, 0, 0, 0, ("silu",), gated=True)),
     ],
-    ids=["inverted", "no norm", "basic block", "functions", "tanh", "hardswish", "mlp"],
+    ids=[
+        "inverted",
+        "no norm",
+        "basic block",
+        "functions",
+        "tanh",
+        "hardswish",
+        "mlp",
+        "gated",
+        "gated, LayerNorm",
+        "gated, RMSNorm written out",
+        "gated, with an offset",
+        "gated, torch's RMSNorm",
+        "packed",
+        "packed the other way",
+    ],
 )
 def test_a_chain_is_read_with_everything_folded_in(branch: nn.Module, shape: tuple[int, ...], chain: Chain) -> None:
     branch.eval()
@@ -130,11 +202,11 @@ def test_a_chain_is_read_with_everything_folded_in(branch: nn.Module, shape: tup
     weights = read_chain(lambda: branch(x), x)
     assert weights is not None and weights.chain == chain
     seen: list[Tensor] = []
-    maps = [m for m in branch.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    maps = [m for n, m in branch.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and n != "packed"]
     hook = maps[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     with torch.no_grad():
         branch(x)
-        made = chain_features(chain, x, weights.first, weights.middle, "NCHW" if len(shape) == 4 else "NTC")
+        made = chain_features(weights, x, "NCHW" if len(shape) == 4 else "NTC")
     hook.remove()
     torch.testing.assert_close(made, seen[0], rtol=1e-4, atol=1e-4)
 
@@ -142,7 +214,7 @@ def test_a_chain_is_read_with_everything_folded_in(branch: nn.Module, shape: tup
 @pytest.mark.parametrize(
     ("branch", "shape"),
     [
-        (Gated(), TOKENS),
+        *((Product(order), TOKENS) for order in ("itself", "another input", "stream", "both active")),
         (Twice(), TOKENS),
         (Strided(), MAPS),
         (FeedForward(torch.tanh), TOKENS),
