@@ -223,7 +223,7 @@ class _Reader:
     def times(self) -> Any:
         """What the current value is multiplied with by the next call, which is taken, or None."""
         call = self.peek()
-        if call is None or call.name != "scale" or call.named.get("alpha", 1) != 1:
+        if call is None or call.name != "scale":
             return None
         one, other = self.alias(call.named.get("input")), self.alias(call.named.get("other"))
         if one is not self.current:
@@ -251,6 +251,8 @@ class _Reader:
         if mean is None or shift is None or self.take("rsqrt") is None:
             raise _NoChain
         over, eps = mean.named.get("dim"), shift.named.get("other")
+        if shift.named.get("alpha", 1) != 1:
+            raise _NoChain
         last = (-1, source.dim() - 1)
         squared = power.name == "square" or power.named.get("exponent") == 2
         along = over in last or (isinstance(over, (list, tuple)) and len(over) == 1 and over[0] in last)

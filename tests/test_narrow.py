@@ -87,6 +87,20 @@ class Squared(nn.Module):
         return self.weight * made.to(x.dtype)
 
 
+class Other(Squared):
+    """What looks like an RMSNorm and is none."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = x.pow(3 if self.kind == "cubed" else 2).mean(1 if self.kind == "over tokens" else -1, keepdim=True)
+        factor = squares.rsqrt() if self.kind == "no epsilon" else (squares + 1e-3).rsqrt()
+        made = (factor if self.kind == "another" else x) * factor
+        return made * made if self.kind == "twice" else self.weight * made
+
+
 def rms_norm() -> nn.RMSNorm:
     norm = nn.RMSNorm(C)
     nn.init.normal_(norm.weight)
@@ -215,6 +229,10 @@ def test_a_chain_is_read_with_everything_folded_in(branch: nn.Module, shape: tup
     ("branch", "shape"),
     [
         *((Product(order), TOKENS) for order in ("itself", "another input", "stream", "both active")),
+        *(
+            (Gated("up first", Other(kind)), TOKENS)
+            for kind in ("cubed", "over tokens", "no epsilon", "twice", "another")
+        ),
         (Twice(), TOKENS),
         (Strided(), MAPS),
         (FeedForward(torch.tanh), TOKENS),
@@ -324,7 +342,9 @@ def test_plans_take_them_where_a_branch_is_a_chain() -> None:
             sites.plan(skip="narrow", width=width)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["timm/test_resnet", "timm/vit_pico", "plain/encoder", "transformers/bert"])
+@pytest.mark.parametrize(
+    "name", ["timm/test_resnet", "timm/vit_pico", "plain/encoder", "transformers/bert", "transformers/llama"]
+)
 def test_costs_are_what_runs(name: str) -> None:
     one = subject(name)
     chains = [p for p in one.sites.plan().sites if p.site.chain is not None]
@@ -367,7 +387,8 @@ def test_a_plan_of_impossible_layers_is_refused() -> None:
     planned = plan.sites[0]
     assert planned.site.chain is not None
     vet(plan)
-    for change in ({"first": 999}, {"middle": 2**20}, {"width": 0}, {"activations": ()}):
+    changes = ({"first": 999}, {"middle": 2**20}, {"width": 0}, {"activations": ()}, {"gated": True}, {"rms": True})
+    for change in changes:
         chain = replace(planned.site.chain, **change)
         with pytest.raises(CheckpointError, match="chain"):
             vet(replace(plan, sites=(replace(planned, site=replace(planned.site, chain=chain)),)))
