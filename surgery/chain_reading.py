@@ -62,6 +62,7 @@ class _Call:
         return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found  # folding adds up
 
 
+_ACTIVE = ("relu", "relu6", "hardtanh", "gelu", "silu", "hardswish")
 _BINARY = ("input", "other", "alpha")
 _OPERANDS: Mapping[Any, tuple[str, tuple[str, ...]]] = {
     F.layer_norm: ("norm", ("input", "normalized_shape", "weight", "bias", "eps")),
@@ -184,27 +185,41 @@ class _Reader:
         if norm is not None:
             for one in (first, *([] if times is None else [times])):
                 one.weight, one.bias = _normed(norm, *one.pair)
-        middle = None
-        if (following := self.peek()) is not None and following.name == "conv" and _groups(following) > 1:
-            middle = self.batch(*_own(self.map(depthwise=True)))
+        middle, last = self.middle()
+        full = middle is not None and _groups(last) == 1
+        if middle is not None:
             activations.append(self.activation())
-        last = self.map()
+            last = self.map()
         self.rest(last)
-        width = len(first.weight)
         chain = Chain(
-            width,
-            None if norm is None else norm.eps,
-            _side(call),
-            0 if middle is None else middle[0].shape[-1],
-            _side(last),
-            tuple(activations),
-            norm is not None and norm.rms,
-            times is not None,
+            width=len(first.weight if middle is None else middle[0]),
+            norm=None if norm is None else norm.eps,
+            first=_side(call),
+            middle=0 if middle is None else middle[0].shape[-1],
+            last=_side(last),
+            activations=tuple(activations),
+            rms=norm is not None and norm.rms,
+            gated=times is not None,
+            inner=len(first.weight) if full else 0,
         )
         maps = (chain.first, chain.middle, chain.last)
-        if last.tensor("weight").shape[1] != width or ((norm is not None or chain.gated) and any(maps)):  # type: ignore[union-attr]
+        if len(_own(last)[0][0]) != chain.width or ((norm is not None or chain.gated) and any(maps)):
             raise _NoChain
         return Weights(chain, first.pair, middle, None if times is None else times.pair)
+
+    def middle(self) -> tuple[tuple[Tensor, Tensor] | None, _Call]:
+        """What the convolution in the middle holds, if there is one, and its call; else the call of the last map."""
+        call = self.peek()
+        if call is not None and call.name == "conv" and _groups(call) > 1:
+            return self.batch(*_own(self.map(depthwise=True))), call
+        call = self.map()
+        at, value = self.index, self.current
+        own = self.batch(*_own(call))
+        following = self.peek()
+        if call.name == "conv" and following is not None and following.name in _ACTIVE:
+            return own, call
+        self.index, self.current = at, value
+        return None, call
 
     def peek(self) -> _Call | None:
         return self.calls[self.index] if self.index < len(self.calls) else None
@@ -331,7 +346,7 @@ class _Reader:
         return weight * scale.view(-1, *(1,) * (weight.dim() - 1)), bias
 
     def activation(self) -> Activation:
-        call = self.take("relu", "relu6", "hardtanh", "gelu", "silu", "hardswish")
+        call = self.take(*_ACTIVE)
         if call is None:
             raise _NoChain
         if call.name == "hardtanh":

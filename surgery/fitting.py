@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ from surgery.errors import DataError, SurgeryError
 from surgery.gates import Gate, iter_gates
 from surgery.head_gates import HeadGate
 from surgery.progress import Progress, silent
+from surgery.rows import gathered, neighbours, positions_shape, to_rows
 from surgery.sites import Layout
 from surgery.skip_paths import AffineSkip, DepthwiseSkip, LinearSkip, LowRankSkip, NarrowSkip, SkipPath, chain_features
 
@@ -38,7 +40,6 @@ _NEIGHBOURS = 2**23  # numbers in the rows of a depthwise problem
 _HIDDEN = 2**26  # likewise of a narrow one
 _EACH, _FEW = 32, 2**14  # its rows per number in a row, and rows that are few enough in any case
 _PRODUCTS = 2**36  # multiply-adds of one covariance, as long as there are twice as many rows as numbers in one
-_SAMPLES = 16  # whose hidden channels are made at once
 
 
 def fit_skip_paths(
@@ -149,7 +150,7 @@ class _TwinPass:
 
     def _rows(self, gate: Gate, residual: Tensor, chosen: Tensor) -> Tensor:
         """Bool mask of the positions `(N, *positions)` to fit on: chosen ones that are not padding."""
-        shape = _positions_shape(residual[self.count :], gate.site.layout)
+        shape = positions_shape(residual[self.count :], gate.site.layout)
         rows = chosen if chosen.shape == shape else chosen.view(-1, *(1,) * (len(shape) - 1)).expand(shape)
         running = scope()
         if running is not None and running.mask is not None and running.mask.shape[1:] == shape[1:]:
@@ -181,13 +182,17 @@ def fit_one(
         return 1.0
     order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[: _most_rows(path, weights)]
     index = index[order.to(index.device)]
-    y, b = (_to_rows(t, layout)[index] for t in (wanted, base))
+    y, b = (to_rows(t, layout)[index] for t in (wanted, base))
     x = _read(path, residual, index, weights)
     held, used = slice(0, len(index) // 5), slice(len(index) // 5, None)
     if weights is not None and isinstance(path, NarrowSkip):
         kept = narrowing.narrowest(x[used], y[used], path.width, ridge)
         narrowing.adopt(path, weights, kept)
         x = x[:, kept]
+        if path.inner:
+            most = max(_FEW // 4, _HIDDEN // (path.chain.inner * path.chain.middle**2))
+            narrowing.fit_middle(path, weights, kept, residual, index[used][:most], ridge)
+            x = _read(path, residual, index, None)
     _solve(path, x[used], y[used], ridge)
     plain = _Rows(path)
     after = _judge(b[held] + plain(x[held]), b[held] + y[held], layout)
@@ -301,49 +306,11 @@ def _most_rows(path: SkipPath, weights: Weights | None) -> int:
 def _read(path: SkipPath, residual: Tensor, index: Tensor, weights: Weights | None) -> Tensor:
     """What the map that is solved reads at the positions that `index` numbers, one row each."""
     if isinstance(path, DepthwiseSkip):
-        return _neighbours(residual, index)
+        return neighbours(residual, index)
     if not isinstance(path, NarrowSkip):
-        return _to_rows(residual, path.layout)[index]
-    each = _positions_shape(residual, path.layout)[1:].numel()
-    found: Tensor | None = None
-    for start in range(0, len(residual), _SAMPLES):
-        part = residual[start : start + _SAMPLES]
-        if weights is None:
-            features = path.features(part)
-        else:
-            features = chain_features(weights, part, path.layout)
-        here = ((index >= start * each) & (index < (start + len(part)) * each)).nonzero().squeeze(1)
-        local = index[here] - start * each
-        rows = (
-            _neighbours(features, local).flatten(2)
-            if path.chain.last > 1
-            else _to_rows(features, path.layout)[local].unsqueeze(2)
-        )
-        found = rows.new_empty(len(index), *rows.shape[1:]) if found is None else found
-        found[here] = rows
-    assert found is not None
-    return found
-
-
-def _to_rows(value: Tensor, layout: Layout) -> Tensor:
-    """Residual stream -> `(M, C)`."""
-    if layout == "NCHW":
-        return value.movedim(1, -1).flatten(0, -2)
-    return value.flatten(0, -2)
-
-
-def _neighbours(value: Tensor, index: Tensor) -> Tensor:
-    """Feature map `(N, C, H, W)` -> `(M, C, 3, 3)` around the positions that `index` numbers; zero outside the map."""
-    _, _, height, width = value.shape
-    padded = F.pad(value, (1, 1, 1, 1)).movedim(1, -1)  # N H+2 W+2 C
-    n, h, w = index // (height * width), index // width % height, index % width
-    return torch.stack([padded[n, h + i, w + j] for i in range(3) for j in range(3)], 2).unflatten(2, (3, 3))
-
-
-def _positions_shape(residual: Tensor, layout: Layout) -> torch.Size:
-    if layout == "NCHW":
-        return torch.Size([residual.shape[0], *residual.shape[2:]])
-    return residual.shape[:-1]
+        return to_rows(residual, path.layout)[index]
+    make = path.features if weights is None else partial(chain_features, weights, layout=path.layout)
+    return gathered(make, path.chain.last, residual, index, path.layout)
 
 
 def _compatible(first: Batch, other: Batch) -> bool:

@@ -8,12 +8,16 @@ Axis letters: `M` rows, `H` hidden channels, `K` taps of the last map's kernel, 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from surgery import least_squares
 from surgery.chains import Weights
-from surgery.skip_paths import NarrowSkip
+from surgery.rows import gathered
+from surgery.skip_paths import NarrowSkip, first_features
 
 ROUND = 0.1
 """Share of the channels that are left, which one round leaves out."""
@@ -48,15 +52,51 @@ def narrowest(features: Tensor, wanted: Tensor, width: int, ridge: float = least
 
 
 def adopt(path: NarrowSkip, weights: Weights, kept: Tensor) -> None:
-    """Give a path these channels of its branch; its last map is left to the fit."""
-    path.first.copy_(weights.first[0][kept])
-    path.first_bias.copy_(weights.first[1][kept])
-    if weights.middle is not None:
-        path.middle.copy_(weights.middle[0][kept])
-        path.middle_bias.copy_(weights.middle[1][kept])
+    """Give a path these channels of its branch; its last map is left to the fit, and what stands before a full convolution in the
+    middle to `fit_middle`.
+    """
+    if not path.inner:
+        path.first.copy_(weights.first[0][kept])
+        path.first_bias.copy_(weights.first[1][kept])
+        if weights.middle is not None:
+            path.middle.copy_(weights.middle[0][kept])
+            path.middle_bias.copy_(weights.middle[1][kept])
     if weights.times is not None:
         path.times.copy_(weights.times[0][kept])
         path.times_bias.copy_(weights.times[1][kept])
+
+
+def fit_middle(
+    path: NarrowSkip,
+    weights: Weights,
+    kept: Tensor,
+    residual: Tensor,
+    index: Tensor,
+    ridge: float = least_squares.RIDGE,
+) -> None:
+    """Choose the channels that a full convolution in the middle reads, and solve it for those behind it that are kept.
+
+    Args:
+        path: What is fitted.
+        weights: Of its branch.
+        kept: Numbers of the hidden channels behind the convolution, in ascending order.
+        residual: The stream that the path reads.
+        index: Numbers of the positions to fit on, `(M,)`.
+        ridge: Relative to the mean variance of what it reads.
+    """
+    assert weights.middle is not None
+    make = partial(first_features, weights, layout=path.layout)
+    read = gathered(make, path.chain.middle, residual, index, path.layout)  # M I K
+    wanted = F.linear(
+        read.flatten(1),
+        *(value.to(read.dtype) for value in (weights.middle[0][kept].flatten(1), weights.middle[1][kept])),
+    )
+    inner = narrowest(read, wanted, path.inner, ridge)
+    weight, bias = least_squares.linear(read[:, inner].flatten(1), wanted, ridge)
+    path.first.copy_(weights.first[0][inner])
+    path.first_bias.copy_(weights.first[1][inner])
+    path.middle.copy_(weight.view_as(path.middle))
+    path.middle_bias.copy_(bias)
 
 
 def _moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,7 @@ def choose(
             site,
             grains[site.name],
             kinds[site.name],
-            _rank(site, kinds[site.name], rank, shares[site.name]),
+            _rank(site, kinds[site.name], rank, shares[site.name], of_channels=width != "auto"),
             always_on=is_in_first(layers, site),
         )
         for site in sites
@@ -163,10 +163,18 @@ def _narrow_width(sites: Sites, chains: Sequence[Site], budget: float | None) ->
     return lowest if lowest >= NARROWEST else 1 - (1 - budget) * sites.model_flops / (CLOSED * flops)
 
 
-def _rank(site: Site, kind: SkipKind, rank: int, width: float) -> int:
-    if kind == "narrow" and site.chain is not None:
-        return max(1, int(width * site.chain.width))  # not more than a budget was promised
-    return rank if kind == "low-rank" else 0
+def _rank(site: Site, kind: SkipKind, rank: int, width: float, *, of_channels: bool) -> int:
+    """Rank of a low-rank path; of a narrow one the channels that are so large a share of all, or that take so large a share of
+    the branch's FLOPs, rounded down, since not more than a budget was promised.
+    """
+    if kind != "narrow" or site.chain is None:
+        return rank if kind == "low-rank" else 0
+    if of_channels or not site.chain.inner:
+        return max(1, int(width * site.chain.width))
+    chain, channels = site.chain, site.channels
+    limit = width * chain.flops(channels, chain.width, chain.inner)
+    fits = (n for n in range(chain.width, 1, -1) if chain.flops(channels, n, chain.inner_width(n)) <= limit)
+    return next(fits, 1)
 
 
 def _is_map(site: Site) -> bool:

@@ -176,7 +176,7 @@ class NarrowSkip(SkipPath):
         channels: Width `C` of the residual stream.
         layout: Of the residual stream.
         chain: The branch's layers.
-        width: Hidden channels `H` that are kept.
+        width: Hidden channels `H` that are kept; of those before a full convolution in the middle as large a share.
     """
 
     kind: SkipKind = "narrow"
@@ -184,10 +184,11 @@ class NarrowSkip(SkipPath):
     def __init__(self, channels: int, layout: Layout, chain: Chain, width: int) -> None:
         super().__init__(channels, layout)
         self.chain, self.width = chain, width
-        self.first = nn.Parameter(torch.zeros(width, channels, *_kernel(chain.first)))
-        self.first_bias = nn.Parameter(torch.zeros(width))
+        self.inner = chain.inner_width(width)
+        self.first = nn.Parameter(torch.zeros(self.inner or width, channels, *_kernel(chain.first)))
+        self.first_bias = nn.Parameter(torch.zeros(self.inner or width))
         if chain.middle:
-            self.middle = nn.Parameter(torch.zeros(width, 1, chain.middle, chain.middle))
+            self.middle = nn.Parameter(torch.zeros(width, self.inner or 1, chain.middle, chain.middle))
             self.middle_bias = nn.Parameter(torch.zeros(width))
         if chain.gated:
             self.times = nn.Parameter(torch.zeros(width, channels))
@@ -207,8 +208,7 @@ class NarrowSkip(SkipPath):
 
     def flops(self, positions: int) -> int:
         """Multiply-adds of the maps per position; norms and activations count nothing, as in the branch."""
-        taps = max(1, self.chain.first**2) + max(1, self.chain.last**2) + self.chain.gated
-        return 2 * positions * self.width * (self.channels * taps + self.chain.middle**2)
+        return positions * self.chain.flops(self.channels, self.width, self.inner)
 
 
 def chain_features(weights: Weights, residual: Tensor, layout: Layout) -> Tensor:
@@ -222,18 +222,22 @@ def chain_features(weights: Weights, residual: Tensor, layout: Layout) -> Tensor
     Returns:
         The residual's shape with `H` channels.
     """
+    chain, made = weights.chain, first_features(weights, residual, layout)
+    if weights.middle is None:
+        return made
+    weight, bias = (_like(value, made) for value in weights.middle)
+    groups = 1 if chain.inner else len(weight)
+    return ACTIVATIONS[chain.activations[1]](F.conv2d(made, weight, bias, padding=chain.middle // 2, groups=groups))
+
+
+def first_features(weights: Weights, residual: Tensor, layout: Layout) -> Tensor:
+    """What a chain's convolution in the middle reads, or its last map where it has none; likewise."""
     chain, x = weights.chain, residual
     if chain.norm is not None:
         norm = F.rms_norm if chain.rms else F.layer_norm
         x = norm(residual, residual.shape[-1:], eps=chain.norm)
     made = ACTIVATIONS[chain.activations[0]](_map(x, *weights.first, layout))
-    if weights.times is not None:
-        return made * _map(x, *weights.times, layout)
-    if weights.middle is None:
-        return made
-    weight, bias = (_like(value, made) for value in weights.middle)
-    spread = F.conv2d(made, weight, bias, padding=chain.middle // 2, groups=len(weight))
-    return ACTIVATIONS[chain.activations[1]](spread)
+    return made if weights.times is None else made * _map(x, *weights.times, layout)
 
 
 def make_skip_path(planned: SitePlan) -> SkipPath:

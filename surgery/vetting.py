@@ -155,6 +155,10 @@ def _vet_chain(planned: SitePlan, where: str) -> None:
         sides = sides and (plain or not chain.gated) and (chain.norm is not None or not chain.rms)
         if not sides or len(chain.activations) != 1 + (chain.middle > 0):
             raise CheckpointError(f"{where}.site.chain is no chain of layers")
+        if chain.inner:
+            if chain.middle not in (1, 3) or not chain.first:
+                raise CheckpointError(f"{where}.site.chain is no chain of layers")
+            _within("channels", chain.inner, f"{where}.site.chain")
         _within("kernel", chain.middle, f"{where}.site.chain")
         _within("channels", chain.width, f"{where}.site.chain")
     if planned.skip == "narrow" and (chain is None or not 1 <= planned.rank <= chain.width):

@@ -58,6 +58,33 @@ class Inverted(nn.Module):
         return made
 
 
+class Bottleneck(nn.Module):
+    """A branch of a ResNet-50: a full convolution in the middle, with another width before it than behind it."""
+
+    def __init__(self, channels: int = C, inner: int = 12, hidden: int = H) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, inner, 1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, hidden, 3, padding=1, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        for part in self.body:
+            if isinstance(part, nn.BatchNorm2d):
+                for value in (part.weight, part.bias, part.running_mean):
+                    nn.init.normal_(value, std=0.1)  # type: ignore[arg-type]
+                nn.init.uniform_(part.running_var, 0.1, 0.2)  # type: ignore[arg-type]
+                nn.init.uniform_(part.weight, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.body(x)
+        return made
+
+
 class FeedForward(nn.Module):
     """A branch written with functions."""
 
@@ -181,6 +208,7 @@ FLOAT = torch.finfo(torch.float32).eps
         (Inverted(), MAPS, Chain(H, None, 1, 3, 1, ("relu6", "relu6"))),
         (Inverted(norm=False), MAPS, Chain(H, None, 1, 3, 1, ("relu6", "relu6"))),
         (convolution(C), MAPS, Chain(C, None, 3, 0, 3, ("relu",))),
+        (Bottleneck(), MAPS, Chain(H, None, 1, 3, 1, ("relu", "relu"), inner=12)),
         (FeedForward(), TOKENS, Chain(H, 1e-3, 0, 0, 0, ("silu",))),
         (FeedForward(nn.GELU("tanh")), TOKENS, Chain(H, 1e-3, 0, 0, 0, ("gelu_tanh",))),
         (FeedForward(nn.Hardswish()), TOKENS, Chain(H, 1e-3, 0, 0, 0, ("hardswish",))),
@@ -197,6 +225,7 @@ FLOAT = torch.finfo(torch.float32).eps
         "inverted",
         "no norm",
         "basic block",
+        "bottleneck",
         "functions",
         "tanh",
         "hardswish",
@@ -240,6 +269,13 @@ def test_a_chain_is_read_with_everything_folded_in(branch: nn.Module, shape: tup
         (nn.Sequential(nn.Conv2d(C, H, 1), nn.Hardtanh(-1, 1), nn.Conv2d(H, C, 1)), MAPS),
         (nn.Sequential(nn.Conv2d(C, H, 1), nn.ReLU(), nn.Conv2d(H, C, 1), nn.ReLU()), MAPS),
         (nn.Sequential(nn.Conv2d(C, H, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(H, C, 1)), MAPS),
+        (
+            nn.Sequential(
+                nn.Conv2d(C, H, 1), nn.ReLU(), nn.Conv2d(H, H, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(H, C, 1)
+            ),
+            MAPS,
+        ),
+        (nn.Sequential(nn.Conv2d(C, H, 1), nn.ReLU(), nn.Conv2d(H, H, 3, padding=1), nn.Conv2d(H, C, 1)), MAPS),
         (nn.Sequential(nn.Conv2d(C, H, (1, 3), padding=(0, 1)), nn.ReLU(), nn.Conv2d(H, C, 1)), MAPS),
         (nn.Sequential(nn.BatchNorm2d(C), nn.Conv2d(C, H, 1), nn.ReLU(), nn.Conv2d(H, C, 1)), MAPS),
     ],
@@ -288,10 +324,12 @@ def test_leaving_one_out_costs_what_solving_again_says() -> None:
     assert narrowing.narrowest(x[:, :, None], wanted, 3, ridge=1e-9).tolist() == expected
 
 
-@pytest.mark.parametrize(("branch", "shape"), [(Inverted, MAPS), (FeedForward, TOKENS)])
+@pytest.mark.parametrize(
+    ("branch", "shape"), [(Inverted, MAPS), (FeedForward, TOKENS), (lambda: Gated("gate first", Squared()), TOKENS)]
+)
 def test_a_branch_with_spare_channels_loses_nothing(branch: Any, shape: tuple[int, ...]) -> None:
     one = branch()
-    last = [m for m in one.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+    last = [m for n, m in one.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and n != "packed"][-1]
     spare = torch.randperm(H)[: H // 2].sort().values
     with torch.no_grad():
         last.weight[:, spare] = 0
@@ -307,6 +345,36 @@ def test_a_branch_with_spare_channels_loses_nothing(branch: Any, shape: tuple[in
     x = torch.randn(4, *shape[1:])
     with surgery.force(gated, 0.0), torch.no_grad():
         torch.testing.assert_close(gated(x), model(x), rtol=1e-2, atol=1e-2)
+
+
+def test_a_bottleneck_with_spare_channels_on_both_sides_of_its_middle_loses_nothing() -> None:
+    one = Bottleneck(inner=8, hidden=H)
+    with torch.no_grad():
+        one.body[3].weight[:, torch.randperm(8)[:4]] = 0
+        one.body[6].weight[:, torch.randperm(H)[: H // 2]] = 0
+    model, data = Stack(one), [torch.randn(64, *MAPS[1:])]
+    gated = gate_all(model, data[0][:2], skip="narrow", width=0.5)
+    (gate,) = gates(gated)
+    path = gate.skip_path
+    assert isinstance(path, NarrowSkip) and (path.width, path.inner) == (H // 2, 4)
+    assert fit_skip_paths(gated, data)[gate.site.name] < 1e-4
+    with surgery.force(gated, 0.0), torch.no_grad():
+        torch.testing.assert_close(gated(data[0]), model(data[0]), rtol=1e-2, atol=1e-2)
+    narrower = gate_all(Stack(one), data[0][:2], skip="narrow", width=0.25)
+    assert 0.01 < fit_skip_paths(narrower, data)[gate.site.name] < 1
+
+
+def test_a_bottleneck_is_as_wide_as_a_share_of_its_compute_allows() -> None:
+    model = Stack(*(Bottleneck(32, 8, 8) for _ in range(4))).eval()
+    sites = surgery.find_sites(model, torch.randn(2, 32, 8, 8))
+    chain = sites[0].chain
+    assert chain is not None and chain.flops(32, 8, 8) == pytest.approx(sites[0].flops / 64)
+    share = 1 - 0.55 / 0.9  # with nine of ten closed 0.45 is reached
+    for planned in sites.plan(budget=0.6).sites:
+        assert planned.skip == "narrow"
+        assert planned.rank > int(share * 8)  # the convolution in the middle costs the square of its width
+        assert path_of("narrow", 32, "NCHW", planned.rank, chain).flops(64) <= share * planned.site.flops
+        assert path_of("narrow", 32, "NCHW", planned.rank + 1, chain).flops(64) > share * planned.site.flops
 
 
 def test_a_second_fit_keeps_the_channels_and_what_was_trained() -> None:
@@ -343,7 +411,8 @@ def test_plans_take_them_where_a_branch_is_a_chain() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["timm/test_resnet", "timm/vit_pico", "plain/encoder", "transformers/bert", "transformers/llama"]
+    "name",
+    ["timm/test_resnet", "timm/vit_pico", "plain/encoder", "transformers/bert", "transformers/llama", "timm/resnet50"],
 )
 def test_costs_are_what_runs(name: str) -> None:
     one = subject(name)
@@ -387,7 +456,16 @@ def test_a_plan_of_impossible_layers_is_refused() -> None:
     planned = plan.sites[0]
     assert planned.site.chain is not None
     vet(plan)
-    changes = ({"first": 999}, {"middle": 2**20}, {"width": 0}, {"activations": ()}, {"gated": True}, {"rms": True})
+    changes = (
+        {"first": 999},
+        {"middle": 2**20},
+        {"width": 0},
+        {"activations": ()},
+        {"gated": True},
+        {"rms": True},
+        {"inner": -1},
+        {"inner": 4, "middle": 5},
+    )
     for change in changes:
         chain = replace(planned.site.chain, **change)
         with pytest.raises(CheckpointError, match="chain"):
