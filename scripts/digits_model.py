@@ -70,7 +70,13 @@ def save(model: nn.Module, weights: Path) -> None:
 
 
 def train(
-    images: Tensor, labels: Tensor, *, seed: int, epochs: int = EPOCHS, progress: Callable[[str, int, int], None]
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seed: int,
+    epochs: int = EPOCHS,
+    make: Callable[[], nn.Module] = build,
+    progress: Callable[[str, int, int], None],
 ) -> nn.Module:
     """Train from scratch with AdamW, one cycle of the learning rate, and shifts by one pixel.
 
@@ -79,10 +85,11 @@ def train(
         labels: `(N,)`.
         seed: Of the initial weights and the order of the images.
         epochs: Passes over the images.
+        make: Builds the network.
         progress: Called after every epoch.
     """
     torch.manual_seed(seed)
-    model = build().train()
+    model = make().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, weight_decay=0.05)
     steps = len(images) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=epochs * steps, pct_start=0.2)

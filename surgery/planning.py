@@ -38,7 +38,8 @@ NARROWEST, WIDEST = 0.2, 0.75
 LOWEST = 0.45
 """Budgets from here up are reached with narrow skip paths, where that leaves them wide enough."""
 CLOSED_AT_LOWEST, CLOSED = 0.9, 0.7
-"""Share of the narrow sites that are closed at the smallest budget; and at the budget itself, where widths go by that."""
+"""Share of the narrow sites that are closed at the smallest budget; and at the budget itself, where widths go by that (unless the
+other kinds of path are too expensive, as in bottleneck blocks, and only affine ones would be left: then as at the smallest)."""
 _WIDTHS = (64, 32, 16, 8)
 
 
@@ -69,7 +70,8 @@ def choose(
     kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0, cost, budget) for site in sites}
     shares = {site.name: TOKEN_WIDTH if grains[site.name] == "token" else WIDTH for site in sites}
     chains = [site for site in sites if site.chain is not None and grains[site.name] != "token" and _is_map(site)]
-    wanted = _narrow_width(sites, chains, budget)
+    poor = all(kinds[site.name] == "affine" for site in chains)
+    wanted = _narrow_width(sites, chains, budget, poor=poor)
     if skip == "auto" and cost == "flops" and wanted >= NARROWEST:
         kinds |= {site.name: "narrow" for site in chains if site.chain is not None and wanted * site.chain.width >= 1}
     if budget is not None:
@@ -152,15 +154,16 @@ def _skip(
     return next((kind for kind in kinds if _is_cheap(site, kind)), "affine")
 
 
-def _narrow_width(sites: Sites, chains: Sequence[Site], budget: float | None) -> float:
-    """Share of the hidden channels that narrow skip paths of these sites keep; below `NARROWEST` where they would not reach the
-    budget, or there is none.
+def _narrow_width(sites: Sites, chains: Sequence[Site], budget: float | None, *, poor: bool) -> float:
+    """What narrow skip paths of these sites keep of their branches; below `NARROWEST` where they would not reach the budget, or
+    there is none. Where any other kind would be `poor` they may be as narrow as the budget itself asks for.
     """
     flops = sum(site.flops for site in chains)
     if budget is None or budget >= 1 or not flops:
         return 0.0
-    lowest = 1 - (1 - min(budget, LOWEST)) * sites.model_flops / (CLOSED_AT_LOWEST * flops)
-    return lowest if lowest >= NARROWEST else 1 - (1 - budget) * sites.model_flops / (CLOSED * flops)
+    ways = [(min(budget, LOWEST), CLOSED_AT_LOWEST), (budget, CLOSED), *([(budget, CLOSED_AT_LOWEST)] if poor else [])]
+    widths = [1 - (1 - least) * sites.model_flops / (closed * flops) for least, closed in ways]
+    return next((width for width in widths if width >= NARROWEST), widths[-1])
 
 
 def _rank(site: Site, kind: SkipKind, rank: int, width: float, *, of_channels: bool) -> int:

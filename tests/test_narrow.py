@@ -377,6 +377,17 @@ def test_a_bottleneck_is_as_wide_as_a_share_of_its_compute_allows() -> None:
         assert path_of("narrow", 32, "NCHW", planned.rank + 1, chain).flops(64) > share * planned.site.flops
 
 
+def test_where_only_affine_paths_are_left_narrow_ones_may_be_as_narrow_as_the_budget_asks() -> None:
+    model = Stack(*(Bottleneck(32, 8, 8) for _ in range(12)), head=nn.Conv2d(32, 32, 3, padding=1)).eval()
+    sites = surgery.find_sites(model, torch.randn(2, 32, 8, 8))
+    share = sum(site.share for site in sites)
+    assert 0.5 < share < 0.7
+    for budget, skip in ((0.9, "narrow"), (0.6, "narrow"), (0.5, "affine")):
+        planned = sites.plan(budget=budget).sites
+        assert {p.skip for p in planned} == {skip}, budget
+    assert 1 - 0.4 / (0.7 * share) < 0.2 < 1 - 0.4 / (0.9 * share)  # else 0.6 would tell nothing
+
+
 def test_a_second_fit_keeps_the_channels_and_what_was_trained() -> None:
     model = Stack(Inverted())
     data = [torch.randn(64, *MAPS[1:])]
