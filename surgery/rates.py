@@ -17,8 +17,8 @@ from surgery.skip_paths import NarrowSkip
 
 WIDTH = 128
 """Channels up to which rates are what `Options` says."""
-NARROW = 0.1
-"""What of a rate is used for narrow skip paths (docs/results.md)."""
+NARROW, NARROW_GATED = 0.1, 0.5
+"""What of a rate is used for narrow skip paths, and for those of gated MLPs (docs/results.md)."""
 
 
 def groups_of(gates: Iterable[Gate], part: str, rate: float, *, by_width: bool = True) -> list[dict[str, Any]]:
@@ -30,9 +30,16 @@ def groups_of(gates: Iterable[Gate], part: str, rate: float, *, by_width: bool =
         module = getattr(gate, part)
         parameters = list(module.parameters())
         if parameters:
-            kind = NARROW if isinstance(module, NarrowSkip) else 1.0
-            groups.setdefault(rate * kind * (share(gate) if by_width else 1.0), []).extend(parameters)
+            kind = _start(module) * (share(gate) if by_width else 1.0)
+            groups.setdefault(rate * kind, []).extend(parameters)
     return [{"params": parameters, "lr": one} for one, parameters in groups.items()]
+
+
+def _start(module: nn.Module) -> float:
+    """What of a rate is left by where a module starts from."""
+    if not isinstance(module, NarrowSkip):
+        return 1.0
+    return NARROW_GATED if module.chain.gated else NARROW
 
 
 def share(gate: Gate) -> float:

@@ -524,13 +524,15 @@ def test_a_conversion_looks_at_the_smallest_budget_it_trains_for() -> None:
         assert {p.skip for p in surgery.context.state_of(gated).plan.sites} == {kind}
 
 
-def test_narrow_paths_learn_at_a_tenth_of_the_rate() -> None:
+def test_narrow_paths_learn_more_slowly() -> None:
     model = Stack(Inverted(), nn.Conv2d(C, C, 3, padding=1)).eval()
     gated = gate_all(model, torch.randn(2, *MAPS[1:]), skip="narrow")
     narrow, other = gates(gated)
     groups = {g["lr"]: g["params"] for g in groups_of((narrow, other), "skip_path", 1.0, by_width=False)}
     assert set(groups) == {0.1, 1.0}
     assert list(map(id, groups[0.1])) == list(map(id, narrow.skip_path.parameters()))
+    gated = gate_all(Stack(Gated("gate first")).eval(), torch.randn(2, 5, C), skip="narrow")
+    assert [g["lr"] for g in groups_of(gates(gated), "skip_path", 1.0, by_width=False)] == [0.5]
 
 
 @pytest.mark.parametrize(("branch", "shape"), [(lambda: mlp(8, 32), (5, 8)), (lambda: Inverted(8, 32), (8, 6, 6))])
