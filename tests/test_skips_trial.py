@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
-from surgery.scripts import skips_trial
+import surgery
+from surgery.scripts import digits_bottleneck, digits_model, skips_trial
 
 NETWORK = """
 import torch
@@ -59,3 +61,18 @@ def test_it_prints_a_table(network: str) -> None:
     head, line, row = [text for text in result.stdout.splitlines() if text.startswith("|")]
     assert head == "| skip path | cost | KL | agreement |" and line == "|---|---|---|---|"
     assert row.startswith("| affine | 0.5") and row.count("|") == 5
+
+
+def test_the_network_of_bottleneck_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = digits_model.train
+    monkeypatch.setattr(digits_model, "train", lambda x, y, **options: whole(x[:128], y[:128], **options))
+    app = typer.Typer()
+    app.command()(digits_bottleneck.main)
+    result = CliRunner().invoke(app, ["--out", str(tmp_path / "made" / "it.safetensors"), "--epochs", "1"])
+    assert result.exit_code == 0, result.output
+    assert "of 500 other images are right" in result.stderr
+    model = digits_bottleneck.trained(str(tmp_path / "made" / "it.safetensors"))
+    assert not model.training
+    sites = surgery.find_sites(model, torch.randn(2, 1, 16, 16))
+    assert [site.chain is not None and site.chain.inner for site in sites].count(False) == 3
+    assert len(sites) == 11
