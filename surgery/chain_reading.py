@@ -108,7 +108,7 @@ _OPERANDS: Mapping[Any, tuple[str, tuple[str, ...]]] = {
 
 @dataclass
 class _Calls(TorchFunctionMode):
-    """Notes every call that gives tensors."""
+    """Notes every call that gives tensors, or nothing."""
 
     found: list[_Call] = field(default_factory=list)
 
@@ -119,7 +119,8 @@ class _Calls(TorchFunctionMode):
         """Run the call and note it."""
         result = func(*args, **(kwargs or {}))
         name, operands = _OPERANDS.get(func, ("", ()))
-        if outputs := _tensors(result):
+        outputs = _tensors(result)
+        if outputs or result is None:  # `h[:, 0] = 1` gives None
             named = dict(zip(operands, args, strict=False)) | (kwargs or {})
             self.found.append(_Call(name, named, _tensors((args, tuple((kwargs or {}).values()))), outputs))
         return result
@@ -154,7 +155,7 @@ class _Map:
 
 
 class _Reader:
-    """Goes through the calls that lead from the residual stream to the branch's value; what parameters alone go through is left
+    """Goes through the calls that lead from the residual stream to the branch's value; those that do not read the stream are left
     out.
     """
 
@@ -203,7 +204,8 @@ class _Reader:
             inner=len(first.weight) if full else 0,
         )
         maps = (chain.first, chain.middle, chain.last)
-        if len(_own(last)[0][0]) != chain.width or ((norm is not None or chain.gated) and any(maps)):
+        widths = {len(_own(last)[0][0]), chain.width, *([] if full else [len(first.weight)])}
+        if len(widths) > 1 or ((norm is not None or chain.gated) and any(maps)):
             raise _NoChain
         return Weights(chain, first.pair, middle, None if times is None else times.pair)
 
@@ -211,10 +213,10 @@ class _Reader:
         """What the convolution in the middle holds, if there is one, and its call; else the call of the last map."""
         call = self.peek()
         if call is not None and call.name == "conv" and _groups(call) > 1:
-            return self.batch(*_own(self.map(depthwise=True))), call
+            return self.batch(self.map(depthwise=True)), call
         call = self.map()
         at, value = self.index, self.current
-        own = self.batch(*_own(call))
+        own = self.batch(call)
         following = self.peek()
         if call.name == "conv" and following is not None and following.name in _ACTIVE:
             return own, call
@@ -256,7 +258,11 @@ class _Reader:
                 raise _NoChain
             eps = call.named.get("eps")
             if eps is None:
-                eps = torch.finfo(call.output.dtype).eps if call.name == "rms" else 1e-5
+                eps = (
+                    torch.finfo(torch.promote_types(call.output.dtype, torch.float32)).eps
+                    if call.name == "rms"
+                    else 1e-5
+                )
             return _Norm(float(eps), call.name == "rms", call.tensor("weight"), call.tensor("bias"))
         source = self.current
         power = self.take("pow", "square")
@@ -279,7 +285,7 @@ class _Reader:
         scale = None
         if (following := self.peek()) is not None and following.name == "scale":
             scale = self.times()
-            if not self.is_scale(scale, source.shape[-1]) or not isinstance(scale, Tensor):
+            if not isinstance(scale, Tensor) or not self.is_scale(scale, source.shape[-1], -1):
                 raise _NoChain
             scale = scale.detach().float() if scale.dtype in (torch.float16, torch.bfloat16) else scale.detach()
             scale = scale.flatten()
@@ -288,7 +294,7 @@ class _Reader:
     def hidden(self) -> tuple[_Call, _Map, _Map | None, Activation]:
         """The call of the first map, what it holds, what the second map of a gated MLP holds, and the activation."""
         source, call = self.current, self.map()
-        maps = [_Map(*self.batch(*_own(call)), self.current)]
+        maps = [_Map(*self.batch(call), self.current)]
         if (halves := self.take("chunk")) is not None:
             maps = _halved(maps[0], halves)
         active, activation = -1, None
@@ -307,6 +313,8 @@ class _Reader:
             raise _NoChain
         if len(maps) == 1:
             return call, maps[0], None, activation
+        if len(maps[0].weight) != len(maps[1].weight):
+            raise _NoChain
         self.current = maps[active].value
         if self.times() is not maps[1 - active].value:
             raise _NoChain
@@ -324,19 +332,20 @@ class _Reader:
             plain = plain and _pair(call.named.get("stride", 1)) == (1, 1) == _pair(call.named.get("dilation", 1))
             padding = call.named.get("padding", 0)
             plain = plain and (padding == "same" or _pair(padding) == (side // 2, side // 2))
-            if not plain or _groups(call) != (len(weight) if depthwise else 1):
+            if not plain or _groups(call) != (len(weight) if depthwise else 1) or (depthwise and weight.shape[1] > 1):
                 raise _NoChain
         elif depthwise or weight.dim() != 2:
             raise _NoChain
         return call
 
-    def batch(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """A map with the BatchNorm behind it, if there is one."""
+    def batch(self, of: _Call) -> tuple[Tensor, Tensor]:
+        """What a map and the BatchNorm behind it hold, if there is one."""
+        weight, bias = _own(of)
         call = self.take("batch")
         if call is None:
             return weight, bias
         mean, variance = call.tensor("running_mean"), call.tensor("running_var")
-        if mean is None or variance is None or call.named.get("training", False):
+        if mean is None or variance is None or call.named.get("training", False) or _axis(of) != 1 - of.output.dim():
             raise _NoChain
         scale = (variance + call.named.get("eps", 1e-5)).rsqrt()
         if (learned := call.tensor("weight")) is not None:
@@ -360,18 +369,24 @@ class _Reader:
     def rest(self, last: _Call) -> None:
         """What is behind the last map: channel by channel and linear, or nothing."""
         channels = len(last.tensor("weight"))  # type: ignore[arg-type]
+        axis = _axis(last)
         while (following := self.peek()) is not None:
             if following.name == "scale":
-                if not self.is_scale(self.times(), channels):
+                if not self.is_scale(self.times(), channels, axis):
                     raise _NoChain
-            elif (call := self.take("batch")) is None or call.named.get("training", False):
+                continue
+            call = self.take("batch")
+            if call is None or call.named.get("training", False) or axis != 1 - call.output.dim():
                 raise _NoChain
         if self.alias(self.value) is not self.current:
             raise _NoChain
 
-    def is_scale(self, value: Any, channels: int) -> bool:
-        """Whether a factor is a number, or one per channel, that does not come from the stream."""
-        return not isinstance(value, Tensor) or (value.numel() in (1, channels) and id(value) not in self.of_stream)
+    def is_scale(self, value: Any, channels: int, axis: int) -> bool:
+        """Whether a factor is a number, or one per channel along this axis, that does not come from the stream."""
+        if not isinstance(value, Tensor):
+            return True
+        each = value.dim() >= -axis and value.shape[axis] == value.numel() == channels
+        return (each or value.numel() == 1) and id(value) not in self.of_stream
 
 
 def _own(call: _Call) -> tuple[Tensor, Tensor]:
@@ -398,6 +413,11 @@ def _normed(norm: _Norm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     if norm.shift is not None:
         bias = bias + weight @ norm.shift
     return weight if norm.scale is None else weight * norm.scale, bias
+
+
+def _axis(call: _Call) -> int:
+    """Which axis of a map's value are channels."""
+    return -1 if call.name == "linear" else -3
 
 
 def _side(call: _Call) -> int:

@@ -61,12 +61,10 @@ class Chain:
         """How many channels before a full convolution in the middle are kept with so many behind it; 0 where there is none."""
         return max(1, self.inner * width // self.width) if self.inner else 0
 
-    def flops(self, channels: int, width: int, inner: int) -> int:
-        """FLOPs per position of the layers with so many hidden channels and, where `self.inner`, so many before these; norms and
-        activations count nothing.
-        """
-        first, last = max(1, self.first**2), max(1, self.last**2)
-        if self.inner:
+    def flops(self, channels: int, width: int) -> int:
+        """FLOPs per position of the layers with so many hidden channels; norms and activations count nothing."""
+        first, last, inner = max(1, self.first**2), max(1, self.last**2), self.inner_width(width)
+        if inner:
             return 2 * (channels * inner * first + inner * width * self.middle**2 + width * channels * last)
         return 2 * width * (channels * (first + last + self.gated) + self.middle**2)
 

@@ -190,7 +190,8 @@ def fit_one(
         narrowing.adopt(path, weights, kept)
         x = x[:, kept]
         if path.inner:
-            most = max(_FEW // 4, _HIDDEN // (path.chain.inner * path.chain.middle**2))
+            numbers = path.chain.inner * path.chain.middle**2
+            most = max(_FEW // 4, 2 * numbers, _HIDDEN // numbers)
             narrowing.fit_middle(path, weights, kept, residual, index[used][:most], ridge)
             x = _read(path, residual, index, None)
     _solve(path, x[used], y[used], ridge)

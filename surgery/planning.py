@@ -38,8 +38,8 @@ NARROWEST, WIDEST = 0.2, 0.75
 LOWEST = 0.45
 """Budgets from here up are reached with narrow skip paths, where that leaves them wide enough."""
 CLOSED_AT_LOWEST, CLOSED = 0.9, 0.7
-"""Share of the narrow sites that are closed at the smallest budget; and at the budget itself, where widths go by that (unless the
-other kinds of path are too expensive, as in bottleneck blocks, and only affine ones would be left: then as at the smallest)."""
+"""Share of the narrow sites that are closed at the smallest budget; and at the budget itself, where widths go by that (there too
+as many as at the smallest, where most sites would else have affine paths, as bottlenecks, for which linear ones cost much)."""
 _WIDTHS = (64, 32, 16, 8)
 
 
@@ -70,10 +70,10 @@ def choose(
     kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0, cost, budget) for site in sites}
     shares = {site.name: TOKEN_WIDTH if grains[site.name] == "token" else WIDTH for site in sites}
     chains = [site for site in sites if site.chain is not None and grains[site.name] != "token" and _is_map(site)]
-    poor = all(kinds[site.name] == "affine" for site in chains)
-    wanted = _narrow_width(sites, chains, budget, poor=poor)
+    affine = [site for site in chains if _skip(site, "auto", grains[site.name], 0, cost, budget) == "affine"]
+    wanted = _narrow_width(sites, chains, budget, CLOSED_AT_LOWEST if _flops(affine) > _flops(chains) / 2 else CLOSED)
     if skip == "auto" and cost == "flops" and wanted >= NARROWEST:
-        kinds |= {site.name: "narrow" for site in chains if site.chain is not None and wanted * site.chain.width >= 1}
+        kinds |= {site.name: "narrow" for site in chains if _hidden(site, wanted)}
     if budget is not None:
         shares |= {site.name: min(max(wanted, NARROWEST), WIDEST) for site in chains}
     if width != "auto":
@@ -83,7 +83,7 @@ def choose(
             site,
             grains[site.name],
             kinds[site.name],
-            _rank(site, kinds[site.name], rank, shares[site.name], of_channels=width != "auto"),
+            _rank(site, kinds[site.name], rank, shares[site.name], exact=width != "auto"),
             always_on=is_in_first(layers, site),
         )
         for site in sites
@@ -154,30 +154,36 @@ def _skip(
     return next((kind for kind in kinds if _is_cheap(site, kind)), "affine")
 
 
-def _narrow_width(sites: Sites, chains: Sequence[Site], budget: float | None, *, poor: bool) -> float:
-    """What narrow skip paths of these sites keep of their branches; below `NARROWEST` where they would not reach the budget, or
-    there is none. Where any other kind would be `poor` they may be as narrow as the budget itself asks for.
+def _narrow_width(sites: Sites, chains: Sequence[Site], budget: float | None, closed: float) -> float:
+    """Share of their branches that narrow skip paths of these sites cost; below `NARROWEST` where they would not reach the budget
+    with so large a share of them closed, or there is none.
     """
-    flops = sum(site.flops for site in chains)
+    flops = _flops(chains)
     if budget is None or budget >= 1 or not flops:
         return 0.0
-    ways = [(min(budget, LOWEST), CLOSED_AT_LOWEST), (budget, CLOSED), *([(budget, CLOSED_AT_LOWEST)] if poor else [])]
-    widths = [1 - (1 - least) * sites.model_flops / (closed * flops) for least, closed in ways]
-    return next((width for width in widths if width >= NARROWEST), widths[-1])
+    lowest = 1 - (1 - min(budget, LOWEST)) * sites.model_flops / (CLOSED_AT_LOWEST * flops)
+    return lowest if lowest >= NARROWEST else 1 - (1 - budget) * sites.model_flops / (closed * flops)
 
 
-def _rank(site: Site, kind: SkipKind, rank: int, width: float, *, of_channels: bool) -> int:
-    """Rank of a low-rank path; of a narrow one the channels that are so large a share of all, or that take so large a share of
-    the branch's FLOPs, rounded down, since not more than a budget was promised.
-    """
+def _flops(sites: Iterable[Site]) -> float:
+    return sum(site.flops for site in sites)
+
+
+def _hidden(site: Site, share: float) -> int:
+    """Hidden channels of a narrow path that costs at most this share of its branch, rounded down; 0 where none does."""
+    if site.chain is None:
+        return 0
+    if not site.chain.inner:
+        return int(share * site.chain.width)
+    limit = share * site.chain.flops(site.channels, site.chain.width)
+    return next((n for n in range(site.chain.width, 0, -1) if site.chain.flops(site.channels, n) <= limit), 0)
+
+
+def _rank(site: Site, kind: SkipKind, rank: int, width: float, *, exact: bool) -> int:
+    """Rank of a low-rank path; hidden channels of a narrow one, as large a share of all (`exact`) or of the branch's FLOPs."""
     if kind != "narrow" or site.chain is None:
         return rank if kind == "low-rank" else 0
-    if of_channels or not site.chain.inner:
-        return max(1, int(width * site.chain.width))
-    chain, channels = site.chain, site.channels
-    limit = width * chain.flops(channels, chain.width, chain.inner)
-    fits = (n for n in range(chain.width, 1, -1) if chain.flops(channels, n, chain.inner_width(n)) <= limit)
-    return next(fits, 1)
+    return max(1, int(width * site.chain.width) if exact else _hidden(site, width))
 
 
 def _is_map(site: Site) -> bool:

@@ -186,8 +186,8 @@ def _chain(branch: Branch, residual: Tensor, inputs: Sequence[Any], layout: Layo
         return None
     chain = weights.chain
     sides = (1, 3) if layout == "NCHW" else (0,)
-    ours = (chain.first, chain.last, *([chain.middle] if chain.inner else []))
-    return chain if all(side in sides for side in ours) else None
+    kernels = (chain.first, chain.last, *([chain.middle] if chain.inner else []))
+    return chain if all(side in sides for side in kernels) else None
 
 
 def _is_size(escaped: Sequence[Any]) -> bool:

@@ -30,13 +30,13 @@ def groups_of(gates: Iterable[Gate], part: str, rate: float, *, by_width: bool =
         module = getattr(gate, part)
         parameters = list(module.parameters())
         if parameters:
-            kind = _start(module) * (share(gate) if by_width else 1.0)
-            groups.setdefault(rate * kind, []).extend(parameters)
+            factor = _factor(module) * (share(gate) if by_width else 1.0)
+            groups.setdefault(rate * factor, []).extend(parameters)
     return [{"params": parameters, "lr": one} for one, parameters in groups.items()]
 
 
-def _start(module: nn.Module) -> float:
-    """What of a rate is left by where a module starts from."""
+def _factor(module: nn.Module) -> float:
+    """What of a rate is used for a module, by what it starts from."""
     if not isinstance(module, NarrowSkip):
         return 1.0
     return NARROW_GATED if module.chain.gated else NARROW

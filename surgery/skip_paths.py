@@ -208,7 +208,7 @@ class NarrowSkip(SkipPath):
 
     def flops(self, positions: int) -> int:
         """Multiply-adds of the maps per position; norms and activations count nothing, as in the branch."""
-        return positions * self.chain.flops(self.channels, self.width, self.inner)
+        return positions * self.chain.flops(self.channels, self.width)
 
 
 def chain_features(weights: Weights, residual: Tensor, layout: Layout) -> Tensor:

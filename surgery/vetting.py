@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from surgery.chains import Chain
 from surgery.errors import CheckpointError
 from surgery.patterns import Pattern
 from surgery.rewriting import empty_gates
-from surgery.sites import Plan, Site, SitePlan
+from surgery.sites import Layout, Plan, Site, SitePlan
 from surgery.state import Healing
 
 LIMITS: Mapping[str, tuple[int, int]] = {
@@ -150,19 +152,26 @@ def _vet_chain(planned: SitePlan, where: str) -> None:
     """A chain's layers are those that are read off branches, and a narrow skip path keeps some of its channels."""
     chain = planned.site.chain
     if chain is not None:
-        sides = chain.first in (0, 1, 3) and chain.last in (0, 1, 3) and (chain.middle == 0 or chain.middle % 2 == 1)
-        plain = chain.first == chain.middle == chain.last == 0
-        sides = sides and (plain or not chain.gated) and (chain.norm is not None or not chain.rms)
-        if not sides or len(chain.activations) != 1 + (chain.middle > 0):
-            raise CheckpointError(f"{where}.site.chain is no chain of layers")
+        layers = f"{where}.site.chain"
+        _within("kernel", chain.middle, layers)
+        _within("channels", chain.width, layers)
         if chain.inner:
-            if chain.middle not in (1, 3) or not chain.first:
-                raise CheckpointError(f"{where}.site.chain is no chain of layers")
-            _within("channels", chain.inner, f"{where}.site.chain")
-        _within("kernel", chain.middle, f"{where}.site.chain")
-        _within("channels", chain.width, f"{where}.site.chain")
+            _within("channels", chain.inner, layers)
+        if not _is_chain(chain, planned.site.layout):
+            raise CheckpointError(f"{layers} is no chain of layers")
     if planned.skip == "narrow" and (chain is None or not 1 <= planned.rank <= chain.width):
         raise CheckpointError(f"{where}: a narrow skip path of {planned.rank} channels fits no chain of this site")
+
+
+def _is_chain(chain: Chain, layout: Layout) -> bool:
+    """Whether there can be such layers over the channels of such a stream."""
+    if len(chain.activations) != 1 + (chain.middle > 0) or (chain.rms and chain.norm is None):
+        return False
+    if layout != "NCHW":
+        plain = chain.first == chain.middle == chain.last == chain.inner == 0
+        return plain and (chain.norm is None or (math.isfinite(chain.norm) and chain.norm >= 0))
+    sides = chain.first in (1, 3) and chain.last in (1, 3) and (chain.middle == 0 or chain.middle % 2 == 1)
+    return sides and not chain.gated and chain.norm is None and (not chain.inner or chain.middle in (1, 3))
 
 
 def _vet_patterns(host: str, patterns: object) -> None:
