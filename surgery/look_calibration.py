@@ -40,12 +40,12 @@ def calibrate_second_look(
     Args:
         gated: A calibrated gated model whose budget is set.
         data: Held-out batches; re-iterable.
-        mode: `auto` turns it on where it brings the outputs nearer to the dense model's at the current budget, beyond
-            chance, if there are at least 100 inputs; True wherever it does not do harm.
+        mode: `auto` turns it on for the budgets at which it brings the outputs nearer to the dense model's beyond chance, if
+            there are at least 100 inputs; True for all at which it does not do harm.
         progress: Called after every pass.
 
     Returns:
-        Whether it is on.
+        Whether it is on at any budget.
 
     Raises:
         SurgeryError: If the model is no classifier (its output is not `(N, K)` logits) and `mode` is True.
@@ -98,8 +98,7 @@ def calibrate_second_look(
             if float(change.mean()) > max(gain, _BEYOND_CHANCE * error if mode == "auto" else 0.0):
                 best, gain, first = base, float(change.mean()), spent[base]
         points.append(LookPoint(goal, best, first, _quantiles(margins[best], weights)))
-    chosen = next((p for p in points if p.budget == budget), None)
-    on = chosen is not None and chosen.cost < budget
+    on = any(point.cost < point.budget for point in points)
     state.looks = points if on else []
     set_budget(gated, budget)
     return on
