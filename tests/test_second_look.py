@@ -149,6 +149,18 @@ def test_calibration_keeps_the_budget_and_brings_outputs_nearer(gated: nn.Module
     assert on == bool(usage.looked.any())
 
 
+def test_what_a_budget_gets_does_not_depend_on_the_one_that_is_set(gated: nn.Module, data: list[Tensor]) -> None:
+    found = []
+    for budget in (0.5, 0.8):
+        surgery.set_budget(gated, budget)
+        assert surgery.calibrate_second_look(gated, data, mode=True)
+        assert state_of(gated).budget == budget
+        found.append({point.budget: point for point in state_of(gated).looks})
+    assert found[0] == found[1]
+    on = {budget for budget, point in found[0].items() if point.cost < budget}
+    assert on and on != set(found[0])  # not all or none: each is decided for itself
+
+
 def test_saved_and_loaded(looking: nn.Module, dense: nn.Module, data: list[Tensor], tmp_path) -> None:  # type: ignore[no-untyped-def]
     surgery.save(looking, tmp_path / "out")
     again = surgery.load(tmp_path / "out", model=dense)
