@@ -332,7 +332,7 @@ class _Reader:
             plain = plain and _pair(call.named.get("stride", 1)) == (1, 1) == _pair(call.named.get("dilation", 1))
             padding = call.named.get("padding", 0)
             plain = plain and (padding == "same" or _pair(padding) == (side // 2, side // 2))
-            if not plain or _groups(call) != (len(weight) if depthwise else 1) or (depthwise and weight.shape[1] > 1):
+            if not plain or _groups(call) != (len(weight) if depthwise else 1):
                 raise _NoChain
         elif depthwise or weight.dim() != 2:
             raise _NoChain

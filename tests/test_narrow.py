@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ class Written(nn.Module):
             value[:, 1] = 0
         if self.kind == "per token":
             return value * self.tokens
-        return self.norm(value) if self.kind == "tokens as channels" else value
+        return self.norm(value * 2) if self.kind == "tokens as channels" else value
 
 
 class Squared(nn.Module):
@@ -179,6 +180,9 @@ class Gated(nn.Module):
         return self.down(self.act(one) * other if self.order == "packed" else one * self.act(other))
 
 
+PRODUCTS = ("itself", "another input", "stream", "mean of the stream", "both active", "one for all")
+
+
 class Product(Gated):
     """Products that are none of a gated MLP."""
 
@@ -190,6 +194,8 @@ class Product(Gated):
             return self.down(hidden * self.up(x + 1))
         if self.order == "stream":
             return self.down(hidden) * x
+        if self.order == "mean of the stream":
+            return self.down(hidden) * x.mean((0, 1))
         if self.order == "one for all":
             return self.down(hidden * self.one(x))
         return self.down(hidden * self.act(self.up(x)))
@@ -282,7 +288,7 @@ def test_a_chain_is_read_with_everything_folded_in(branch: nn.Module, shape: tup
 @pytest.mark.parametrize(
     ("branch", "shape"),
     [
-        *((Product(order), TOKENS) for order in ("itself", "another input", "stream", "both active", "one for all")),
+        *((Product(order), TOKENS) for order in PRODUCTS),
         *((Written(kind), TOKENS) for kind in ("hidden", "value", "per token", "tokens as channels")),
         (
             nn.Sequential(
@@ -319,6 +325,34 @@ def test_a_chain_is_read_with_everything_folded_in(branch: nn.Module, shape: tup
 def test_what_is_no_chain(branch: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(3, C, C) if isinstance(branch, Written) else torch.randn(shape)
     assert read_chain(lambda: branch.eval()(x), x) is None
+
+
+def test_an_rms_norm_without_an_epsilon_has_that_of_float32_in_half_precision() -> None:
+    branch, x = (
+        Gated("gate first", rms_norm()).to(torch.bfloat16).eval(),
+        0.05 * torch.randn(TOKENS, dtype=torch.bfloat16),
+    )
+    weights = read_chain(lambda: branch(x), x)
+    assert weights is not None and weights.chain.norm == FLOAT
+    seen: list[Tensor] = []
+    branch.down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    with torch.no_grad():
+        branch(x)
+        made = chain_features(weights, x, "NTC")
+    torch.testing.assert_close(made, seen[0], rtol=0.05, atol=0.05)
+
+
+def test_maps_and_factors_made_of_the_stream_and_norms_over_tokens_are_no_chain() -> None:
+    one = torch.randn(1, 1, C)  # as many numbers as channels
+    assert read_chain(lambda: Product("stream").eval()(one), one) is None
+    rows, last = torch.randn(H, C), torch.randn(C, H)
+    assert read_chain(lambda: F.linear(F.linear(rows, rows).relu(), last), rows) is None
+    assert read_chain(lambda: F.linear(F.linear(rows, rows.clone()).relu(), last), rows) is None
+    assert read_chain(lambda: F.linear(F.linear(rows, torch.randn(H, C)).relu(), last), rows) is not None
+    branch = nn.Sequential(nn.Linear(C, H), nn.BatchNorm1d(H), nn.ReLU(), nn.Linear(H, C)).eval()
+    tokens = torch.randn(3, H, C)  # as many tokens as hidden channels
+    assert read_chain(lambda: branch(tokens), tokens) is None
+    assert read_chain(lambda: branch(rows), rows) is not None
 
 
 def test_calls_that_do_not_read_the_stream_do_not_matter() -> None:
@@ -527,18 +561,33 @@ def test_a_plan_of_impossible_layers_is_refused() -> None:
     vet(plan)
     changes = (
         {"first": 999},
-        {"middle": 2**20},
+        {"middle": 33},
         {"width": 0},
         {"activations": ()},
         {"gated": True},
         {"rms": True},
         {"inner": -1},
         {"inner": 4, "middle": 5},
+        {"norm": 1e-5},
+        {"first": 0},
+        {"last": 0},
     )
     for change in changes:
         chain = replace(planned.site.chain, **change)
         with pytest.raises(CheckpointError, match="chain"):
             vet(replace(plan, sites=(replace(planned, site=replace(planned.site, chain=chain)),)))
+    tokens = surgery.context.state_of(gate_all(Stack(mlp(8)), torch.randn(2, 5, 8), skip="narrow")).plan
+    vet(tokens)
+    assert tokens.sites[0].site.chain is not None
+    for change in (
+        {"norm": math.inf},
+        {"norm": -1.0},
+        {"middle": 3, "activations": ("relu", "relu")},
+        {"first": 1, "last": 1},
+    ):
+        site = replace(tokens.sites[0].site, chain=replace(tokens.sites[0].site.chain, **change))
+        with pytest.raises(CheckpointError, match="chain"):
+            vet(replace(tokens, sites=(replace(tokens.sites[0], site=site),)))
     with pytest.raises(CheckpointError, match="narrow"):
         vet(replace(plan, sites=(replace(planned, rank=H + 1),)))
     with pytest.raises(CheckpointError, match="narrow"):
