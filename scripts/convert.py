@@ -167,8 +167,8 @@ def convert(
     from surgery.checkpoints import save
     from surgery.conversion import UnmeasuredQuality
     from surgery.conversion import convert as convert_model
+    from surgery.options import HIGHEST, Options
     from surgery.overview import status
-    from surgery.training import HIGHEST, Options
 
     check_budget(budget)
     training = Options() if epochs is None else Options(epochs=epochs)
@@ -245,9 +245,9 @@ def check_output(out: Path, *, force: bool) -> None:
 
 def _resumable(work: Path, *, since: float) -> bool:
     """Whether training left a checkpoint there after the time `since`."""
-    from surgery import nesting, training
+    from surgery import nesting, resuming
 
-    files = [work / module.CHECKPOINT for module in (nesting, training)]
+    files = [work / module.CHECKPOINT for module in (nesting, resuming)]
     return any(file.is_file() and file.stat().st_mtime >= since for file in files)
 
 

@@ -46,8 +46,8 @@ def heal(
     from surgery.calibration import set_budget
     from surgery.checkpoints import save
     from surgery.conversion import heal_converted
+    from surgery.options import Options
     from surgery.overview import status
-    from surgery.training import Options
 
     default = Options()
     training = Options(

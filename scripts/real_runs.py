@@ -260,8 +260,8 @@ class Work:
 
     def _convert(self, tune: Literal["train", "routers"], epochs: int, seed: int) -> Any:
         from surgery import Options, convert
+        from surgery.options import HIGHEST
         from surgery.scripts.bars import progress_bars
-        from surgery.training import HIGHEST
 
         loaded, run = self._dense(), self.run
         options = Options(epochs=epochs, budgets=None if run.lowest is None else (run.lowest, HIGHEST))

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from surgery.logs import read_log as read_log
     from surgery.look_calibration import calibrate_second_look as calibrate_second_look
     from surgery.measurement import measure as measure
+    from surgery.options import Options as Options
     from surgery.overview import Status as Status
     from surgery.overview import status as status
     from surgery.pinning import pin as pin
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
     from surgery.sites import SitePlan as SitePlan
     from surgery.sites import Sites as Sites
     from surgery.training import History as History
-    from surgery.training import Options as Options
     from surgery.training import train_routers as train_routers
 
 __version__ = "0.1.0"
@@ -78,6 +78,7 @@ _HOMES = {
     "logs": ("Log", "read_log"),
     "look_calibration": ("calibrate_second_look",),
     "measurement": ("measure",),
+    "options": ("Options",),
     "overview": ("Status", "status"),
     "pinning": ("pin",),
     "recording": ("Recorder", "record"),
@@ -86,7 +87,7 @@ _HOMES = {
     "reports": ("Peer", "Report"),
     "rewriting": ("insert_gates", "remove", "show"),
     "sites": ("Plan", "Rejection", "Site", "SitePlan", "Sites"),
-    "training": ("History", "Options", "train_routers"),
+    "training": ("History", "train_routers"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

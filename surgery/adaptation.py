@@ -26,11 +26,12 @@ from surgery.gates import Gate
 from surgery.healing import DOWN, UP, install, uninstall
 from surgery.held_out import HeldOut
 from surgery.objectives import divergence
+from surgery.options import Options
 from surgery.progress import Progress, silent
 from surgery.rewriting import remove
 from surgery.state import Healing
 from surgery.tracing import GATES
-from surgery.training import Options, count_steps, stream_of
+from surgery.training import count_steps, stream_of
 
 logger = logging.getLogger(__name__)
 KINDS = ("norms", "lora")

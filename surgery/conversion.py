@@ -34,14 +34,16 @@ from surgery.gates import iter_gates
 from surgery.look_calibration import calibrate_second_look
 from surgery.nesting import interrupted_at, train_skip_paths
 from surgery.objectives import divergence
+from surgery.options import Options
 from surgery.orders import settle_order
 from surgery.progress import Progress, silent
 from surgery.regression import regress_routers
+from surgery.resuming import CHECKPOINT as TRAINING
+from surgery.resuming import find_checkpoint
 from surgery.rewriting import check_convertible, insert_gates
 from surgery.sites import KINDS, Cost, Granularity, Routers, Sites, SkipKind
 from surgery.splitting import Head, check_reiterable, split
-from surgery.training import CHECKPOINT as TRAINING
-from surgery.training import Options, count_steps, find_checkpoint, train_routers, trainable
+from surgery.training import count_steps, train_routers, trainable
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,6 @@ Axis letters: `N` samples.
 from __future__ import annotations
 
 import copy
-import os
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +25,13 @@ from surgery.costs import place, run
 from surgery.errors import CheckpointError, SurgeryError
 from surgery.gates import Gate, iter_gates
 from surgery.objectives import divergence
+from surgery.options import Options
 from surgery.policies import static_cost
 from surgery.progress import Progress, silent
 from surgery.rates import groups_of
+from surgery.resuming import undamaged, write_checkpoint
 from surgery.straight_through import OpenGates, stream_error, watched_sites
-from surgery.training import Options, count_steps, stream_of
+from surgery.training import count_steps, stream_of
 
 CHECKPOINT = "skip_paths.pt"
 LOWEST, HIGHEST = 0.45, 0.95
@@ -159,22 +159,16 @@ class _Kept:
 
     def save(self) -> None:
         """Write what was kept."""
-        if self.path is None or not self.content:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        torch.save(self.content, part)
-        os.replace(part, self.path)
+        if self.path is not None and self.content:
+            write_checkpoint(self.path, self.content)
 
     def load(self, total: int, before: list[Tensor], distance: float) -> tuple[list[float], list[Tensor], float]:
         """Continue from the checkpoint, if there is one: losses so far, and values and distance before training."""
         if self.path is None or not self.path.exists():
             return [], before, distance
-        try:
+        with undamaged(self.path):
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             shapes = [tuple(value.shape) for value in saved["parameters"]]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{self.path} is damaged: {error}; delete it to train from the start") from error
         if shapes != [tuple(p.shape) for p in self.parameters] or saved["total"] != total:
             raise CheckpointError(
                 f"{self.path} is of another model or plan, or of a training over {saved['total']} steps (this one has "

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,89 +32,17 @@ from surgery.errors import CheckpointError, DataError, SurgeryError
 from surgery.gates import iter_gates
 from surgery.held_out import HeldOut
 from surgery.objectives import divergence
+from surgery.options import HIGHEST, LOWEST, PRECISIONS, Options
 from surgery.pacing import Pace
 from surgery.progress import Progress, silent
 from surgery.rates import groups_of
+from surgery.resuming import CHECKPOINT, find_checkpoint, read_checkpoint, write_checkpoint
 from surgery.straight_through import OpenGates, SoftGates, prices, router_gradients, stream_error, watched_sites
 
-CHECKPOINT = "training.pt"
 _CLIP = 1.0
-LOWEST, HIGHEST = 0.45, 0.9  # budgets that a checkpoint serves beside its own
 _ABOVE_CLOSED = 0.02  # nothing can be learnt where every gate is closed
 _LOOKS = 5  # how often a training looks at held-out data
 _APART = 0.05  # budgets that are nearer to each other are one
-_PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(slots=True)
-class Options:
-    """How to train; every field has a default that was chosen by measurement (docs/results.md).
-
-    Args:
-        epochs: Passes over the data.
-        steps: Number of optimiser steps; overrides `epochs` (needed for streaming data without a length).
-        router_rate: Peak learning rate of routers at up to 128 channels; it falls with the width above
-            (`surgery.rates`).
-        skip_rate: Peak learning rate of skip paths, likewise; 0 freezes them.
-        nested_rate: Peak learning rate of skip paths while they are trained for static policies; 0 leaves that out.
-        budgets: Range that every step draws its budget from; by default from 0.45, or the budget if that is smaller, to
-            0.9, or the budget if that is larger. Twice the same number trains for that budget alone.
-        noise: Scale of the logistic noise on scores.
-        temperature: Softmax temperature of the distillation.
-        stream_weight: Weight of the error of the residual streams; by default 0 where every gate decides per token (the
-            output tells which tokens matter, their streams do not), else 1.
-        anneal: Share of the steps in which the smallest budget falls from the largest one.
-        heal_rate: Peak learning rate of healing.
-        heal_rank: Rank of low-rank changes while healing.
-        label_weight: Weight of cross-entropy with the labels, if the data has some.
-        accumulate: Batches per optimiser step.
-        save_every: Steps between checkpoints.
-        mixed_precision: `no`, `fp16` or `bf16`.
-
-    Raises:
-        SurgeryError: If a number is out of range or the precision is unknown.
-    """
-
-    epochs: int = 3
-    steps: int | None = None
-    router_rate: float = 2e-3
-    skip_rate: float = 2e-3
-    nested_rate: float = 3e-3
-    budgets: tuple[float, float] | None = None
-    noise: float = 0.3
-    temperature: float = 2.0
-    stream_weight: float | None = None
-    anneal: float = 0.1
-    heal_rate: float = 1e-3
-    heal_rank: int = 8
-    label_weight: float = 0.0
-    accumulate: int = 1
-    save_every: int = 100
-    mixed_precision: str = "no"
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "accumulate", "save_every", "heal_rank"):
-            value = getattr(self, name)
-            if not ((isinstance(value, int) and value >= 1) or (name == "steps" and value is None)):
-                raise SurgeryError(f"Options.{name} must be a whole number of at least 1, got {value!r}")
-        rates = ("router_rate", "skip_rate", "nested_rate", "heal_rate")
-        for name in (*rates, "noise", "stream_weight", "anneal", "label_weight"):
-            value = getattr(self, name)
-            if not (value is None and name == "stream_weight") and not 0 <= value < math.inf:
-                raise SurgeryError(f"Options.{name} must be a number that is not negative, got {value!r}")
-        if not 0 < self.temperature < math.inf:
-            raise SurgeryError(f"Options.temperature must be a positive number, got {self.temperature!r}")
-        if self.budgets is not None:
-            low, high = self.budgets
-            if not 0 < low <= high <= 1:
-                raise SurgeryError(
-                    f"Options.budgets must be two fractions of dense, the smaller one first, got {self.budgets!r}"
-                )
-            self.budgets = (float(low), float(high))
-        if self.mixed_precision not in _PRECISIONS:
-            raise SurgeryError(
-                f"Options.mixed_precision must be one of {', '.join(_PRECISIONS)}, got {self.mixed_precision!r}"
-            )
 
 
 @dataclass(slots=True)
@@ -220,7 +146,7 @@ class _Run:
         # accelerate's device and precision are fixed once per process, so they are left alone and set here
         on_cpu = self.device.type == "cpu" and not is_initialized()
         self.accelerator = tracker or Accelerator(cpu=on_cpu)
-        self.precision = _PRECISIONS[options.mixed_precision]
+        self.precision = PRECISIONS[options.mixed_precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
         self.tracker = tracker
         self.path = None if output is None else Path(output) / CHECKPOINT
@@ -325,12 +251,8 @@ class _Run:
 
     def save(self) -> None:
         """Write what was kept atomically, from the main process."""
-        if self.path is None or not self.kept:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        torch.save({**self.kept, "history": self.history.rows[: self.kept["step"]]}, part)
-        os.replace(part, self.path)
+        if self.path is not None and self.kept:
+            write_checkpoint(self.path, {**self.kept, "history": self.history.rows[: self.kept["step"]]})
 
     def load(self) -> None:
         """Continue from the checkpoint.
@@ -339,21 +261,7 @@ class _Run:
             CheckpointError: If there is none, or it is of another model.
         """
         path = find_checkpoint(None if self.path is None else self.path.parent)
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            shapes = {name: tuple(tensor.shape) for name, tensor in saved["parameters"].items()}
-            held = {key: saved["best"][key] for key in self.held.state()}  # an older version kept something else
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{self.path} is damaged: {error}; delete it to train from the start") from error
-        ours = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        differ = sorted(name for name in {*ours, *shapes} if ours.get(name) != shapes.get(name))
-        if differ:
-            raise CheckpointError(f"{self.path} is of another model or plan; tensors that differ: {differ[:6]}")
-        if saved["total"] != self.total:
-            raise CheckpointError(
-                f"{self.path} is of a training over {saved['total']} steps, this one has {self.total}; resume with the same "
-                "data and options"
-            )
+        saved = read_checkpoint(path, self.parameters, self.total, self.held.state())
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved["parameters"][name])
@@ -363,14 +271,14 @@ class _Run:
             self.optimiser.load_state_dict(saved["optimiser"])
         except ValueError as error:  # an older version had other groups
             raise CheckpointError(
-                f"{self.path} is of another version: {error}; delete it to train from the start"
+                f"{path} is of another version: {error}; delete it to train from the start"
             ) from error
         self.schedule.load_state_dict(saved["schedule"])
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.step = saved["step"]
         self.pace.thresholds = saved["thresholds"]
-        self.held.restore(held)
+        self.held.restore(saved["best"])
         self.history.rows = saved["history"]
 
     def clear(self) -> None:
@@ -467,22 +375,6 @@ class _Run:
         flat = self.accelerator.reduce(flat, "mean")
         for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
-
-
-def find_checkpoint(output_dir: str | Path | None) -> Path:
-    """The checkpoint of an interrupted training.
-
-    Raises:
-        CheckpointError: If there is none.
-    """
-    if output_dir is None:
-        raise CheckpointError(
-            "nothing to resume: no output directory was given; pass the one of the interrupted training"
-        )
-    path = Path(output_dir) / CHECKPOINT
-    if not path.exists():
-        raise CheckpointError(f"nothing to resume: {path} does not exist; train without resume first")
-    return path
 
 
 def count_steps(data: Iterable[Any], options: Options) -> int:

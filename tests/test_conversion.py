@@ -33,9 +33,10 @@ from surgery.errors import (
     SurgeryError,
     UnsupportedModel,
 )
+from surgery.options import Options
+from surgery.resuming import CHECKPOINT
 from surgery.sites import Sites
 from surgery.timing import Ratio
-from surgery.training import CHECKPOINT, Options
 
 QUICK = Options(steps=3)
 

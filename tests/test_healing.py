@@ -28,7 +28,7 @@ from surgery.healing import changed, stored
 from surgery.held_out import HeldOut
 from surgery.measurement import measure
 from surgery.objectives import divergence
-from surgery.training import Options
+from surgery.options import Options
 
 OPTIONS = Options(steps=40, heal_rate=1e-2, heal_rank=2)
 HOW: dict[str, Any] = {"tune": "oneshot", "granularity": "token", "skip": "identity"}

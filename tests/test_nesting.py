@@ -18,8 +18,8 @@ from surgery.cutting import cut_order
 from surgery.errors import CheckpointError, SurgeryError
 from surgery.fitting import fit_skip_paths
 from surgery.nesting import NestedGates, train_skip_paths, trained_levels
+from surgery.options import Options
 from surgery.policies import static_cost
-from surgery.training import Options
 
 
 @pytest.fixture

@@ -21,8 +21,10 @@ from surgery.context import state_of
 from surgery.errors import BudgetError, CheckpointError, DataError, SurgeryError
 from surgery.fitting import fit_skip_paths
 from surgery.held_out import HeldOut
+from surgery.options import Options
 from surgery.regression import regress_routers
-from surgery.training import CHECKPOINT, History, Options, train_routers, trainable
+from surgery.resuming import CHECKPOINT
+from surgery.training import History, train_routers, trainable
 
 C = 8
 Trained = tuple[dict[str, Tensor], History]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from toys import Stack, gate_all, mlp
 
 from surgery.context import state_of
-from surgery.training import Options, train_routers, trainable
+from surgery.options import Options
+from surgery.training import train_routers, trainable
 
 C = 8
 
