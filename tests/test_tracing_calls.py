@@ -1,0 +1,222 @@
+"""Ways of being called: arguments that choose a path, sizes, stores, tuples; one graph per pattern."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from subjects import assert_close, assert_equal, outputs
+from torch import Tensor, nn
+from tracing_toys import Base, C, N, T, check, convert, maps, tokens
+
+import surgery
+from surgery.gates import iter_gates
+from surgery.vetting import vet
+
+
+class Optional(Base):
+    """An argument that defaults to None and changes the path."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        y = self.mlp(self.norm(x))
+        if mask is not None:
+            y = y * mask[..., None]
+        return x + y * scale
+
+
+@pytest.mark.parametrize("probed_with_mask", [False, True])
+def test_none_default_keeps_one_graph_per_pattern(probed_with_mask: bool) -> None:
+    x, toy = tokens(), Optional().eval()
+    mask = (torch.rand(N, T) > 0.5).float()
+    with_mask, without = {"x": x, "mask": mask}, {"x": x}
+    _, gated = convert(toy, **(with_mask if probed_with_mask else without))
+    for example in (
+        with_mask,
+        without,
+        {"x": x, "mask": mask, "scale": 2.0},
+        {"x": x, "mask": None},
+        {"x": x, "scale": 0.5},
+    ):
+        with surgery.force(gated, 1.0):
+            assert_equal(outputs(gated, example), outputs(toy, example))
+        with surgery.force(gated, 0.0):
+            assert_equal(outputs(gated, example), [x])
+        found = []
+        for mode in ("skip", "mask"):
+            with (
+                surgery.execution(gated, mode),
+                surgery.force(gated, {gated_name(gated): torch.tensor([True, False, True])}),
+            ):  # type: ignore[arg-type]
+                found.append(outputs(gated, example))
+        assert_close(*found, 1e-6)
+    with surgery.force(gated, 1.0):  # positional as well
+        assert_equal([gated(x, mask).detach()], [toy(x, mask).detach()])
+
+
+def gated_name(gated: nn.Module) -> str:
+    return next(iter(iter_gates(gated)))[0]
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(C, C)
+
+    def forward(self, x: Tensor, *, gain: float = 1.0, shift: Tensor | None = None) -> Tensor:
+        y = self.map(x) * gain
+        return y if shift is None else y + shift
+
+
+class Keywords(nn.Module):
+    """Transformers layers hand their **kwargs down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return x + self.inner(x, **kwargs)
+
+
+def test_keyword_arguments_pass_through() -> None:
+    x, toy = tokens(), Keywords().eval()
+    sites, gated = convert(toy, x)
+    assert sites.names == ("inner",)
+    shift = torch.randn(N, T, C)
+    for extra in ({}, {"gain": 2.0}, {"shift": shift}, {"gain": 0.5, "shift": shift}):
+        with surgery.force(gated, 1.0):
+            assert_equal([gated(x, **extra).detach()], [toy(x, **extra).detach()])
+        with surgery.force(gated, 0.0):
+            assert_equal([gated(x, **extra).detach()], [x])
+        found = []
+        for mode in ("skip", "mask"):
+            with surgery.execution(gated, mode), surgery.force(gated, {"inner": torch.tensor([True, False, True])}):  # type: ignore[arg-type]
+                found.append([gated(x, **extra).detach()])
+        assert_close(*found, 1e-6)
+
+
+class Cache(nn.Module):
+    """Keys are written to a store that the caller reads later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(C, C)
+        self.query = nn.Linear(C, C)
+        self.out = nn.Linear(C, C)
+
+    def forward(self, x: Tensor, store: list[Tensor]) -> Tensor:
+        key = self.key(x)
+        store.append(key)
+        weights = (self.query(x) @ key.transpose(1, 2)).softmax(-1)
+        return x + self.out(weights @ x)
+
+
+def test_side_effects_stay_outside_the_branch() -> None:
+    x, toy = tokens(), Cache().eval()
+    sites, gated = convert(toy, x, [])
+    assert len(sites) == 1
+    assert "key" not in sites[0].modules and {"query", "out"} <= set(sites[0].modules)
+    for mode in ("skip", "mask"):
+        for rate in (0.0, 0.5, 1.0):
+            store: list[Tensor] = []
+            with surgery.execution(gated, mode), surgery.force(gated, rate):  # type: ignore[arg-type]
+                y = gated(x, store)
+            assert_equal(store, [toy.key(x)])
+            if rate == 0.0:
+                assert torch.equal(y, x)
+
+
+class Shapes(nn.Module):
+    """The branch reads the stream's shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(T, T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, D = x.shape
+        y = self.mix(x.transpose(1, 2).reshape(B * D, L)).reshape(B, D, -1)
+        return x + y.transpose(1, 2).reshape(x.size(0), L, D)
+
+
+def test_shape_reads_are_the_branchs_own() -> None:
+    """B is read from the branch's own input, so fewer samples give a smaller B; tokens are mixed, so sample only."""
+    x = tokens()
+    sites = check(Shapes(), x, ["mix"], x)
+    assert sites[0].granularities == ("sample",)
+
+
+class Windowed(nn.Module):
+    """A branch whose program depends on the size of the map (TinyViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(C, C, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = x.shape[2]
+        if height % 4:
+            padded = nn.functional.pad(x, (0, 0, 0, 4 - height % 4))
+            return x + self.conv(padded)[:, :, :height]
+        return x + self.conv(x)
+
+
+def test_sizes_that_decide_what_is_computed_belong_to_the_call_pattern() -> None:
+    x = maps()
+    model = Windowed()
+    sites = check(model, x, ["conv"], closed=x)
+    assert sites.patterns[""] == [[[f"sized:4:{C},6,6"], [], []]]
+    vet(sites.plan())  # a checkpoint may hold such a pattern
+    _, gated = convert(model, x)
+    other = torch.randn(N, C, 8, 6)
+    with surgery.force(gated, 1.0):
+        assert_equal(outputs(gated, other), outputs(model, other))
+    with surgery.force(gated, 0.0):
+        assert_equal(outputs(gated, other), [other])
+
+
+def test_endless_sizes_run_dense(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("surgery.programs.MOST", 2)
+    model = Windowed()
+    _, gated = convert(model, maps())
+    with surgery.force(gated, 0.0):
+        for height in (8, 9, 10):
+            x = torch.randn(N, C, height, 6)
+            assert_equal(outputs(gated, x), [x] if height == 8 else outputs(model, x))
+    assert caplog.text.count("further ones run dense") == 1
+
+
+class Rest(nn.Module):
+    """A module whose further outputs are passed on as a tuple, `outputs[1:]` (MPNet)."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(C, C)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (self.map(x),)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Rest.Inner()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            found = self.inner(x)
+            return (found[0] + x,) + found[1:]  # noqa: RUF005  (as MPNet writes it)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = Rest.Outer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.outer(x)
+        assert len(outputs) == 1
+        return outputs[0].relu()
+
+
+def test_the_rest_of_a_tuple_is_empty_where_the_branch_is_skipped() -> None:
+    x = tokens()
+    check(Rest(), x, ["outer.inner"], closed=x.relu())

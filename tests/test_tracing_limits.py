@@ -1,0 +1,219 @@
+"""What is no site, only a part of one, or one for whole samples alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from subjects import assert_close, assert_equal, outputs
+from torch import Tensor, nn
+from tracing_toys import Base, C, Residual, T, check, convert, maps, tokens
+
+import surgery
+
+
+class Escaping(Base):
+    """The branch's output is also returned."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.mlp(self.norm(x))
+        return x + y, y
+
+
+class EscapingInside(Base):
+    """Only the norm and the first map are used elsewhere; the rest of the branch can be skipped."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.mlp[0](self.norm(x))
+        return x + self.mlp[2](self.mlp[1](hidden)), hidden
+
+
+def test_escaping_output_is_rejected() -> None:
+    x = tokens()
+    sites = surgery.find_sites(Escaping(), x)
+    assert len(sites) == 0
+    assert any("outside" in rejection.reason for rejection in sites.rejections), sites.rejections
+
+
+def test_region_shrinks_to_what_is_its_own() -> None:
+    x, toy = tokens(), EscapingInside()
+    sites, gated = convert(toy, x)
+    assert sites[0].modules == ("mlp.1", "mlp.2") and len(sites) == 1
+    with surgery.force(gated, 0.0):
+        closed = outputs(gated, x)
+    assert_equal(closed, [x, toy.mlp[0](toy.norm(x)).detach()])
+
+
+class InPlaceInBranch(nn.Module):
+    """The branch starts with an in-place activation on the stream itself, which the sum then reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(C, C, 1)
+        self.conv = nn.Conv2d(C, C, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.conv(x.relu_())
+        return x + y
+
+
+def test_branch_that_writes_into_the_stream_is_rejected() -> None:
+    x = maps()
+    sites = surgery.find_sites(InPlaceInBranch(), x)
+    assert len(sites) == 0
+    assert [rejection.reason for rejection in sites.rejections] == ["it changes its input in place"]
+
+
+class AcrossSamples(nn.Module):
+    """The branch compares each sample with the others: it cannot run on a part of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.map(x - x.mean(0))
+
+
+def test_branch_that_mixes_samples_is_restricted_or_rejected() -> None:
+    x, toy = tokens(), AcrossSamples().eval()
+    sites = surgery.find_sites(toy, x)
+    if not len(sites):
+        assert any("sample" in rejection.reason for rejection in sites.rejections)
+        return
+    assert "sample" in sites[0].restriction
+    gated = surgery.insert_gates(toy, sites.plan(skip="identity"))
+    decisions = torch.tensor([True, False, True])
+    expected = torch.where(decisions[:, None, None], toy(x), x).detach()
+    for mode in ("skip", "mask"):
+        with surgery.execution(gated, mode), surgery.force(gated, {sites[0].name: decisions}):  # type: ignore[arg-type]
+            assert_close(outputs(gated, x), [expected], 1e-6)
+
+
+class TokenMixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(T, T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Shift(nn.Module):
+    """Every token reads its left neighbour: equal on constant inputs, not on real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.map(x.roll(1, 1))
+
+
+class Positional(nn.Module):
+    """Each token has its own gain: separable, but the gain has a token axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(C, C)
+        self.gain = nn.Parameter(torch.randn(1, T, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.map(x * self.gain)
+
+
+@pytest.mark.parametrize("toy", [TokenMixing, Shift, Positional])
+def test_branch_that_needs_all_tokens_is_not_per_token(toy: type[nn.Module]) -> None:
+    x = tokens()
+    sites = check(toy(), x, ["mix" if toy is TokenMixing else "map"], x)
+    assert sites[0].granularities == ("sample",)
+
+
+class Conditional(nn.Module):
+    """`forward` reads a value, so it cannot be traced; the module around it can still skip it as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.map(x) if float(x.sum()) > 0 else -self.map(x)
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = Conditional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.odd(x)
+
+
+def test_untraceable_child_is_a_leaf() -> None:
+    """Its sign depends on the whole batch, so it may not run on a part of it."""
+    x, toy = tokens(), Around().eval()
+    sites = surgery.find_sites(toy, x)
+    if not len(sites):
+        assert sites.rejections
+        return
+    gated = surgery.insert_gates(toy, sites.plan(skip="identity"))
+    for example in (x, -x):
+        with surgery.force(gated, 1.0):
+            assert_equal(outputs(gated, example), outputs(toy, example))
+
+
+class Untraceable(nn.Module):
+    """The sum itself is in a `forward` that reads a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x + self.map(x)
+        return x - self.map(x)
+
+
+def test_untraceable_forward_is_reported() -> None:
+    sites = surgery.find_sites(Untraceable(), tokens())
+    assert len(sites) == 0
+    assert any(rejection.reason for rejection in sites.rejections), sites.rejections
+
+
+class Shared(nn.Module):
+    """One block used three times: a decision could not be told from that of another use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.block(x)
+        return x
+
+
+def test_shared_block_is_rejected() -> None:
+    sites = surgery.find_sites(Shared(), tokens())
+    assert len(sites) == 0
+    assert any("several times per call" in rejection.reason for rejection in sites.rejections), sites.rejections
+
+
+class Nothing(nn.Module):
+    """Sums that are no residual: a bias, a position table, two unrelated inputs, a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(C, C)
+        self.right = nn.Linear(C, C)
+        self.positions = nn.Parameter(torch.randn(1, T, C))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        y = self.left(x) + self.right(z)
+        return torch.cat((y + self.positions, y + 1.0), -1)
+
+
+def test_sums_that_are_not_residual() -> None:
+    sites = surgery.find_sites(Nothing(), (tokens(), tokens()))
+    assert len(sites) == 0, str(sites)
