@@ -192,7 +192,8 @@ def _report(
     """The page, or None where a library for it is missing."""
     from surgery.adapters import load_data, load_model
     from surgery.scripts import digits_model
-    from surgery.scripts.report_content import Subject, write
+    from surgery.scripts.report_content import write
+    from surgery.scripts.report_measuring import Subject
 
     spec = f"python:{digits_model.__name__}:trained?weights={path.with_name('dense.safetensors').resolve()}"
     loaded = load_model(spec)

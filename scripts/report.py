@@ -40,7 +40,8 @@ def report(
     """Write one HTML page that works offline: curves, heat maps, easiest and hardest inputs, errors, drift."""
     from surgery.adapters import load_data
     from surgery.logs import read_log
-    from surgery.scripts.report_content import Subject, write
+    from surgery.scripts.report_content import write
+    from surgery.scripts.report_measuring import Subject
 
     recorded = None if log is None else read_log(log)
     with waiting("loading the model"):

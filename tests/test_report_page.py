@@ -14,7 +14,8 @@ from test_cli import convert, network, read_json, run  # noqa: F401  (network is
 
 from surgery.adapters import digits
 from surgery.errors import DataError
-from surgery.scripts.report_content import _patch_map, _shares, _slices, _viridis, jensen_shannon
+from surgery.scripts.report_gallery import _slices, jensen_shannon
+from surgery.scripts.report_inputs import _patch_map, _shares, viridis
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -37,7 +38,7 @@ def test_shares_and_patches() -> None:
     decisions = {"a": torch.tensor([True, False, True, True, True]), "b": torch.tensor([True] * 4 + [False])}
     assert _shares(decisions) == [1.0, 0.5, 1.0, 1.0, 0.5]
     assert _patch_map([1.0] * 5).startswith("data:image/png;base64,") and _patch_map([1.0] * 6) == ""
-    assert _viridis(0.0) == ("#440154", "#ffffff") and _viridis(1.0) == ("#fde725", "#000000")
+    assert viridis(0.0) == ("#440154", "#ffffff") and viridis(1.0) == ("#fde725", "#000000")
 
 
 def test_report_is_one_file_that_asks_for_nothing(made: Path, tmp_path: Path) -> None:
