@@ -269,7 +269,7 @@ def table(found: Comparison) -> Any:
 
 
 def markdown(found: Comparison) -> str:
-    """For pages such as docs/results.md."""
+    """For pages such as docs/lab/peers.md."""
     metric = found.metric
     lines = [f"| budget | policy | cost | {metric} | gated minus it (95 %) | time |", "|---|---|---|---|---|---|"]
     for row in found.rows():

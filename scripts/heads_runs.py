@@ -107,7 +107,7 @@ def _scored(gated: nn.Module, test: Sequence[Any], name: str, budget: float) -> 
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table of docs/results.md."""
+    """The table of docs/lab/texts.md."""
     lines = ["| sites | budget | cost | accuracy | static (cost) | dense |", "|---|---:|---:|---:|---:|---:|"]
     for row in rows:
         lines.append(

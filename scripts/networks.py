@@ -1,7 +1,7 @@
 """Networks of a user's own, as `MODEL` strings take them: `python:scripts/networks.py:resnet56`.
 
 They are written as their authors wrote them, without a thought of this package. Weights are read from the directory
-that the environment variable `SURGERY_WEIGHTS` names (`../shared/weights` by default); see `docs/results.md`.
+that the environment variable `SURGERY_WEIGHTS` names (`../shared/weights` by default); see `docs/lab/images.md`.
 
 Axis letters: `N` samples, `T` tokens, `C` channels, `H`, `W` height and width.
 """

@@ -243,7 +243,7 @@ def against(ours: Scores, other: Scores) -> tuple[float, float, float]:
 
 
 def markdown(points: Sequence[Point], dense: float) -> str:
-    """The table of docs/results.md."""
+    """The table of docs/lab/images.md."""
     names = sorted({name for point in points for name in point.peers}, reverse=True)
     head = ["budget", "cost", "submodules", "gated", "share of dense", "agreement", "minus dense (95 %)"]
     head += [f"minus {name} (95 %)" for name in names]

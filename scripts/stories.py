@@ -354,7 +354,7 @@ def main(
 
 
 def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The tables and the stories of docs/results.md; "" where nothing was converted."""
+    """The tables and the stories of docs/lab/texts.md; "" where nothing was converted."""
     from surgery.scripts.seeds import range_text
 
     known = {name: one for name, one in found.items() if one["runs"]}

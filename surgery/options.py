@@ -18,7 +18,7 @@ PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(slots=True)
 class Options:
-    """How to train; every field has a default that was chosen by measurement (docs/results.md).
+    """How to train; every field has a default that was chosen by measurement (docs/lab/skip_paths.md).
 
     Args:
         epochs: Passes over the data.

@@ -143,7 +143,7 @@ def _skip(
         wanted = "auto"
     if wanted != "auto":
         return wanted
-    if grain == "token":  # fitted paths alone did not pay per token, trained ones do (docs/results.md)
+    if grain == "token":  # fitted paths alone did not pay per token, trained ones do (docs/lab/skip_paths.md)
         asked = budget is not None and budget >= LEAST_PER_TOKEN and cost == "flops"
         if rank and asked and site.chain is not None and site.chain.width <= WIDEST_FITTED:
             return "narrow"

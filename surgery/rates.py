@@ -18,7 +18,7 @@ from surgery.skip_paths import NarrowSkip
 WIDTH = 128
 """Channels up to which rates are what `Options` says."""
 NARROW, NARROW_GATED = 0.1, 0.5
-"""What of a rate is used for narrow skip paths, and for those of gated MLPs (docs/results.md)."""
+"""What of a rate is used for narrow skip paths, and for those of gated MLPs (docs/lab/skip_paths.md)."""
 
 
 def groups_of(gates: Iterable[Gate], part: str, rate: float, *, by_width: bool = True) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import surgery.errors
 from surgery.errors import SurgeryError
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -64,8 +64,23 @@ def test_every_error_is_listed_with_cause_and_next_step() -> None:
     assert all(cause.strip() and step.strip() for _, cause, step in rows)
 
 
+def anchors(page: Path) -> set[str]:
+    """What headings are called in links, as GitHub makes it: letters, digits, hyphens."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
-                assert (page.parent / target).exists(), (page.name, target)
+                there = page.parent / target if target else page
+                assert there.exists(), (page, target)
+                assert not anchor or anchor in anchors(there), (page, target, anchor)
+
+
+def test_pages_of_results_are_among_those_checked() -> None:
+    assert {"results.md", "lab/images.md", "lab/texts.md"} <= {
+        page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.is_relative_to(ROOT / "docs")
+    }
