@@ -18,6 +18,7 @@ from surgery.errors import BudgetError, CheckpointError, OutputExists
 from surgery.scripts import options
 from surgery.scripts.bars import progress_bars, waiting
 from surgery.scripts.loading import Machine
+from surgery.scripts.memory import keep_freed_memory
 from surgery.scripts.running import command, interrupted, note, program, show, show_json
 
 
@@ -181,6 +182,7 @@ def convert(
     check_output(out, force=force)
     if resume and not _resumable(work, since=0):
         raise CheckpointError(f"--resume: {work} holds no interrupted run; start without --resume")
+    keep_freed_memory()
     with waiting("loading the model"):
         loaded = Machine(device, dtype, threads, seed, revision).load(model)
     batches, held = read_data(

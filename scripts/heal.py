@@ -11,6 +11,7 @@ from surgery.scripts import options
 from surgery.scripts.bars import progress_bars, waiting
 from surgery.scripts.convert import Heal, check_output, read_data
 from surgery.scripts.loading import Machine
+from surgery.scripts.memory import keep_freed_memory
 from surgery.scripts.running import command, note, show, show_json
 
 
@@ -56,6 +57,7 @@ def heal(
         heal_rate=default.heal_rate if rate is None else rate,
     )
     check_output(out, force=force)
+    keep_freed_memory()
     with waiting("loading the model"):
         gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
     if budget is not None:
