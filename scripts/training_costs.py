@@ -3,8 +3,8 @@
 Each measurement runs in a process of its own, in turns, and the medians are printed: the growth of its peak resident memory,
 with activations kept for the backward pass, and the CPU time of a step once the first one is over. `dense` is a training
 forward and backward of the dense model itself, all weights trained, on the same batches; `routers` and `skip paths` are steps of
-`surgery.train_routers` and `surgery.nesting.train_skip_paths`. Each also runs with freed memory kept (`surgery.scripts.memory`),
-as `surgery convert` does.
+`surgery.train_routers` and `surgery.nesting.train_skip_paths`; `closed form` is one whole `surgery.fit_skip_paths` on its 512
+inputs. Each also runs with freed memory kept (`surgery.scripts.memory`), as `surgery convert` does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Annotated
 import typer
 
 STEPS = 4
-WHAT = ("dense", "routers", "skip paths")
+FITTED = 512
+WHAT = ("dense", "routers", "skip paths", "closed form")
 
 
 def main(
@@ -46,10 +47,10 @@ def main(
 
 
 def measure(what: str, kept: bool, model: str, data: str, batch_size: int, threads: int) -> tuple[int, float]:
-    """Bytes by which a few steps raise this process's peak, and the median CPU time of all steps but the first."""
+    """Bytes by which a few steps raise this process's peak, and the median CPU time of all steps but the first, or of the fit."""
     import torch
 
-    from surgery import Options, find_sites, insert_gates, train_routers
+    from surgery import Options, find_sites, fit_skip_paths, insert_gates, train_routers
     from surgery.adapters import load_data, load_model
     from surgery.calibration import calibrate
     from surgery.calling import as_batch, call, read_output
@@ -61,7 +62,8 @@ def measure(what: str, kept: bool, model: str, data: str, batch_size: int, threa
         keep_freed_memory()
     torch.set_num_threads(threads)
     loaded = load_model(model)
-    source = load_data(data, loaded, split="train", batch_size=batch_size, limit=STEPS * batch_size)
+    count = FITTED if what == "closed form" else STEPS * batch_size
+    source = load_data(data, loaded, split="train", batch_size=batch_size, limit=count)
     batches = [as_batch(batch) for batch in source]
     small = [batch.rows(torch.arange(4)) for batch in batches]
     options, ended = Options(steps=STEPS), []
@@ -79,11 +81,16 @@ def measure(what: str, kept: bool, model: str, data: str, batch_size: int, threa
             read_output(call(network, batch)).float().square().mean().backward()
             progress("training")
     else:
-        gated = insert_gates(loaded.model, find_sites(loaded.model, small[0]).plan(trained=True))
+        gated = insert_gates(loaded.model, find_sites(loaded.model, small[0]).plan(trained=True, budget=0.6))
         if what == "routers":
             calibrate(gated, small, 0.7)
             before = _resident()
             train_routers(gated, batches, budget=0.7, options=options, progress=progress)
+        elif what == "closed form":
+            before = _resident()
+            progress("training")
+            fit_skip_paths(gated, batches)
+            progress("training")
         else:
             cut_order(gated, small)
             before = _resident()

@@ -29,12 +29,14 @@ from surgery.costs import place, run
 from surgery.errors import DataError, SurgeryError
 from surgery.gates import Gate, iter_gates
 from surgery.head_gates import HeadGate
+from surgery.lockstep import Lockstep
 from surgery.progress import Progress, silent
 from surgery.rows import gathered, neighbours, positions_shape, to_rows
 from surgery.sites import Layout
 from surgery.skip_paths import AffineSkip, DepthwiseSkip, LinearSkip, LowRankSkip, NarrowSkip, SkipPath, chain_features
 
 _ELEMENTS = 2**26  # largest residual stream of the twin pass; bounds memory
+_PART = 32  # samples that run from one site to the next at once; bounds that of what branches make
 _ROWS = 2**16  # rows per least-squares problem; more change the maps by less than their noise
 _NEIGHBOURS = 2**23  # numbers in the rows of a depthwise problem
 _HIDDEN = 2**26  # likewise of a narrow one
@@ -79,38 +81,77 @@ def fit_skip_paths(
     widest = max(p.site.channels * p.site.positions for p in state.plan.sites)
     batch = gather(data, max(8, min(samples, _ELEMENTS // (2 * widest))))
     batch = place(batch, gated)
-    count = batch.size
-    twin = batch.rows(torch.arange(2 * count, device=batch.device) % count)
-    handler = _TwinPass(
-        count,
+    parts = torch.arange(batch.size, device=batch.device).split(_PART)
+    twins = _Twins(
         decisions,
         ridge,
         torch.Generator().manual_seed(seed),
         len(state.names),
         progress or silent,
-        order=state.order,
+        state.order,
+        batch.size,
+        Lockstep(len(parts)),
     )
-    with torch.no_grad(), handled(gated, handler):
-        run(gated, twin)
-    return handler.left
+
+    def job(number: int, rows: Tensor) -> None:
+        with handled(gated, _TwinPass(twins, number, rows)):
+            run(gated, batch.rows(torch.cat((rows, rows))))
+
+    with torch.no_grad():
+        twins.steps.run([partial(job, *one) for one in enumerate(parts)], batch.device)
+    return twins.left
 
 
 @dataclass(slots=True)
-class _TwinPass:
-    """Gate handler: dense rows first, gated rows second."""
+class _Twins:
+    """What the parts of a twin pass share."""
 
-    count: int
     decisions: str
     ridge: float
     generator: torch.Generator
     total: int
     progress: Progress
+    order: tuple[str, ...]
+    count: int
+    """Samples of all parts."""
+    steps: Lockstep
     left: dict[str, float] = field(default_factory=dict)
     levels: Tensor | None = None
-    order: tuple[str, ...] = ()
+    drawn: list[Tensor] = field(default_factory=list)
+    """Decisions for all samples, one tensor for every gate so far."""
+
+    def draw(self, number: int, site: str, shape: Sequence[int]) -> Tensor:
+        """Decisions `(N, *positions)` of all samples at the gate with this number; `shape` is that of a part."""
+        if number == len(self.drawn):
+            if self.decisions == "nested":
+                # sites that are cut late see streams where nearly everything before is cut, the first ones all kinds
+                levels = torch.rand(self.count, generator=torch.Generator().manual_seed(0)) * len(self.order)
+                self.drawn.append(levels <= self.order.index(site))
+            else:
+                if self.levels is None:
+                    self.levels = 0.2 + 0.8 * torch.rand(self.count, generator=self.generator)
+                levels = self.levels.view(-1, *(1,) * (len(shape) - 1))
+                self.drawn.append(torch.rand(self.count, *shape[1:], generator=self.generator) < levels)
+        return self.drawn[number]
+
+
+@dataclass(slots=True)
+class _TwinPass:
+    """Gate handler of one part: dense rows first, gated rows second.
+
+    Args:
+        twins: What is common to all parts.
+        number: Of this one.
+        rows: Numbers of its samples.
+    """
+
+    twins: _Twins
+    number: int
+    rows: Tensor
+    gates: int = 0
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
-        n = self.count
+        n = len(self.rows)
         if isinstance(gate, HeadGate):  # an inactive head leaves nothing to fit
             active = torch.cat((torch.ones_like(first := self._decide(gate, residual)), first))
             return gate.mask(branch, left, residual, inputs, active)
@@ -119,42 +160,43 @@ class _TwinPass:
         base = torch.zeros_like(value) if left is None else left
         target = base[:n] + value[:n]  # the dense stream after the add
         active = self._decide(gate, residual)
-        wanted = target - base[n:]
         if not gate.skip_path.is_identity:
-            chosen = ~active if self.decisions == "routed" else torch.ones_like(active)
-            rows = self._rows(gate, residual, chosen)
-            weights = _weights(gate, branch, residual, inputs)
-            self.left[gate.site.name] = fit_one(
-                gate.skip_path, residual[n:], wanted, base[n:], rows, self.ridge, weights
-            )
-        term = torch.where(gate.expand(active, wanted), value[n:], gate.skip_path(residual[n:]))
-        result = torch.cat((target, base[n:] + term))
-        self.progress("fitting skip paths", len(self.left), self.total)
+            chosen = ~active if self.twins.decisions == "routed" else torch.ones_like(active)
+            wanted = target - base[n:]
+            brought = (residual[n:], wanted, base[n:], self._chosen(gate, residual, chosen))
+            self.twins.steps.meet(self.number, brought, partial(self._fit, gate, branch, residual, inputs))
+        kept, skipped = value[n:], gate.skip_path(residual[n:])
+        result = torch.cat((target, base[n:] + torch.where(gate.expand(active, kept), kept, skipped)))
         return (result, *escaped) if branch.escapes else result
 
-    def _decide(self, gate: Gate, residual: Tensor) -> Tensor:
-        n = self.count
-        if gate.always_on:
-            return torch.ones(gate.shape_of(residual[n:]), dtype=torch.bool, device=residual.device)
-        if self.decisions == "routed":
-            return gate.decide(residual)[0][n:]
-        if self.decisions == "nested":
-            # sites that are cut late see streams where nearly everything before is cut, the first ones all kinds
-            levels = torch.rand(n, generator=torch.Generator().manual_seed(0)) * len(self.order)
-            return (levels <= self.order.index(gate.site.name)).to(residual.device)
-        if self.levels is None:
-            self.levels = 0.2 + 0.8 * torch.rand(n, generator=self.generator)
-        shape = gate.shape_of(residual[n:])
-        levels = self.levels.view(n, *(1,) * (len(shape) - 1))
-        return (torch.rand(shape, generator=self.generator) < levels).to(residual.device)
+    def _fit(
+        self, gate: Gate, branch: Branch, residual: Tensor, inputs: Sequence[Any], brought: list[tuple[Tensor, ...]]
+    ) -> list[None]:
+        twins = self.twins
+        weights = _weights(gate, branch, residual, inputs)
+        streams, wanted, base, rows = (torch.cat(parts) for parts in zip(*brought, strict=True))
+        twins.left[gate.site.name] = fit_one(gate.skip_path, streams, wanted, base, rows, twins.ridge, weights)
+        twins.progress("fitting skip paths", len(twins.left), twins.total)
+        return [None] * len(brought)
 
-    def _rows(self, gate: Gate, residual: Tensor, chosen: Tensor) -> Tensor:
+    def _decide(self, gate: Gate, residual: Tensor) -> Tensor:
+        shape = gate.shape_of(residual[: len(self.rows)])
+        if gate.always_on:
+            return torch.ones(shape, dtype=torch.bool, device=residual.device)
+        if self.twins.decisions == "routed":
+            return gate.decide(residual)[0][len(self.rows) :]
+        self.gates += 1
+        drawn = self.twins.draw(self.gates - 1, gate.site.name, shape)
+        return drawn[self.rows.to(drawn.device)].to(residual.device)
+
+    def _chosen(self, gate: Gate, residual: Tensor, chosen: Tensor) -> Tensor:
         """Bool mask of the positions `(N, *positions)` to fit on: chosen ones that are not padding."""
-        shape = positions_shape(residual[self.count :], gate.site.layout)
+        n = len(self.rows)
+        shape = positions_shape(residual[n:], gate.site.layout)
         rows = chosen if chosen.shape == shape else chosen.view(-1, *(1,) * (len(shape) - 1)).expand(shape)
         running = scope()
         if running is not None and running.mask is not None and running.mask.shape[1:] == shape[1:]:
-            rows = rows & running.mask[self.count :]
+            rows = rows & running.mask[n:]
         return rows
 
 
