@@ -140,7 +140,7 @@ def passes_at(state: GatedState, budget: float) -> tuple[BudgetPoint, float | No
     point_at(state, budget)  # refuses what is out of range
     look = look_at(state.looks, budget)
     rest = budget - look.cost  # dense costs 1: the rest of the budget is the share of inputs
-    return _interpolate(state.table, look.base), _between(look.margins, rest) if look.margins and rest > 0 else None
+    return _point(state, look.base), _between(look.margins, rest) if look.margins and rest > 0 else None
 
 
 def look_at(looks: Sequence[LookPoint], budget: float) -> LookPoint:
@@ -179,7 +179,7 @@ def first_pass(state: GatedState) -> tuple[BudgetPoint, float]:
     if state.margin is None or state.budget is None:
         return current_point(state), 0.0
     look = look_at(state.looks, state.budget)
-    return _interpolate(state.table, look.base), max(state.budget - look.cost, 0.0)
+    return _point(state, look.base), max(state.budget - look.cost, 0.0)
 
 
 def check_budget(budget: float) -> None:

@@ -224,6 +224,20 @@ def test_static_policy_by_hand() -> None:
     assert static_policy(costs, rates, 0.42) == ()
 
 
+@pytest.mark.parametrize(("budget", "kept"), [(0.45, 1), (0.55, 2), (0.85, 3)])
+def test_a_static_policy_between_two_points_is_cut_for_its_budget(budget: float, kept: int) -> None:
+    model, data = make_cnn()  # four sites of a quarter each
+    gated = gate_all(model, data[0][:2])
+    state = state_of(gated)
+    names = state.order = tuple(reversed(state.names))
+    state.table = [
+        BudgetPoint(9.0 - cost, cost, dict.fromkeys(names, cost), names[: round(4 * cost)]) for cost in (0.3, 0.9)
+    ]
+    state.policy = "static"
+    set_budget(gated, budget)
+    assert tuple(name for name, is_open in state.static.items() if is_open) == state.names[:kept]
+
+
 def test_monotone_by_hand() -> None:
     def point(threshold: float, cost: float) -> BudgetPoint:
         return BudgetPoint(threshold, cost, {"a": cost})
