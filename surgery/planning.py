@@ -27,9 +27,9 @@ FIRST_LAYERS = 0
 """First layers of a causal language model that always run by default (likewise)."""
 WIDTH = 0.5
 """Share of a branch's hidden channels that narrow skip paths keep where no budget is known."""
-TOKEN_WIDTH = 0.125
-"""The same for decisions per token."""
-LEAST_PER_TOKEN = 0.4
+TOKEN_WIDTH, TOKEN_CHANNELS = 0.125, 0.25
+"""The same for decisions per token, and as many of them at most for each channel of the stream (gated MLPs aside)."""
+LEAST_PER_TOKEN = 0.3
 """Below this budget what narrow skip paths per token cost is worth more than what they keep."""
 WIDEST_FITTED = 4096
 """Hidden channels up to which narrow skip paths per token are fitted by default, since the time for it grows with their cube."""
@@ -68,7 +68,7 @@ def choose(
     layers = _number("first_layers", first_layers, FIRST_LAYERS if sites.causal else 0)
     grains = {site.name: _granularity(sites, site, granularity) for site in sites}
     kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0, cost, budget) for site in sites}
-    shares = {site.name: TOKEN_WIDTH if grains[site.name] == "token" else WIDTH for site in sites}
+    shares = {site.name: _token_width(site) if grains[site.name] == "token" else WIDTH for site in sites}
     chains = [site for site in sites if site.chain is not None and grains[site.name] != "token" and _is_map(site)]
     affine = [site for site in chains if _skip(site, "auto", grains[site.name], 0, cost, budget) == "affine"]
     wanted = _narrow_width(sites, chains, budget, CLOSED_AT_LOWEST if _flops(affine) > _flops(chains) / 2 else CLOSED)
@@ -165,6 +165,13 @@ def _narrow_width(sites: Sites, chains: Sequence[Site], budget: float | None, cl
     return lowest if lowest >= NARROWEST else 1 - (1 - budget) * sites.model_flops / (closed * flops)
 
 
+def _token_width(site: Site) -> float:
+    """Share of the hidden channels that a narrow path keeps where tokens are decided."""
+    if site.chain is None or site.chain.gated:
+        return TOKEN_WIDTH
+    return min(TOKEN_WIDTH, TOKEN_CHANNELS * site.channels / site.chain.width)
+
+
 def _flops(sites: Iterable[Site]) -> float:
     return sum(site.flops for site in sites)
 
@@ -174,7 +181,7 @@ def _hidden(site: Site, share: float) -> int:
     if site.chain is None:
         return 0
     if not site.chain.inner:
-        return int(share * site.chain.width)
+        return int(share * site.chain.width + 1e-6)
     limit = share * site.chain.flops(site.channels, site.chain.width)
     return next((n for n in range(site.chain.width, 0, -1) if site.chain.flops(site.channels, n) <= limit), 0)
 

@@ -277,7 +277,7 @@ class Sites(Sequence[Site]):
             granularity: `auto` takes the finest that the probes allow; `token` and `sample` apply where allowed; `prefill`
                 (once per sequence, from the prompt) is for causal language models.
             skip: Kind of skip path (docs/skip_paths.md). `auto`, per token: the identity; where paths will be trained, `narrow`
-                for chains of up to 4,096 hidden channels (if `cost` is `flops` and `budget` 0.4 or more) and `low-rank` for the
+                for chains of up to 4,096 hidden channels (if `cost` is `flops` and `budget` 0.3 or more) and `low-rank` for the
                 rest, unless that costs more than 0.1 of the branch. Else `narrow` on feature maps where branches are chains,
                 `cost` is `flops` and they reach the `budget`; else the first of `depthwise` (feature maps only, and not where
                 `cost` is `latency`) and `linear` that costs at most 0.15 of its branch and holds at most 0.1 of its parameters,
@@ -285,7 +285,8 @@ class Sites(Sequence[Site]):
                 takes where the branch is no chain.
             rank: Rank of `low-rank` skip paths.
             width: Share of a branch's hidden channels that `narrow` skip paths keep, in (0, 1); `auto` keeps what costs a share
-                of the branch that goes by the `budget` (docs/skip_paths.md), and is 0.5 where there is none, 0.125 per token.
+                of the branch that goes by the `budget` (docs/skip_paths.md), and is 0.5 where there is none. Per token it keeps
+                an eighth, and in MLPs that are not gated at most a quarter as many as the stream has channels.
             hidden: Width of the routers' bottleneck; `auto` keeps a router within its cost limit.
             first_tokens: For how many first tokens of every sequence all gates per token stay open; `auto` is
                 `planning.FIRST_TOKENS` in causal language models, else 0.
