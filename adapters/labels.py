@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.errors import DataError
+from surgery.errors import DataError, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,11 @@ def read_labels(
                 "column %r has %d classes (%s, …), the model has %d under other names; labels are taken as they are",
                 *(column, len(names), names[0], classes),
             )
+        elif _are_names(names) and _are_names(model_names):
+            logger.warning(
+                "column %r: its classes (%s) are not named like the model's (%s); labels are taken as they are, by number",
+                *(column, shortened(names, 5), shortened(model_names, 5)),
+            )
         return Labels(column, None, None, classes)
     texts = sorted(str(value) for value in unique)
     if not texts:
@@ -111,6 +117,11 @@ def read_labels(
         some = ", ".join(texts[:5])
         logger.warning("column %r: %s match no class names; numbered in alphabetical order", column, some)
     return Labels(column, None, {text: index for index, text in enumerate(texts)}, classes)
+
+
+def _are_names(names: Sequence[str]) -> bool:
+    """Whether classes are named, not only numbered: `0`, `LABEL_0`, `class 0`."""
+    return any(re.fullmatch(r"(label|class)?\d+", _plain(name)) is None for name in names)
 
 
 def _plain(name: str) -> str:

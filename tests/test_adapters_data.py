@@ -182,6 +182,20 @@ def test_class_names_that_differ_are_said(caplog):
     assert "under other names" in caplog.text
 
 
+def test_as_many_classes_of_other_names_are_said(caplog):
+    labels = read_labels("label", datasets.ClassLabel(names=["pos", "neg"]), (), ("negative", "positive"), 2)
+    assert "its classes (pos, neg) are not named like the model's (negative, positive)" in caplog.text
+    assert labels.order is None  # by number all the same
+
+
+@pytest.mark.parametrize(
+    ("names", "own"), [(["0", "1"], ("a", "b")), (["a", "b"], ("LABEL_0", "LABEL_1")), (["b", "a"], ("A", "B"))]
+)
+def test_numbered_or_equal_classes_are_no_reason_to_warn(names, own, caplog):
+    read_labels("label", datasets.ClassLabel(names=names), (), own, 2)
+    assert caplog.text == ""
+
+
 def test_folders_named_by_synset_are_matched_with_imagenet():
     names = load_model("timm:resnet10t?pretrained=false").label_names
     labels = read_labels("label", datasets.ClassLabel(names=["n01440764", "n02102040"]), (), names, 1000)
