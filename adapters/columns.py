@@ -68,11 +68,11 @@ def find_columns(
     target: bool = False,
     where: str = "the data",
 ) -> dict[str, str]:
-    """Recognise columns by their type first, then by their name and first value.
+    """Recognise columns by their type first, then by their name and a value.
 
     Args:
         features: Column name -> its type, as `datasets` writes it.
-        row: The first row, undecoded or decoded.
+        row: The first value of each column that is not None, undecoded or decoded.
         needs: Which of image, text, audio must be there; empty for whichever there is.
         given: Roles whose column is already known.
         target: Look for a text that the model should write.

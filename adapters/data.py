@@ -68,6 +68,11 @@ class Loader:
         """Number of rows."""
         return len(self._order)
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the columns that have no role."""
+        return tuple(name for name in self._table.features if name not in self.columns.values())
+
     def column(self, name: str) -> list[Any]:
         """The values of one column in the order of the batches.
 
@@ -176,9 +181,10 @@ def load_data(
     order = torch.arange(count)
     if shuffle:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    values = _first_values(table)
     found = find_columns(
         table.features,
-        table[0],
+        values,
         loaded.preprocess.needs,
         columns,
         target="decoder_input_ids" in getattr(loaded.preprocess, "names", ()),
@@ -196,7 +202,7 @@ def load_data(
         table,
         rows,
         found,
-        _labels(table, found.get("label"), loaded),
+        _labels(table, found.get("label"), values, loaded),
         loaded,
         batch_size=batch_size,
         seed=seed,
@@ -219,11 +225,19 @@ def _finite(sample: Any) -> bool:
     return all(bool(torch.isfinite(one).all()) for one in values if isinstance(one, Tensor) and one.is_floating_point())
 
 
-def _labels(table: Table, column: str | None, loaded: Loaded) -> Labels | None:
+def _first_values(table: Table) -> dict[str, Any]:
+    """Column -> its first value that is there; None for columns without any."""
+    row = dict(table[0])
+    for name in [name for name, value in row.items() if value is None]:
+        row[name] = next((value for value in table[name] if value is not None), None)
+    return row
+
+
+def _labels(table: Table, column: str | None, values: Mapping[str, Any], loaded: Loaded) -> Labels | None:
     if column is None:
         return None
     unique: Sequence[Any] = ()
-    if isinstance(table[0][column], str):
+    if isinstance(values[column], str):
         unique = table.unique(column) if hasattr(table, "unique") else ()
     return read_labels(column, table.features[column], unique, loaded.label_names, loaded.num_classes)
 

@@ -103,7 +103,7 @@ def read_labels(
                 *(column, shortened(names, 5), shortened(model_names, 5)),
             )
         return Labels(column, None, None, classes)
-    texts = sorted(str(value) for value in unique)
+    texts = sorted(str(value) for value in unique if value is not None)
     if not texts:
         return Labels(column, None, None, classes)
     if all(_plain(text) in place for text in texts):

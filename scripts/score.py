@@ -9,7 +9,7 @@ import typer
 from surgery.scripts import options
 from surgery.scripts.bars import progress_bars, waiting
 from surgery.scripts.loading import Machine
-from surgery.scripts.running import command, show, show_json
+from surgery.scripts.running import command, note, show, show_json
 
 
 @command
@@ -55,6 +55,9 @@ def score(
         report = measure(
             gated, batches, dense=loaded.model, speed=tuple(speed or ()), peers=peers, seed=seed, progress=progress
         )
+    if batches.labels is None and not report.metric and report.agreement_of == "argmax":
+        others = f" among {', '.join(batches.unused)}" if batches.unused else ""
+        note(f"no column of labels was recognised{others}, so quality is agreement with the dense model; call it label")
     if keep:
         keep_report(gated, directory)
     if as_json:

@@ -285,6 +285,17 @@ def test_a_missing_text_is_an_error_with_its_row(tmp_path, reader):
         list(load_data(path, reader))
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_an_empty_first_cell_hides_no_column(tmp_path, reader, suffix):
+    rows = [{"text": None, "label": "positive"}, {"text": "good", "label": None}, {"text": "bad", "label": "negative"}]
+    loader = load_data(write_rows(tmp_path / f"gaps{suffix}", rows), reader)
+    assert loader.columns == {"text": "text", "label": "label"}
+    with pytest.raises(DataError, match="row 0: column 'text' is empty"):
+        list(loader)
+    loader = load_data(write_rows(tmp_path / f"holes{suffix}", [rows[1], rows[0], rows[2]]), reader)
+    assert loader.labels.index == {"negative": 0, "positive": 1}
+
+
 def test_targets_are_for_models_that_write():
     row = {"article": "a long text", "highlights": "short"}
     assert find_columns(dict.fromkeys(row), row, ("text",), target=True) == {"text": "article", "target": "highlights"}

@@ -359,6 +359,14 @@ def test_score_at_another_budget_costs_less(converted: Path) -> None:
     assert "range" in run("score", converted, "--data", "digits", "--budget", 0.001, expect=1).stderr
 
 
+def test_score_says_that_no_labels_were_recognised(converted: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"foo": [float(i == j) for j in range(64)], "bar": i % 10}) for i in range(64)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    done = run("score", converted, "--data", tmp_path / "rows.jsonl", "--no-peers")
+    assert "no column of labels was recognised among bar, so quality is agreement" in done.stderr
+    assert "no column" not in run("score", converted, "--data", "digits", "--limit", 64, "--no-peers").stderr
+
+
 def test_score_refuses_what_is_no_conversion(tmp_path: Path) -> None:
     assert "CheckpointError" in run("score", tmp_path, "--data", "digits", expect=1).stderr
 
