@@ -147,7 +147,7 @@ def load_data(
     Args:
         source: A Hugging Face dataset (`name` or `name:config`), a `.parquet`, `.csv`, `.tsv`, `.jsonl` or `.json` file
             (the whole of it, whatever the split), a directory with `train.parquet` and `test.parquet`, a folder of
-            images by class (with or without folders per split above them), or `digits` (`digits:16` for 16x16).
+            images by class (with folders per split above them, else the whole of it), or `digits` (`digits:16` for 16x16).
         loaded: What `load_model` returned.
         split: Name of the split.
         batch_size: Samples per batch.

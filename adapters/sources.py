@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from surgery.adapters.base import library
 from surgery.adapters.digits import digits
 from surgery.adapters.specs import did_you_mean, near_files
 from surgery.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -66,6 +70,9 @@ class ClassLabel:
 def open_source(source: str, split: str) -> Table:
     """Open what a `source` string names.
 
+    Files and folders without splits are read whole; this is logged where another split than `train` is asked for and their
+    name is not that of the split.
+
     Raises:
         DataError: If it names nothing, or has no such split.
         MissingDependency: If `datasets` is not installed.
@@ -79,7 +86,7 @@ def open_source(source: str, split: str) -> Table:
         return DigitsTable(*digits(split, size=size))
     path = Path(source).expanduser()
     if path.is_file():
-        return _file(path, path)
+        return _whole(_file(path, path), path, split)
     if path.is_dir():
         return _directory(path, split)
     return _hub(source, split)
@@ -117,7 +124,18 @@ def _directory(path: Path, split: str) -> Table:
     if next(_pictures(root), None) is None:
         found = ", ".join(sorted(one.name for one in path.iterdir())[:8]) or "nothing"
         raise DataError(f"{root} holds neither data files nor folders of images; found: {found}; {_readable()}")
-    return _load(str(path), "imagefolder", data_dir=str(root), split="train", drop_labels=None)
+    table = _load(str(path), "imagefolder", data_dir=str(root), split="train", drop_labels=None)
+    return table if chosen else _whole(table, path, split)
+
+
+def _whole(table: Table, path: Path, split: str) -> Table:
+    """What has no splits, as it is: rows that a conversion saw may be among them."""
+    named = set(re.split(r"[\W_]+", path.resolve().stem.lower()))
+    if split != "train" and not named & {split, *SYNONYMS.get(split, ())}:
+        logger.warning(
+            "%s has no splits: all %s rows are read, though split %r was asked for", path, f"{len(table):,}", split
+        )
+    return table
 
 
 def _hub(source: str, split: str) -> Table:

@@ -352,6 +352,26 @@ def test_folders_of_pictures(folders, viewer):
         load_data(str(folders), viewer, split="validation")
 
 
+def test_folders_without_splits_say_that_all_is_read(folders, viewer, caplog):
+    for own in (folders, folders / "test"):
+        assert load_data(str(own), viewer, split="test").samples == 2
+    assert load_data(str(folders / "train"), viewer).samples == 6
+    assert "splits" not in caplog.text
+    assert load_data(str(folders / "train"), viewer, split="test").samples == 6
+    assert "train has no splits: all 6 rows are read, though split 'test' was asked for" in caplog.text
+
+
+def test_files_say_that_all_of_them_is_read(tmp_path, reader, caplog):
+    for name in ("test.csv", "sst2_test.csv", "reviews.csv"):
+        write_rows(tmp_path / name, TEXTS)
+    load_data(str(tmp_path / "reviews.csv"), reader)
+    load_data(str(tmp_path / "test.csv"), reader, split="test")
+    load_data(str(tmp_path / "sst2_test.csv"), reader, split="test")
+    assert "splits" not in caplog.text
+    load_data(str(tmp_path / "reviews.csv"), reader, split="test")
+    assert "reviews.csv has no splits: all 3 rows are read, though split 'test' was asked for" in caplog.text
+
+
 def test_damaged_pictures_are_named_by_row(tmp_path, viewer):
     rows = [{"image": png(colour(0)), "label": 0}, {"image": png(colour(0))[:40], "label": 0}]
     path = write_rows(tmp_path / "a.parquet", rows)
