@@ -115,7 +115,7 @@ class Loader:
             try:
                 samples.append(self._loaded.preprocess(cells))
             except DataError as error:
-                raise DataError(f"row {row}: {error}") from error
+                raise DataError(f"row {row}: {error} ({_kinds(roles, cells)})") from error
             if not _finite(samples[-1]):
                 raise DataError(
                     f"row {row}: {' and '.join(roles.values())} holds NaN or infinity; clean or leave out this row"
@@ -240,6 +240,11 @@ def _labels(table: Table, column: str | None, values: Mapping[str, Any], loaded:
     if isinstance(values[column], str):
         unique = table.unique(column) if hasattr(table, "unique") else ()
     return read_labels(column, table.features[column], unique, loaded.label_names, loaded.num_classes)
+
+
+def _kinds(roles: Mapping[str, str], cells: Mapping[str, Any]) -> str:
+    """Which columns a row was made of: `column 'review', str`."""
+    return "; ".join(f"column {roles[role]!r}, {type(cell).__name__}" for role, cell in cells.items())
 
 
 def _augmented(sample: Any, generator: torch.Generator) -> Any:

@@ -57,11 +57,25 @@ class UserPreprocess:
     def __call__(self, row: Row) -> Any:
         """One sample, without the batch axis."""
         if "pair" in row:
-            return self.function((row["text"], row["pair"]))
+            both = row["text"], row["pair"]
+            return _sample(self.function(both), both)
         value = next(row[key] for key in ("image", "text", "audio", "value") if key in row)
         if "image" in row and not isinstance(value, Tensor):
             value = to_pil(value, colour=False)
-        return self.function(value)
+        return _sample(self.function(value), value)
+
+
+def _sample(sample: Any, value: Any) -> Any:
+    """What `preprocess` gave, if a batch can be made of it."""
+    for one in sample.values() if isinstance(sample, dict) else (sample,):
+        try:
+            torch.as_tensor(one)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"preprocess was called with {type(value).__name__} and gave {type(one).__name__}; a tensor, an array or a "
+                "dict of these is expected: is this data for another network?"
+            ) from error
+    return sample
 
 
 class PlainAdapter:

@@ -502,6 +502,8 @@ def own(tmp_path):
         "import torch\n"
         "def net(classes=10): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))\n"
         "def both(): return net(), lambda x: torch.as_tensor(len(x) if isinstance(x, str) else x).float().flatten()\n"
+        "def same(): return net(), lambda x: x\n"
+        "def named(): return net(), lambda x: {'x': x}\n"
     )
     return f"python:{tmp_path / 'own.py'}"
 
@@ -527,6 +529,15 @@ def test_a_users_own_preprocessing(own, tmp_path):
     assert batch[0].tolist() == [[1, 2, 3, 4]]
     with pytest.raises(DataError, match="row 0: found text in the data, and a network of your own has no tokenizer"):
         list(load_data(str(tmp_path / "t.jsonl"), load_model(f"{own}:net")))
+
+
+def test_texts_for_a_network_of_pictures(own, tmp_path):
+    path = write_rows(tmp_path / "t.jsonl", [{"review": "good film", "label": 1}])
+    for name in ("same", "named"):
+        with pytest.raises(
+            DataError, match=r"row 0: preprocess was called with str and gave str; a tensor.* \(column 'review', str\)"
+        ):
+            list(load_data(path, load_model(f"{own}:{name}")))
 
 
 def test_pictures_of_different_sizes_need_a_size(own, tmp_path):
