@@ -19,7 +19,7 @@ from surgery.adapters.lengths import group_by_length as in_groups
 from surgery.adapters.phrases import is_phrase_set
 from surgery.adapters.phrases import whole_texts as find_whole_texts
 from surgery.adapters.sources import Table, open_source
-from surgery.errors import DataError
+from surgery.errors import DataError, SurgeryError
 
 
 class Loader:
@@ -116,6 +116,12 @@ class Loader:
                 samples.append(self._loaded.preprocess(cells))
             except DataError as error:
                 raise DataError(f"row {row}: {error} ({_kinds(roles, cells)})") from error
+            except SurgeryError:
+                raise
+            except Exception as error:  # a function of the user's, or a library's
+                raise DataError(
+                    f"row {row}: preprocessing failed: {type(error).__name__}: {error} ({_kinds(roles, cells)})"
+                ) from error
             if not _finite(samples[-1]):
                 raise DataError(
                     f"row {row}: {' and '.join(roles.values())} holds NaN or infinity; clean or leave out this row"

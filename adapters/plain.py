@@ -49,9 +49,13 @@ class PlainPreprocess:
 
 @dataclass(frozen=True)
 class UserPreprocess:
-    """A function of the user's own, called with the picture (PIL, colours as in the file), text or array."""
+    """A function of the user's own, called with the picture (PIL), text or array.
+
+    Pictures have the colours of the file; where the network takes three, transparency and palettes become RGB.
+    """
 
     function: Callable[[Any], Any]
+    channels: int | None = None
     needs: tuple[str, ...] = ()
 
     def __call__(self, row: Row) -> Any:
@@ -62,6 +66,8 @@ class UserPreprocess:
         value = next(row[key] for key in ("image", "text", "audio", "value") if key in row)
         if "image" in row and not isinstance(value, Tensor):
             value = to_pil(value, colour=False)
+            if self.channels == 3 and (value.mode == "P" or len(value.getbands()) > 1):
+                value = value.convert("RGB")
         return _sample(self.function(value), value)
 
 
@@ -113,6 +119,8 @@ class PlainAdapter:
             raise UnknownModel(f"{spec.text!r}: preprocess must be callable, got {type(preprocess).__name__}")
         check_weights(model)
         setattr(model, BASE_ATTRIBUTE, {"base": spec.text, "revision": revision or ""})
+        channels = _channels(model)
+        pictures = _pictures({"channels": channels, **preprocessing} if channels else preprocessing)
         dtypes = {parameter.dtype for parameter in model.parameters()}
         if dtype is None and torch.device(device).type == "cpu" and dtypes & {torch.float16, torch.bfloat16}:
             dtype = torch.float32
@@ -120,7 +128,7 @@ class PlainAdapter:
             model=model.to(device=device, dtype=dtype).eval(),
             adapter=ADAPTER,
             spec=spec.text,
-            preprocess=UserPreprocess(preprocess) if preprocess else PlainPreprocess(_pictures(preprocessing)),
+            preprocess=UserPreprocess(preprocess, channels) if preprocess else PlainPreprocess(pictures),
             collate=collate,
         )
 
@@ -165,8 +173,9 @@ def collate(samples: Sequence[Any], labels: Tensor | None) -> Any:
     tensors = [torch.as_tensor(sample) for sample in samples]
     shapes = sorted({tuple(tensor.shape) for tensor in tensors})
     if len(shapes) > 1:
+        option = "channels" if len({shape[1:] for shape in shapes}) == 1 else "size"
         raise DataError(
-            f"samples of one batch have different shapes: {', '.join(map(str, shapes[:4]))}; give ?size=… in the MODEL "
+            f"samples of one batch have different shapes: {', '.join(map(str, shapes[:4]))}; give ?{option}=… in the MODEL "
             "string or let preprocess make them equal"
         )
     return stack(tensors, labels)
@@ -211,6 +220,12 @@ def _function(spec: Spec, module: ModuleType, name: str) -> Callable[..., Any]:
     known = [one for one, value in vars(module).items() if callable(value) and not one.startswith("_")]
     near = difflib.get_close_matches(name, known) or known[:8]
     raise UnknownModel(f"{spec.text!r}: no function {name!r} there; found: {', '.join(near) or 'none'}")
+
+
+def _channels(model: nn.Module) -> int | None:
+    """3 where the first convolution takes three channels, None where nothing is known."""
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return 3 if first == 3 else None
 
 
 def _pictures(options: Mapping[str, Any]) -> ImagePreprocess:

@@ -504,6 +504,13 @@ def own(tmp_path):
         "def both(): return net(), lambda x: torch.as_tensor(len(x) if isinstance(x, str) else x).float().flatten()\n"
         "def same(): return net(), lambda x: x\n"
         "def named(): return net(), lambda x: {'x': x}\n"
+        "def conv(): return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))\n"
+        "def to_tensor(x): return torch.tensor(list(x.tobytes())).view(*x.size, -1).permute(2, 0, 1) / 255\n"
+        "def seen(): return conv(), to_tensor\n"
+        "def check(x):\n"
+        "    assert x.mode == 'RGB', x.mode\n"
+        "    return to_tensor(x)\n"
+        "def strict(): return conv(), check\n"
     )
     return f"python:{tmp_path / 'own.py'}"
 
@@ -538,6 +545,35 @@ def test_texts_for_a_network_of_pictures(own, tmp_path):
             DataError, match=r"row 0: preprocess was called with str and gave str; a tensor.* \(column 'review', str\)"
         ):
             list(load_data(path, load_model(f"{own}:{name}")))
+
+
+def test_what_a_preprocess_raises_is_an_error_with_its_row(own, tmp_path):
+    rows = [{"image": png(colour(0)), "label": 0}, {"image": png(colour(0).convert("L")), "label": 0}]
+    path = write_rows(tmp_path / "a.parquet", rows)
+    with pytest.raises(DataError, match=r"row 1: preprocessing failed: AssertionError: L \(column 'image', ") as caught:
+        list(load_data(path, load_model(f"{own}:strict")))
+    assert isinstance(caught.value.__cause__, AssertionError)
+
+
+@pytest.mark.parametrize("name", ["conv", "seen"])
+def test_pictures_become_colours_where_the_network_takes_them(own, tmp_path, name):
+    pictures = [colour(0), colour(0).convert("RGBA"), colour(0).convert("P")]
+    pictures += [colour(0).convert("L")] if name == "conv" else []
+    loaded = load_model(f"{own}:{name}")
+    ((batch, _),) = load_data(
+        write_rows(tmp_path / "a.parquet", [{"image": png(p), "label": 0} for p in pictures]), loaded
+    )
+    assert batch.shape == (len(pictures), 3, 40, 40)
+    assert torch.equal(batch[1], batch[0]) and torch.equal(batch[2], batch[0])
+    loaded.model(batch)
+
+
+def test_grey_and_coloured_pictures_need_channels(own, tmp_path):
+    path = write_rows(
+        tmp_path / "a.parquet", [{"image": png(p), "label": 0} for p in (colour(0), colour(0).convert("L"))]
+    )
+    with pytest.raises(DataError, match=r"different shapes: \(1, 40, 40\), \(3, 40, 40\); give \?channels="):
+        list(load_data(path, load_model(f"{own}:net")))
 
 
 def test_pictures_of_different_sizes_need_a_size(own, tmp_path):
