@@ -139,6 +139,7 @@ def _source(model: nn.Module) -> str:
 
 def _model(spec: Spec, device: torch.device, dtype: torch.dtype | None, revision: str | None) -> nn.Module:
     options = spec.without(*OWN_OPTIONS)
+    _check_directory(spec)
     try:
         config, unused = transformers.AutoConfig.from_pretrained(
             spec.rest, revision=revision, return_unused_kwargs=True, **options
@@ -180,6 +181,14 @@ def _model(spec: Spec, device: torch.device, dtype: torch.dtype | None, revision
     if dtype is None and device.type == "cpu" and any(p.dtype in HALF for p in model.parameters()):
         dtype = torch.float32
     return align(model.to(device=device, dtype=dtype) if dtype is not None else model.to(device)).eval()
+
+
+def _check_directory(spec: Spec) -> None:
+    """Refuse a path that leads nowhere, which the Hub's client would take for an id of its own."""
+    if (spec.rest.startswith((".", "/", "~")) or spec.rest.count("/") > 1) and not Path(spec.rest).is_dir():
+        path = Path(spec.rest).expanduser()
+        near = did_you_mean([path] if path.is_dir() else near_files(path, directories=True))
+        raise UnknownModel(f"{spec.text!r}: directory {spec.rest} does not exist{near}")
 
 
 @contextmanager

@@ -238,6 +238,17 @@ def test_directories_that_hold_no_model(tmp_path):
         load_model(str(tmp_path / "model-a"))
 
 
+def test_paths_that_lead_nowhere(tmp_path, monkeypatch):
+    (tmp_path / "model-a").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text in (f"hf:{tmp_path}/model-b", "hf:./nets/model-b", "hf:../model-b", "hf:nets/mine/model-b"):
+        with pytest.raises(UnknownModel, match=f"directory {text[3:]} does not exist"):
+            load_model(text)
+    for text in (f"hf:{tmp_path}/model-b", "hf:~/model-b", "hf:~/model-a"):
+        with pytest.raises(UnknownModel, match=f"did you mean {tmp_path}/model-a"):
+            load_model(text)
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
