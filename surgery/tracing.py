@@ -56,6 +56,27 @@ def trace(
         TraceError: If `forward` reads a tensor's value, sets attributes, uses a context manager, or cannot be traced; if it
             should stop at a cache and none is updated.
     """
+    try:
+        return _traced(module, pattern, inlined, until_cached, many_tokens, by_name=False)
+    except TraceError as error:
+        if pattern.extra or "got multiple values for argument" not in str(error.__cause__):
+            raise
+        # A decorator fills in arguments by name (`use_cache` of transformers' models). With all of them by name it may fill in
+        # others than in a call that leaves some out, so such a graph is not used; it says what else is in the way.
+        _traced(module, pattern, inlined, until_cached, many_tokens, by_name=True)
+        raise
+
+
+def _traced(
+    module: nn.Module,
+    pattern: Pattern,
+    inlined: Collection[str],
+    until_cached: bool,
+    many_tokens: bool,
+    *,
+    by_name: bool,
+) -> fx.Graph:
+    """The graph, from one call whose arguments are given by position where they can be, or `by_name`."""
     cls = base_class(module)
     if "forward" in module.__dict__:
         raise TraceError(f"{cls.__name__}: `forward` was replaced on the instance; undo the patch before converting")
@@ -70,7 +91,8 @@ def trace(
     positional, keyword = [], {}
     for parameter, kind in zip(signature.named, pattern.named, strict=True):
         value = tracer.argument(parameter.name, kind)
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+        named = by_name and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        if named or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             keyword[parameter.name] = value
         else:
             positional.append(value)

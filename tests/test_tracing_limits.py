@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 from subjects import assert_close, assert_equal, outputs
@@ -179,6 +182,40 @@ def test_untraceable_forward_is_reported() -> None:
     sites = surgery.find_sites(Untraceable(), tokens())
     assert len(sites) == 0
     assert any(rejection.reason for rejection in sites.rejections), sites.rejections
+
+
+def filled(forward: Any) -> Any:
+    """Fills in an argument by name, as transformers' decorators do."""
+
+    @functools.wraps(forward)
+    def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.setdefault("scale", 2.0)
+        return forward(self, *args, **kwargs)
+
+    return inner
+
+
+class Filled(Untraceable):
+    """The decorator's argument comes by position in a trace."""
+
+    @filled
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        return x + self.map(x) if x.sum() > 0 else x - self.map(x)
+
+
+class FilledAlone(Filled):
+    """Without a scale where all arguments are given by name, with one in a call: no graph of either is safe."""
+
+    @filled
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        return x + self.map(x) * (1.0 if scale is None else scale)
+
+
+@pytest.mark.parametrize(("toy", "reason"), [(Filled, "control flow"), (FilledAlone, "multiple values")])
+def test_what_a_decorator_fills_in_hides_no_reason(toy: type[nn.Module], reason: str) -> None:
+    sites = surgery.find_sites(toy(), {"x": tokens(), "scale": None})
+    assert len(sites) == 0
+    assert any(reason in rejection.reason for rejection in sites.rejections), sites.rejections
 
 
 class Shared(nn.Module):
