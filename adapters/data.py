@@ -19,7 +19,7 @@ from surgery.adapters.lengths import group_by_length as in_groups
 from surgery.adapters.phrases import is_phrase_set
 from surgery.adapters.phrases import whole_texts as find_whole_texts
 from surgery.adapters.sources import Table, open_source
-from surgery.errors import DataError, SurgeryError
+from surgery.errors import DataError, SurgeryError, shortened
 
 
 class Loader:
@@ -104,7 +104,7 @@ class Loader:
         try:
             table = self._table[list(rows)]
         except Exception as error:  # datasets raises whatever its decoders raise
-            raise DataError(f"rows {rows[0]} to {rows[-1]} cannot be read: {error}") from error
+            raise DataError(f"{self._unreadable(rows)} cannot be read: {error}") from error
         roles = {role: name for role, name in self.columns.items() if role != "label"}
         samples = []
         for index, row in enumerate(rows):
@@ -132,6 +132,15 @@ class Loader:
         if self.labels is not None:
             labels = self.labels.read(table[self.labels.column], start)
         return self._loaded.collate(samples, labels)
+
+    def _unreadable(self, rows: Sequence[int]) -> str:
+        """The first of some rows that cannot be read alone, by its number."""
+        for row in rows:
+            try:
+                self._table[row]
+            except Exception:  # what it raises is said by who read them together
+                return f"row {row}"
+        return f"one of the rows {shortened([str(row) for row in sorted(rows)])}"
 
 
 def load_data(

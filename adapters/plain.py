@@ -99,10 +99,10 @@ class PlainAdapter:
         function = _function(spec, _module(spec, where), function_name)
         own = [name for name in PREPROCESSING if name in inspect.signature(function).parameters]
         preprocessing = {k: v for k, v in spec.options.items() if k in PREPROCESSING and k not in own}
+        options = spec.without(*preprocessing)
+        _check_options(spec, function, options)
         try:
-            result = function(**spec.without(*preprocessing))
-        except TypeError as error:
-            raise UnknownModel(f"{spec.text!r}: {function_name} refuses an option: {error}") from error
+            result = function(**options)
         except Exception as error:  # it is the user's code
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise UnknownModel(
@@ -217,9 +217,27 @@ def _function(spec: Spec, module: ModuleType, name: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if callable(function):
         return function
-    known = [one for one, value in vars(module).items() if callable(value) and not one.startswith("_")]
-    near = difflib.get_close_matches(name, known) or known[:8]
+    known = {one: value for one, value in vars(module).items() if callable(value) and not one.startswith("_")}
+    # imports are called by the names that the file gives them, but are seldom what is meant
+    own = [one for one, value in known.items() if getattr(value, "__module__", None) == module.__name__] or list(known)
+    near = difflib.get_close_matches(name, own) or difflib.get_close_matches(name, known) or own[:8]
     raise UnknownModel(f"{spec.text!r}: no function {name!r} there; found: {', '.join(near) or 'none'}")
+
+
+def _check_options(spec: Spec, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse options that a function does not have, and functions that need more than is given."""
+    signature, name = inspect.signature(function), spec.rest.rpartition(":")[2]
+    try:
+        signature.bind_partial(**options)
+    except TypeError as error:
+        raise UnknownModel(f"{spec.text!r}: {name} refuses an option: {error}") from error
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise UnknownModel(
+            f"{spec.text!r}: {name}{signature} cannot be called with {', '.join(options) or 'nothing'}: {error}; name a "
+            "function that returns a network, and give its arguments as ?name=value&name=value"
+        ) from error
 
 
 def _channels(model: nn.Module) -> int | None:

@@ -19,6 +19,7 @@ from surgery.errors import DataError
 logger = logging.getLogger(__name__)
 
 READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
+NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how `datasets` says it: csv, parquet
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 SYNONYMS = {"validation": ("val", "valid", "dev", "eval"), "val": ("validation", "valid", "dev")}
 
@@ -154,7 +155,7 @@ def _load(what: str, *args: Any, **kwargs: Any) -> Table:
         dataset = datasets.load_dataset(*args, **kwargs)
     except Exception as error:  # datasets raises whatever its readers raise
         reason = f"{error.__cause__ or error}".strip().rstrip(".!") or type(error).__name__
-        if "corresponds to no data" in reason:
+        if any(one in reason for one in NO_ROWS):
             raise DataError(f"{what} has no rows; give data with at least one") from error
         raise DataError(f"{what} cannot be read: {reason}; {_readable()}") from error
     finally:

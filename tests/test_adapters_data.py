@@ -379,6 +379,15 @@ def test_damaged_pictures_are_named_by_row(tmp_path, viewer):
         list(load_data(path, viewer))
 
 
+def test_damaged_pictures_are_named_by_row_in_any_order(tmp_path, viewer):
+    rows = [{"image": {"bytes": png(colour(0))[: 40 if i == 4 else None], "path": None}} for i in range(6)]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "typed.parquet")
+    for seed in range(3):
+        with pytest.raises(DataError, match=r"^row 4 cannot be read: "):
+            list(load_data(str(tmp_path / "typed.parquet"), viewer, batch_size=6, shuffle=True, seed=seed))
+
+
 def test_huggingface_pictures(tmp_path):
     config = transformers.ViTConfig(
         image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
@@ -469,6 +478,10 @@ def test_what_is_no_source(tmp_path, reader):
     (tmp_path / "head.csv").write_text("text,label\n")
     with pytest.raises(DataError, match=r"head\.csv .*(has no rows|cannot be read)"):
         load_data(str(tmp_path / "head.csv"), reader)
+    table = datasets.Dataset.from_list(TEXTS).data.table
+    pytest.importorskip("pyarrow.parquet").write_table(table.slice(0, 0), tmp_path / "none.parquet")
+    with pytest.raises(DataError, match=r"none\.parquet has no rows"):
+        load_data(str(tmp_path / "none.parquet"), reader)
     (tmp_path / "broken.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"broken\.parquet cannot be read"):
         load_data(str(tmp_path / "broken.parquet"), reader)

@@ -266,6 +266,8 @@ def test_strings_without_a_known_prefix(text, hint):
 # ---------------------------------------------------------------- networks of the user's own
 
 NETWORK = """
+from pathlib import Path
+from torch import Tensor
 import torch
 import helper_of_mine
 
@@ -278,6 +280,12 @@ def both():
 
 def nothing():
     return 3
+
+def normalise(x, scale=2):
+    return x / scale
+
+def confused():
+    return net(1 + "2")
 """
 
 
@@ -312,6 +320,16 @@ def test_what_cannot_be_a_network(network):
         load_model(f"python:{network}:nothing")
     with pytest.raises(UnknownModel, match="refuses an option"):
         load_model(f"python:{network}:net?depth=3")
+    with pytest.raises(
+        UnknownModel, match=r"normalise\(x, scale=2\) cannot be called with nothing: missing a required argument: 'x'"
+    ):
+        load_model(f"python:{network}:normalise")
+    with pytest.raises(
+        UnknownModel, match=r"no function 'nope' there; found: net, both, nothing, normalise, confused$"
+    ):
+        load_model(f"python:{network}:nope")
+    with pytest.raises(UnknownModel, match=r"confused failed in my_net.py, line \d+: TypeError"):
+        load_model(f"python:{network}:confused")
     with pytest.raises(UnknownModel, match="expected python:path"):
         load_model("python:my_net")
     Path(network).write_text("1 / 0")
