@@ -34,6 +34,7 @@ _NEAR_CLOSED = 0.04  # above the cost of all gates closed, where thresholds run 
 _STEP = 0.02  # largest gap in the table of budgets
 _STEEP = 10  # times the usual change of cost with the threshold: a step
 _TRIES = 10
+_FEW = 16  # samples: fewer have too few scores for thresholds to lie between
 
 
 def calibrate(
@@ -60,7 +61,8 @@ def calibrate(
         The point that is now set.
 
     Raises:
-        BudgetError: If the budget is outside (0, 1] or cannot be reached; names the attainable range.
+        BudgetError: If the budget is outside (0, 1] or cannot be reached; names the attainable range, or how many samples
+            there were where these are too few.
         DataError: If the data yields nothing, or can be read only once.
     """
     check_budget(budget)
@@ -232,6 +234,7 @@ class _Search:
         self.state = state_of(gated)
         self.curves: dict[float, CostCurve] = {}
         self.passes = 0
+        self.samples = 0
         closed, opened = (
             BudgetPoint(threshold, self.state.costs.cost(rates), rates)
             for threshold, rates in (
@@ -253,6 +256,7 @@ class _Search:
         point = BudgetPoint(threshold, float((costs * weights).sum() / weights.sum()), usage.active_rate)
         self.curves[point.cost] = curve.finish()
         self.passes += 1
+        self.samples = len(usage.weights)
         self.progress("calibrating", self.passes, None)
         return point
 
@@ -290,9 +294,11 @@ class _Search:
         if budget < 1:
             nearest = min(points, key=lambda p: abs(p.cost - budget))
             if abs(nearest.cost - budget) > TOLERANCE:
+                few = f"it holds {self.samples} sample{'s' * (self.samples != 1)} only: more data is needed"
+                alike = "the routers give the same score to many inputs: use more or other data"
                 raise BudgetError(
                     f"no threshold gives a mean cost within {TOLERANCE} of {budget:g} on this calibration data "
-                    f"(nearest: {nearest.cost:.3f}); the routers give the same score to many inputs: use more or other data"
+                    f"(nearest: {nearest.cost:.3f}); {few if self.samples < _FEW else alike}"
                 )
             # scores come in steps, and a threshold between two of them would give either cost
             points[points.index(nearest)] = replace(nearest, cost=budget)

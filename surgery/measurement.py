@@ -31,6 +31,8 @@ from surgery.timing import conditions
 
 IMPORTANCE_INPUTS = 512
 """Block importance is averaged over at most this many inputs."""
+FEW_INPUTS = 30
+"""Reports of fewer inputs say so."""
 
 
 def measure(
@@ -229,6 +231,11 @@ class _Run:
             found.append(
                 f"the least certain {self.ours.decided.again:.1%} of the inputs were run again in full (second look); both "
                 "passes count in cost, submodules and time"
+            )
+        inputs = len(self.ours.agreement.values)
+        if inputs < FEW_INPUTS:
+            found.append(
+                f"this is of {inputs} input{'s' * (inputs != 1)} only: on others, quality and cost may be far from it"
             )
         alone = peers and self.decides and not self.per_token and all(size == 1 for size, _ in self.seen)
         if alone:

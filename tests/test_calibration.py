@@ -58,6 +58,14 @@ def calibrated(request: pytest.FixtureRequest) -> Calibrated:
     return model, gated, data
 
 
+@pytest.mark.parametrize(("count", "reason"), [(1, "it holds 1 sample only: more data"), (16, "many inputs: use more")])
+def test_too_little_data_is_said_with_its_number(count: int, reason: str) -> None:
+    model, (first, *_) = make_cnn()
+    gated = enliven(gate_all(model, first[:2]))
+    with pytest.raises(BudgetError, match=rf"within 0.01 of 0.61 .*{reason}"):
+        calibrate(gated, [first[:1].repeat(count, 1, 1, 1)], 0.61, grid=())
+
+
 @pytest.mark.parametrize("budget", [0.9, 0.37])
 def test_realised_cost_is_the_budget(calibrated: Calibrated, budget: float) -> None:
     _, gated, data = calibrated

@@ -223,6 +223,12 @@ def test_says_so_when_routing_is_worth_nothing(gated: nn.Module, data: Any) -> N
     )
 
 
+def test_reports_of_few_inputs_say_so(gated: nn.Module) -> None:
+    for count, expected in ((1, "this is of 1 input only"), (29, "this is of 29 inputs only"), (30, "")):
+        notes = [note for note in measure(gated, [torch.randn(count, 3)], **NO_TIME).notes if "this is of" in note]
+        assert [note.partition(":")[0] for note in notes] == [expected] * bool(expected)
+
+
 def test_dense_costs_exactly_one(gated: nn.Module, data: Any) -> None:
     state_of(gated).budget = 1.0
     found = measure(gated, data, **NO_TIME)
