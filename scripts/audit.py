@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from surgery.scripts import options
+from surgery.scripts import options, outputs
 from surgery.scripts.bars import progress_bars, waiting
 from surgery.scripts.loading import Machine
 from surgery.scripts.running import command, show, show_json
@@ -48,6 +48,8 @@ def audit(
     from surgery.scripts.report_figures import drawn
     from surgery.scripts.report_figures import groups as figures_of
 
+    if picture is not None:
+        outputs.check_file("--picture", picture)
     with waiting("loading the model"):
         gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
     if budget is not None:
@@ -71,7 +73,8 @@ def audit(
         )
     if picture is not None:
         parts = found.groups or found.classes
-        picture.write_bytes(drawn(figures_of(parts), 8, 1.6 + 0.4 * len(parts), dark=False, transparent=False))
+        content = drawn(figures_of(parts), 8, 1.6 + 0.4 * len(parts), dark=False, transparent=False)
+        outputs.write(picture, content)
     if as_json:
         show_json({"directory": str(directory), **found.to_dict()})
     else:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgery.errors import MissingDependency, OutputExists, SurgeryError
-from surgery.scripts import options
+from surgery.errors import MissingDependency, SurgeryError
+from surgery.scripts import options, outputs
 from surgery.scripts.bars import Report as Progress
 from surgery.scripts.bars import progress_bars, waiting
 from surgery.scripts.loading import Machine
@@ -72,8 +72,8 @@ def compare(
     from surgery.adapters import load_data
 
     wanted = options.numbers("--budgets", budgets)
-    if out is not None and out.exists() and (not out.is_dir() or any(p.name not in WRITTEN for p in out.iterdir())):
-        raise OutputExists(f"{out} exists and holds something else than a comparison; give another --out")
+    if out is not None:
+        outputs.check_directory("--out", out, WRITTEN, "a comparison")
     with waiting("loading the model"):
         gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
     common: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "seed": seed}

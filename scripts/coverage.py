@@ -337,12 +337,15 @@ def coverage(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Check which architectures convert, on tiny random networks."""
+    from surgery.scripts import outputs
     from surgery.scripts.running import note, show_json
     from surgery.scripts.zoo import COVERAGE
 
     names = [entry.name for entry in COVERAGE if fnmatch.fnmatchcase(entry.name, only)]
     if not names:
         raise typer.BadParameter(f"no architecture matches {only!r}", param_hint="--only")
+    if out is not None:
+        outputs.check_file("--out", out)
     rows = []
     for row in measure_all(names, jobs, limit):
         rows.append(row)
@@ -350,7 +353,7 @@ def coverage(
     arguments = "" if only == "*" else f" --only '{only}'"
     page = page_of(rows, f"surgery coverage{arguments} --out {out or 'docs/coverage.md'}")
     if out is not None:
-        out.write_text(page)
+        outputs.write(out, page.encode())
     if as_json:
         show_json({"rows": [asdict(row) for row in rows]})
     elif out is None:

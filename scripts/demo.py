@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgery.errors import MissingDependency, OutputExists
-from surgery.scripts import options
+from surgery.errors import MissingDependency
+from surgery.scripts import options, outputs
 from surgery.scripts.bars import Report as Progress
 from surgery.scripts.bars import progress_bars
 from surgery.scripts.running import command, note, program, show, show_json
@@ -77,7 +77,7 @@ def demo(
     from surgery.scripts import digits_model
 
     check_budget(budget)
-    _check_output(out)
+    outputs.check_directory("--out", out, OURS, "a demo's output")
     options.set_up(threads, seed)
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -242,13 +242,3 @@ def _next(out: Path, written: Sequence[Path], seconds: Mapping[str, float]) -> s
         f"  {program()} benchmark {out / 'gated'} --data digits:16",
     ]
     return "\n".join(lines)
-
-
-def _check_output(out: Path) -> None:
-    """Only what an earlier demo wrote is replaced."""
-    if out.exists() and (not out.is_dir() or _foreign(list(out.iterdir()))):
-        raise OutputExists(f"{out} exists and holds something else than a demo's output; give another --out")
-
-
-def _foreign(entries: Sequence[Path]) -> bool:
-    return any(entry.name not in OURS for entry in entries)

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from surgery.scripts import options
+from surgery.errors import OutputExists
+from surgery.scripts import options, outputs
 from surgery.scripts.bars import waiting
 from surgery.scripts.loading import Machine, example_of
 from surgery.scripts.running import command, note, show, show_json
@@ -82,6 +83,9 @@ def export(
     from surgery.calibration import set_budget
     from surgery.exporting import export as write
 
+    outputs.check_file("--out", out)
+    if out.exists() and not force:
+        raise OutputExists(f"{out} exists; pass --force to replace it, or another --out")
     with waiting("loading the model"):
         gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
         if budget is not None:

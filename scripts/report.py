@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from surgery.scripts import options
+from surgery.scripts import options, outputs
 from surgery.scripts.bars import progress_bars, waiting
 from surgery.scripts.loading import Machine
 from surgery.scripts.running import command, note, show_json
@@ -43,6 +43,7 @@ def report(
     from surgery.scripts.report_content import write
     from surgery.scripts.report_measuring import Subject
 
+    outputs.check_file("--out", out)
     recorded = None if log is None else read_log(log)
     with waiting("loading the model"):
         gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)

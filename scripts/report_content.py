@@ -12,6 +12,7 @@ from surgery.calling import device_of
 from surgery.context import state_of
 from surgery.logs import Log
 from surgery.reports import Report
+from surgery.scripts import outputs
 from surgery.scripts import report_figures as figures
 from surgery.scripts.bars import Report as Progress
 from surgery.scripts.report_gallery import gallery
@@ -61,8 +62,7 @@ def write(
     for key, title, text, draw, width, height in drawn:
         light, dark = (figures.drawn(draw, width, height, dark=dark) for dark in (False, True))
         path = out.with_name(f"{out.stem}-{key}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_on_white(light))
+        outputs.write(path, _on_white(light))
         pictures.append(path)
         shown.append({"title": title, "text": text, "light": data_uri(light), "dark": data_uri(dark)})
     content = page(
@@ -78,7 +78,7 @@ def write(
             "footer": f"Made by surgery report. {_conditions(subject)}",
         }
     )
-    out.write_text(content, encoding="utf-8")
+    outputs.write(out, content.encode())
     return pictures
 
 

@@ -169,6 +169,29 @@ def test_every_hint_belongs_to_an_error() -> None:
         assert issubclass(getattr(surgery.errors, name), SurgeryError)
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("audit", "--picture"),
+        ("report", "--out"),
+        ("export", "--out"),
+        ("compare", "--out"),
+        ("demo", "--out"),
+        ("coverage", "--out"),
+    ],
+)
+def test_outputs_are_refused_before_the_work(command: str, option: str, tmp_path: Path) -> None:
+    """The directory of the conversion, which is read first of all, is not even there."""
+    given = {"audit": ("no", "--data", "digits"), "report": ("no", "--data", "digits"), "export": ("no",)}
+    start = (command, *given.get(command, given["audit"] if command == "compare" else ()))
+    (tmp_path / "file").write_text("a file", encoding="utf-8")
+    inside = run(*start, option, tmp_path / "file" / "deep" / "out.png", expect=1).stderr
+    assert f"{option} " in inside and "cannot be written: Not a directory; give another" in inside
+    taken = run(*start, option, tmp_path, expect=1).stderr
+    assert "OutputExists: " in taken and ("is a directory" in taken or "holds something else" in taken)
+    assert [(one.name, one.read_text("utf-8")) for one in tmp_path.iterdir()] == [("file", "a file")]
+
+
 # -- sites, show ------------------------------------------------------------------------------------------------------
 
 
@@ -492,7 +515,7 @@ def test_what_was_recorded_is_replayed_bit_for_bit(converted: Path, tmp_path: Pa
 
 
 def test_audit_by_class_and_group(converted: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "audit.png"
+    picture = tmp_path / "new" / "audit.png"
     options = ("--limit", 100, "--group", "label", "--picture", picture)
     found = read_json("audit", converted, "--data", "digits", *options)
     assert picture.read_bytes().startswith(b"\x89PNG")
