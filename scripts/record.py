@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from surgery.scripts import options
+from surgery.errors import LogError
+from surgery.scripts import options, outputs
 from surgery.scripts.bars import progress_bars, waiting
 from surgery.scripts.loading import Machine
 from surgery.scripts.running import command, note, program, show_json
@@ -40,8 +41,11 @@ def record(
     from surgery.calibration import set_budget
     from surgery.calling import batches
     from surgery.costs import place, run
+    from surgery.recording import check_place
     from surgery.recording import record as recording
 
+    check_place(out.expanduser())
+    outputs.check_writable("--out", out, LogError)
     with waiting("loading the model"):
         gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
     if budget is not None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from surgery import context
 from surgery.calling import Batch, device_of, read_output
 from surgery.context import Event, Tape, default_execution, override, overrides_of, state_of
-from surgery.errors import DataError, LogError, MissingDependency, check_choice
+from surgery.errors import DataError, LogError, MissingDependency, check_choice, shortened
 from surgery.fingerprints import fingerprint
 from surgery.gates import iter_gates
 from surgery.state import CostModel, GatedState
@@ -148,13 +148,13 @@ def record(
 
     Args:
         gated: A gated model.
-        path: Directory of the log. It may exist: every process adds a file of its own, `surgery.read_log` reads all.
+        path: Directory of the log. It may hold a log: every process adds a file of its own, `surgery.read_log` reads all.
         scores: How router scores are kept.
         rows: Inputs that are written together.
         seconds: What was recorded is on disk after that long; after a crash everything older can be read.
 
     Raises:
-        LogError: If the log cannot be written.
+        LogError: If the log cannot be written, or the directory holds something else than logs.
         MissingDependency: If pyarrow is not installed.
         NotConverted: If the model has no gates.
 
@@ -169,6 +169,18 @@ def record(
             yield recorder
     finally:
         recorder.close()
+
+
+def check_place(path: Path) -> None:
+    """Refuse a directory that belongs to something else, such as a converted model that is replaced one day.
+
+    Raises:
+        LogError: If it holds anything else than parts of a log; hidden files do not count.
+    """
+    others = sorted(one.name for one in path.iterdir() if not one.name.startswith(".")) if path.is_dir() else []
+    others = [name for name in others if not name.endswith(SUFFIX)]
+    if others:
+        raise LogError(f"{path} holds {shortened(others, 3)}, so it is no log's; give a directory of its own")
 
 
 def input_hashes(batch: Batch) -> list[str]:
@@ -287,6 +299,7 @@ class _Writer:
     def __init__(self, gated: nn.Module, path: Path, scores: str, rows: int, seconds: float) -> None:
         self._state, self._scores, self._rows, self._seconds = state_of(gated), scores, rows, seconds
         pa = arrow()
+        check_place(path)
         self._schema = schema_of(describe(gated, scores))
         try:
             self._made = not path.exists()

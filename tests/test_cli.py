@@ -514,6 +514,14 @@ def test_what_was_recorded_is_replayed_bit_for_bit(converted: Path, tmp_path: Pa
     assert "no site named" in run("replay", log, "--from", converted, *data, "--close", "x", expect=1).stderr
 
 
+def test_a_log_has_a_directory_of_its_own(converted: Path) -> None:
+    pytest.importorskip("pyarrow")
+    before = sorted(converted.iterdir())
+    refused = run("record", converted, "--data", "digits", "--limit", 2, "--out", converted, expect=1).stderr
+    assert "LogError: " in refused and "holds surgery.safetensors, surgery_config.json, so it is no log's" in refused
+    assert "loading" not in refused and sorted(converted.iterdir()) == before
+
+
 def test_audit_by_class_and_group(converted: Path, tmp_path: Path) -> None:
     picture = tmp_path / "new" / "audit.png"
     options = ("--limit", 100, "--group", "label", "--picture", picture)

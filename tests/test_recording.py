@@ -43,6 +43,17 @@ def recorded(name: str, path: Path, **options: object) -> surgery.Log:
     return surgery.read_log(path)
 
 
+def test_a_log_lies_among_no_other_files(tmp_path: Path) -> None:
+    name = NAMES[0]
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    with pytest.raises(LogError, match=r"holds thesis\.tex, so it is no log's"):
+        recorded(name, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "thesis.tex").rename(tmp_path / ".hidden")
+    assert len(recorded(name, tmp_path).parts()) == 1
+    assert len(recorded(name, tmp_path).parts()) == 2
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_hold_what_the_tape_saw(name: str, tmp_path: Path) -> None:
     gated = subject(name).gated
