@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from surgery.errors import BudgetError, CheckpointError, OutputExists
-from surgery.scripts import options
+from surgery.scripts import options, outputs
 from surgery.scripts.bars import progress_bars, waiting
 from surgery.scripts.loading import Machine
 from surgery.scripts.memory import keep_freed_memory
@@ -243,6 +243,7 @@ def check_output(out: Path, *, force: bool) -> None:
         raise OutputExists(f"{out} exists; pass --force to replace it, or another --out")
     if out.exists() and not is_checkpoint(out) and any(out.iterdir() if out.is_dir() else [out]):
         raise OutputExists(f"{out} is no converted model, so it is not replaced; give another --out")
+    outputs.check_writable("--out", out, CheckpointError)
 
 
 def _resumable(work: Path, *, since: float) -> bool:

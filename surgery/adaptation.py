@@ -74,7 +74,7 @@ def heal(
         MissingDependency: If `lora` is asked for and peft is not installed.
         DataError: If the data yields nothing, or its length is unknown and `options.steps` is not given.
     """
-    check_choice("kind", kind, KINDS)
+    check_healable(gated, kind)
     options, state, report = options or Options(), state_of(gated), progress or silent
     budget = state.budget
     if budget is None or budget >= 1 or not state.table:
@@ -103,6 +103,29 @@ def heal(
         gain = "" if before is None else f": mean divergence on held-out data {before:.4g} -> {after:.4g}"
         _note(gated, f"healed ({kind}){gain}")
     return losses
+
+
+def check_healable(gated: nn.Module, kind: Literal["norms", "lora"]) -> None:
+    """Refuse what `heal` would refuse, as soon as gates are there.
+
+    Raises:
+        SurgeryError: If the kind is unknown, or the model has no norms with scales, or no linear maps in branches.
+        MissingDependency: If `lora` is asked for and peft is not installed.
+    """
+    check_choice("kind", kind, KINDS)
+    scales, linears = _scales(gated), _linears(gated)
+    if kind == "norms" and not scales:
+        other = "; take heal='lora'" if linears else ""
+        raise SurgeryError(f"{type(gated).__name__} has no norm with a scale or shift to heal{other}")
+    if kind == "norms":
+        return
+    if not linears:
+        other = "; take heal='norms'" if scales else ""
+        raise SurgeryError(f"{type(gated).__name__} has no linear map inside a branch to heal{other}")
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency('healing by LoRA needs peft: pip install "bypass-surgery[heal]"') from error
 
 
 def _train(
@@ -146,14 +169,7 @@ def _train(
 @contextmanager
 def _norms(gated: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Changes of all scales and shifts, in force and trainable inside the block."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, module in gated.named_modules():
-        if _is_norm(module) and GATES not in name.split("."):
-            own = {key: value for key, value in module._parameters.items() if value is not None and value.dim() == 1}
-            shapes |= {f"{name}.{key}" if name else key: tuple(value.shape) for key, value in own.items()}
-    if not shapes:
-        raise SurgeryError(f"{type(gated).__name__} has no norm with a scale or shift to heal; take heal='lora'")
-    parameters = list(install(gated, Healing("norms", shapes)).values())
+    parameters = list(install(gated, Healing("norms", _scales(gated))).values())
     for parameter in parameters:
         parameter.requires_grad_()
     try:
@@ -172,13 +188,9 @@ def _low_rank(gated: nn.Module, rank: int) -> Iterator[list[nn.Parameter]]:
 
     peft wraps modules, and so renames what the state dict, the plan and the fingerprint go by; it stays for the training.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise MissingDependency('healing by LoRA needs peft: pip install "bypass-surgery[heal]"') from error
+    from peft import LoraConfig, inject_adapter_in_model
+
     names = _linears(gated)
-    if not names:
-        raise SurgeryError(f"{type(gated).__name__} has no linear map inside a branch to heal; take heal='norms'")
     needs = {name: p.requires_grad for name, p in gated.named_parameters()}
     originals = {name: gated.get_submodule(name) for name in names}
     try:
@@ -199,6 +211,16 @@ def _low_rank(gated: nn.Module, rank: int) -> Iterator[list[nn.Parameter]]:
         for name, (down, up) in factors.items():
             added[f"{name}.{GATES}.weight{DOWN}"].copy_(down)
             added[f"{name}.{GATES}.weight{UP}"].copy_(up)
+
+
+def _scales(gated: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the scales and shifts of norms."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in gated.named_modules():
+        if _is_norm(module) and GATES not in name.split("."):
+            own = {key: value for key, value in module._parameters.items() if value is not None and value.dim() == 1}
+            shapes |= {f"{name}.{key}" if name else key: tuple(value.shape) for key, value in own.items()}
+    return shapes
 
 
 def _linears(gated: nn.Module) -> list[str]:

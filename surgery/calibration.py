@@ -81,8 +81,7 @@ def calibrate(
         state.costs = flop_costs(state.plan)
     search = _Search(gated, stored, progress or silent)
     low, high = search.range
-    if budget < 1 and not low - 1e-9 <= budget:
-        raise BudgetError(_unreachable(budget, low))
+    _check_reachable(budget, low)
     for goal in sorted({*grid, low + _NEAR_CLOSED, budget} - {1.0}, reverse=True):
         if low + 0.005 <= goal <= high or goal == budget:
             search.solve(goal, _GOAL if goal == budget else _GRID_GOAL, _TRIES if goal == budget else 2)
@@ -399,8 +398,24 @@ def _mixed(low: BudgetPoint, high: BudgetPoint, share: float) -> dict[str, float
     return {n: low.active_rate[n] + share * (high.active_rate[n] - low.active_rate[n]) for n in low.active_rate}
 
 
-def _unreachable(budget: float, low: float) -> str:
-    return (
+def check_floor(gated: nn.Module, budget: float) -> None:
+    """Refuse a budget that the plan puts out of reach, before anything is fitted: FLOPs with every gate closed count.
+
+    Args:
+        gated: A gated model whose costs are counted in FLOPs.
+        budget: Mean cost as a fraction of dense.
+
+    Raises:
+        BudgetError: If it cannot be reached, as `calibrate` does.
+    """
+    state = state_of(gated)
+    _check_reachable(budget, state.costs.cost(state.constant_rates(0.0)))
+
+
+def _check_reachable(budget: float, low: float) -> None:
+    if budget >= 1 or budget >= low - 1e-9:
+        return
+    raise BudgetError(
         f"budget {budget:g} cannot be reached: with every gate closed the model still costs {low:.3f} of dense "
         f"(attainable: {low:.3f} to 1); choose a larger budget, cheaper skip paths, or more sites"
     )

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery.adaptation import KINDS as HEALING
+from surgery.adaptation import check_healable
 from surgery.adaptation import heal as heal_backbone
-from surgery.calibration import calibrate, check_budget, set_budget
+from surgery.calibration import calibrate, check_budget, check_floor, set_budget
 from surgery.calling import Batch, as_batch, batches
 from surgery.context import execution, state_of
 from surgery.costs import Usage, observe
@@ -177,6 +178,10 @@ def convert(
         trained=trains and (options or Options()).skip_rate > 0,
     )
     gated = insert_gates(model, plan)
+    if cost == "flops":
+        check_floor(gated, budget)
+    if heal is not None and budget < 1:
+        check_healable(gated, heal)
     if found.causal and any(planned.granularity == "sample" for planned in plan.sites):
         note(gated, _WHOLE_TEXTS)
     if apart := [planned for planned in plan.sites if granularity not in ("auto", planned.granularity)]:

@@ -313,6 +313,15 @@ def test_force_replaces_conversions_only(network: str, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("command", ["convert", "heal"])
+def test_a_directory_that_cannot_be_written_is_refused_before_the_work(command: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file", encoding="utf-8")
+    more = {"convert": ("timm:no_such_model", "--budget", 0.5), "heal": (tmp_path / "no", "--kind", "lora")}[command]
+    refused = run(command, *more, "--data", "digits", "--out", tmp_path / "file" / "out", expect=1).stderr
+    assert "CheckpointError: --out " in refused and "cannot be written: Not a directory" in refused
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("budget", ["0", "1.5", "-1", "nan"])
 def test_convert_refuses_budgets_before_it_loads_anything(budget: str, tmp_path: Path) -> None:
     result = run("convert", "timm:no_such_model", "--budget", budget, "--out", tmp_path / "out", expect=1)

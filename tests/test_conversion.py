@@ -429,7 +429,10 @@ def test_budgets_out_of_range(refuses: Callable[..., None], images: list[Tensor]
 
 
 def test_budget_below_what_is_attainable(refuses: Callable[..., None], images: list[Tensor]) -> None:
-    refuses(BudgetError, r"0.05 cannot be reached.*attainable: 0\.\d+ to 1\)", budget=0.05, data=images)
+    stages: list[str] = []
+    pattern = r"0.05 cannot be reached.*attainable: 0\.\d+ to 1\)"
+    refuses(BudgetError, pattern, budget=0.05, data=images, progress=lambda stage, *_: stages.append(stage))
+    assert set(stages) == {"finding sites"}  # the plan says so, before anything is fitted
 
 
 def test_model_without_sites(refuses: Callable[..., None]) -> None:

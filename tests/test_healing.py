@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from subjects import assert_equal, outputs, subject
 from test_cli import network, run  # noqa: F401  (a fixture)
 from torch import Tensor, nn
-from toys import Stack, assert_same, convolution, frozen, mlp
+from toys import Stack, Times, assert_same, convolution, frozen, mlp
 
 import surgery
 from surgery.adaptation import heal
@@ -22,7 +23,7 @@ from surgery.cards import card
 from surgery.configs import read_config
 from surgery.context import state_of
 from surgery.conversion import heal_converted
-from surgery.errors import BudgetError, CheckpointError, PlanMismatch, SurgeryError
+from surgery.errors import BudgetError, CheckpointError, MissingDependency, PlanMismatch, SurgeryError
 from surgery.fingerprints import fingerprint
 from surgery.healing import changed, stored
 from surgery.held_out import HeldOut
@@ -321,3 +322,21 @@ def test_refusals() -> None:
     gated = surgery.convert(bare, 0.7, data=ready.data, tune="oneshot")
     with pytest.raises(SurgeryError, match="no norm with a scale or shift"):
         heal(gated, ready.data, "norms")
+
+
+def test_what_cannot_be_healed_is_refused_before_anything_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [torch.randn(8, 8) for _ in range(5)]
+    stages: list[str] = []
+
+    def refused(model: nn.Module, kind: Any, error: type[Exception], match: str) -> None:
+        with pytest.raises(error, match=match):
+            surgery.convert(model, 0.7, data=data, heal=kind, progress=lambda stage, *_: stages.append(stage))
+        assert set(stages) == {"finding sites"}
+
+    hidden = [nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(2)]
+    refused(Stack(*hidden), "norms", SurgeryError, "norm with a scale or shift to heal; take heal='lora'$")
+    times = [nn.Sequential(*(Times(torch.randn(8, 8)) for _ in range(8)), nn.ReLU()) for _ in range(2)]
+    refused(Stack(*times), "lora", SurgeryError, "no linear map inside a branch to heal$")  # nor has it norms
+    refused(Stack(*times, head=nn.LayerNorm(8)), "lora", SurgeryError, "to heal; take heal='norms'$")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused(Stack(*hidden), "lora", MissingDependency, "needs peft")
