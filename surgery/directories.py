@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ def written_directory(
             place.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             yield temporary
+            _give_modes(temporary)
             _check_free(place, target, marker, overwrite)
             _move(temporary, place)
         except FileExistsError:
@@ -55,6 +57,17 @@ def _check_free(place: Path, target: str | Path, marker: str | Callable[[Path], 
     if not place.is_dir() or (any(place.iterdir()) and not same(place)):
         what = "is no converted model" if callable(marker) else f"holds no {marker}"
         raise OutputExists(f"{target} {what}, so it is something else and is not replaced; give another directory")
+
+
+def _give_modes(made: Path) -> None:
+    """Files get the mode that new ones have here: safetensors makes its own readable by nobody else."""
+    probe = made / f".{uuid.uuid4().hex}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in made.rglob("*"):
+        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) != mode:
+            file.chmod(mode)
 
 
 def _move(new: Path, place: Path) -> None:

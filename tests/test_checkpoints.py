@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,18 @@ def test_existing_directory_stays_unless_told(made: Path) -> None:
     checkpoints.save(gated, made, overwrite=True)
     assert state_of(load(made)).budget == 0.3
     assert [path.name for path in made.parent.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_all_files_can_be_read_by_whom_new_files_can(mask: int, mode: int, tmp_path: Path) -> None:
+    one = subject("timm/test_resnet")
+    before = os.umask(mask)
+    try:
+        checkpoints.save(one.gated, tmp_path / "made", base=True)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "made").iterdir()}
+    assert len(modes) == 4 and set(modes.values()) == {mode}, modes
 
 
 def test_what_is_no_checkpoint_is_never_replaced(tmp_path: Path) -> None:
