@@ -71,7 +71,9 @@ def compare(
     """Compare a converted model with static cuts, random and shuffled decisions, token merging and pruning at equal cost."""
     from surgery.adapters import load_data
 
-    wanted = options.numbers("--budgets", budgets)
+    wanted = options.budgets(budgets)
+    if not wanted:
+        raise typer.BadParameter("--budgets names none; write 0.4,0.6")
     if out is not None:
         outputs.check_directory("--out", out, WRITTEN, "a comparison")
     with waiting("loading the model"):
@@ -234,7 +236,11 @@ def sweep(
     seed: int,
     progress: Progress,
 ) -> Comparison:
-    """Measure `gated` and its peers at every budget."""
+    """Measure `gated` and its peers at every budget.
+
+    Raises:
+        BudgetError: If it can be set to none of them.
+    """
     from surgery.calibration import set_budget
     from surgery.errors import BudgetError
     from surgery.measurement import measure
@@ -258,6 +264,8 @@ def sweep(
             progress=progress,
         )
         found.reports[budget] = _with_absent(report, networks.absent)
+    if not found.reports:
+        raise BudgetError(f"none of these budgets can be set: {'; '.join(found.out_of_reach.values())}")
     return found
 
 
@@ -290,8 +298,6 @@ def write(out: Path, found: Comparison, content: Mapping[str, Any], batch: int) 
     out.mkdir(parents=True, exist_ok=True)
     (out / "comparison.json").write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     (out / "comparison.md").write_text(markdown(found), encoding="utf-8")
-    if not found.reports:
-        return
     try:
         (out / "comparison.png").write_bytes(picture(found, batch))
     except MissingDependency as error:

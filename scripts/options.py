@@ -96,6 +96,21 @@ def numbers(option: str, text: str) -> list[float]:
     return found
 
 
+def budgets(text: str) -> list[float]:
+    """The budgets of `--budgets`, as fractions of the dense cost.
+
+    Raises:
+        typer.BadParameter: If one is no number.
+        BudgetError: If one is outside (0, 1].
+    """
+    from surgery.calibration import check_budget
+
+    found = numbers("--budgets", text)
+    for budget in found:
+        check_budget(budget)
+    return found
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` takes an accelerator where there is one.
 

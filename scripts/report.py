@@ -43,6 +43,7 @@ def report(
     from surgery.scripts.report_content import write
     from surgery.scripts.report_measuring import Subject
 
+    wanted = options.budgets(budgets)
     outputs.check_file("--out", out)
     recorded = None if log is None else read_log(log)
     with waiting("loading the model"):
@@ -50,7 +51,6 @@ def report(
     rows = load_data(
         data, loaded, split=split, batch_size=batch_size, limit=limit, seed=seed, shuffle=limit is not None
     )
-    wanted = options.numbers("--budgets", budgets)
     with progress_bars() as progress:
         pictures = write(
             out,

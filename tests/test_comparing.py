@@ -162,6 +162,23 @@ def test_table_files_and_json(converted: Path, tmp_path: Path) -> None:  # noqa:
     assert "Peers at equal cost" in text and "static+look" in text and "pruned" not in text
 
 
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_budgets_are_checked_before_the_work(command: str, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    missing = (command, tmp_path / "no", "--data", "digits", "--out", tmp_path / "new")
+    refused = run(*missing, "--budgets", "0.6,60", expect=1).stderr
+    assert refused.startswith("BudgetError: ") and "in (0, 1]; got 60" in refused
+
+
+def test_budgets_out_of_reach_alone_are_an_error(converted: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    common = ("compare", converted, "--data", "digits", "--limit", 64, "--out", out)
+    refused = run(*common, "--budgets", "0.01,0.02", expect=1).stderr.replace("\n", " ")
+    assert "BudgetError: none of these budgets can be set: budget 0.01 is outside" in refused and "0.02" in refused
+    assert not out.exists()
+    assert "names none" in run(*common, "--budgets", ",", expect=2).stderr
+
+
 def test_writes_into_no_directory_of_others(converted: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "mine.txt").write_text("mine")
     result = run("compare", converted, "--data", "digits", "--out", tmp_path, expect=1)
