@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -42,6 +43,12 @@ def program() -> str:
     found = shutil.which("surgery")
     elsewhere = called.name == "surgery" and (found is None or not called.exists() or not called.samefile(found))
     return str(called) if elsewhere else "surgery"
+
+
+def command_line(*words: object, options: Mapping[str, object]) -> str:
+    """A complete line to type, quoted where it must be; options whose value is None are left out."""
+    given = [str(word) for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+    return shlex.join([program(), *map(str, words), *given])
 
 
 def standard_error() -> Console:

@@ -10,7 +10,7 @@ import typer
 from surgery.scripts import options
 from surgery.scripts.bars import waiting
 from surgery.scripts.loading import Machine, example_of, is_converted
-from surgery.scripts.running import command, show_code, show_json
+from surgery.scripts.running import command, command_line, note, show_code, show_json
 
 
 @command
@@ -19,8 +19,11 @@ def show(
         str, typer.Argument(metavar="MODEL_OR_DIR", help=f"{options.MODEL_HELP} Or a converted directory.")
     ],
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A site or the module that contains it; '' for the model.")
-    ] = "",
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="A site or the module that contains it, '' for the model; names are listed without it."
+        ),
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", help=options.DATA_HELP)] = None,
     split: Annotated[str, typer.Option("--split", help="Split of the data.")] = "train",
     base: options.Base = None,
@@ -30,8 +33,9 @@ def show(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show the code that runs instead of the original forward, with its gates."""
+    """Show the code that runs instead of the original forward, with its gates; without NAME, the names of the sites."""
     import surgery
+    from surgery.context import state_of
 
     machine = Machine(device, dtype, revision=revision)
     with waiting("loading the model"):
@@ -41,6 +45,15 @@ def show(
             loaded = machine.load(model)
             example = example_of(loaded, data, split=split, batch_size=2, seed=0)
             gated = surgery.insert_gates(loaded.model, surgery.find_sites(loaded.model, example))
+    if name is None:
+        names = state_of(gated).names
+        if as_json:
+            show_json({"sites": list(names)})
+        else:
+            typer.echo("\n".join(names))
+            given = {"data": data, "split": None if data is None else split, "model": base, "revision": revision}
+            note(f"next: {command_line('show', model, names[0], options=given)}")
+        return
     code = surgery.show(gated, name)
     if as_json:
         show_json({"name": name, "code": code})

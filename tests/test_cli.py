@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,6 +223,17 @@ def test_show_prints_code(network: str, converted: Path) -> None:
     assert "def _branch_mlp" in fresh and "surgery_gates" in fresh
     assert run("show", converted, "blocks.0.mlp").stdout == fresh
     assert read_json("show", converted, "blocks.0")["code"].strip() == fresh.strip()
+
+
+def test_show_lists_the_sites_where_no_name_is_given(network: str, converted: Path) -> None:
+    names = [f"blocks.{index}.mlp" for index in range(4)]
+    shown = run("show", converted)
+    assert shown.stdout.split() == names and f"show {converted} blocks.0.mlp" in shown.stderr
+    fresh = run("show", network, "--data", "digits")
+    assert fresh.stdout.split() == names
+    run(*shlex.split(fresh.stderr.partition("next: surgery ")[2]))
+    assert read_json("show", converted) == {"sites": names}
+    assert "UnknownSite: '' is neither" in run("show", converted, "", expect=1).stderr
 
 
 def test_show_names_what_there_is(converted: Path) -> None:
