@@ -11,7 +11,7 @@ from surgery.errors import LogError
 from surgery.scripts import options, outputs
 from surgery.scripts.bars import progress_bars, waiting
 from surgery.scripts.loading import Machine
-from surgery.scripts.running import command, note, program, show_json
+from surgery.scripts.running import command, command_line, note, show_json
 
 
 @command
@@ -60,4 +60,14 @@ def record(
         show_json(found)
     else:
         note(f"{rows.samples:,} inputs in {log.calls:,} calls were added to {out}")
-        note(f"next: {program()} replay {out} --from {directory} --data {data} --split {split}")
+        given = {
+            "from": directory,
+            "data": data,
+            "split": split,
+            "model": base,
+            "batch-size": batch_size,
+            "limit": limit,
+        }
+        given |= {"revision": revision, "device": None if device == "auto" else device, "threads": threads}
+        given |= {"dtype": None if dtype is options.Dtype.auto else dtype.value, "seed": seed or None}
+        note(f"next: {command_line('replay', out, options=given)}")

@@ -535,6 +535,14 @@ def test_what_was_recorded_is_replayed_bit_for_bit(converted: Path, tmp_path: Pa
     assert "no site named" in run("replay", log, "--from", converted, *data, "--close", "x", expect=1).stderr
 
 
+def test_record_says_what_replays_it(converted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    more = ("--limit", 20, "--batch-size", 10, "--dtype", "float32", "--threads", 1)
+    said = run("record", converted, "--data", "digits", *more, "--out", tmp_path / "a log").stderr
+    replayed = run(*shlex.split(said.partition("next: surgery ")[2])).stdout
+    assert "0 recorded rows are not in the data" in replayed and "batches as recorded: 20 rows" in replayed
+
+
 def test_a_log_has_a_directory_of_its_own(converted: Path) -> None:
     pytest.importorskip("pyarrow")
     before = sorted(converted.iterdir())
