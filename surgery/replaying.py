@@ -18,7 +18,7 @@ from surgery.branches import Branch
 from surgery.calling import Batch, batches, call, read_output
 from surgery.context import Event, force, handled, state_of, tape
 from surgery.costs import place
-from surgery.errors import LogError
+from surgery.errors import ForceError, LogError, shortened
 from surgery.gates import Gate
 from surgery.logs import Log, Row
 from surgery.recording import costs_of, input_hashes, output_hash
@@ -158,7 +158,7 @@ def replay(
     Raises:
         LogError: If the log is of a model with other sites, names its inputs instead of hashing them, or none of its
             inputs is in the data.
-        ForceError: If a site to force is unknown.
+        ForceError: If a site to force is unknown, or is both opened and closed.
         DataError: If the data yields nothing.
     """
     state = state_of(gated)
@@ -168,6 +168,8 @@ def replay(
             f"{', '.join(state.names)}: give the checkpoint that it was recorded from"
         )
     notes = _conditions(gated, log)
+    if both := [name for name in opened if name in closed]:
+        raise ForceError(f"{shortened(both)} cannot be forced both open and closed; name it once")
     what_if = {**dict.fromkeys(opened, True), **dict.fromkeys(closed, False)}
     waiting: dict[str, deque[Row]] = defaultdict(deque)
     total = 0

@@ -123,6 +123,8 @@ def test_what_if(tmp_path: Path) -> None:
     assert cheaper.cost < cheaper.recorded_cost < dearer.cost
     with pytest.raises(ForceError, match="no site named"):
         surgery.replay(gated, log, batches("timm/vit_pico"), opened=["nosuch"])
+    with pytest.raises(ForceError, match=f"{dearest} cannot be forced both open and closed"):
+        surgery.replay(gated, log, batches("timm/vit_pico"), opened=[dearest], closed=[dearest])
 
 
 def test_replay_refuses_another_model_and_other_data(tmp_path: Path) -> None:
