@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from surgery.reports import Other, Report
 
 WRITTEN = ("comparison.json", "comparison.md", "comparison.png")
+TUNE_STEPS = 300
 _LABELS = {
     "static": "static cut, greedy order",
     "static+look": "static cut + second look",
@@ -49,7 +50,9 @@ def compare(
             "--tune", help="Training data on which pruned networks are tuned, by distillation; not at all without it."
         ),
     ] = None,
-    tune_steps: Annotated[int, typer.Option("--tune-steps", min=1, help="Steps of that.")] = 300,
+    tune_steps: Annotated[
+        int | None, typer.Option("--tune-steps", min=1, help="Steps of that; 300 by default.")
+    ] = None,
     prune: Annotated[bool, typer.Option("--prune/--no-prune", help="Also prune channels.")] = True,
     speed: Annotated[int, typer.Option("--speed", min=0, help="Inputs per timed call; 0 for no times.")] = 32,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds per budget.")] = 15,
@@ -74,6 +77,11 @@ def compare(
     wanted = options.budgets(budgets)
     if not wanted:
         raise typer.BadParameter("--budgets names none; write 0.4,0.6")
+    if tune_steps is not None and tune is None:
+        raise typer.BadParameter("--tune-steps counts steps on the data of --tune, which is not given")
+    if tune is not None and not prune:
+        raise typer.BadParameter("--tune is for pruned networks, which --no-prune leaves out")
+    steps = TUNE_STEPS if tune_steps is None else tune_steps
     if out is not None:
         outputs.check_directory("--out", out, WRITTEN, "a comparison")
     with waiting("loading the model"):
@@ -82,8 +90,8 @@ def compare(
     rows = load_data(data, loaded, split=split, shuffle=limit is not None, **common)
     training = None
     if tune is not None:
-        training = load_data(tune, loaded, split="train", shuffle=True, **{**common, "limit": tune_steps * batch_size})
-    networks = Networks(gated, loaded.model, rows, training, tune_steps, prune)
+        training = load_data(tune, loaded, split="train", shuffle=True, **{**common, "limit": steps * batch_size})
+    networks = Networks(gated, loaded.model, rows, training, steps, prune)
     with progress_bars() as progress:
         networks.progress = progress
         found = sweep(

@@ -172,6 +172,12 @@ def convert(
     from surgery.overview import status
 
     check_budget(budget)
+    if epochs is not None and heal is None and tune is Tune.oneshot:
+        raise typer.BadParameter("--epochs counts passes of a training, and --tune oneshot does not train")
+    if epochs is not None and tune is Tune.auto and data is None:
+        raise typer.BadParameter("--epochs counts passes over --data, which is not given")
+    if width is not None and skip not in (Skip.auto, Skip.narrow):
+        raise typer.BadParameter(f"--width is that of narrow skip paths, and --skip {skip.value} has none")
     training = Options() if epochs is None else Options(epochs=epochs)
     if lowest_budget is not None:
         check_budget(lowest_budget)

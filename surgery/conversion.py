@@ -184,6 +184,10 @@ def convert(
         check_healable(gated, heal)
     if found.causal and any(planned.granularity == "sample" for planned in plan.sites):
         note(gated, _WHOLE_TEXTS)
+    if width != "auto" and not any(planned.skip == "narrow" for planned in plan.sites):
+        note(gated, f"width {width:g} changes nothing: no site has a narrow skip path")
+    if routers == "shared" and not any(planned.leader for planned in plan.sites):
+        note(gated, "routers 'shared' change nothing: no MLP comes right after an attention whose router it could read")
     if apart := [planned for planned in plan.sites if granularity not in ("auto", planned.granularity)]:
         names = ", ".join(f"{planned.site.name} (per {planned.granularity})" for planned in apart[:3])
         more = f" and {len(apart) - 3} more" if len(apart) > 3 else ""

@@ -63,6 +63,11 @@ def run(*arguments: Any, expect: int = 0) -> Any:
     return result
 
 
+def unboxed(text: str) -> str:
+    """The words of an error of usage, which are shown in a box."""
+    return " ".join(text.replace("│", " ").split())
+
+
 def read_json(*arguments: Any) -> dict[str, Any]:
     """What `surgery … --json` prints: JSON alone."""
     value = json.loads(run(*arguments, "--json").stdout)
@@ -283,6 +288,26 @@ def test_convert_trains_down_to_the_lowest_budget(
     above = convert(network, tmp_path / "c", "--lowest-budget", 0.7, expect=1)
     assert "BudgetError: --lowest-budget 0.7 is above --budget 0.6" in above.stderr
     assert "BudgetError" in convert(network, tmp_path / "c", "--lowest-budget", 1.5, expect=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--tune", "oneshot", "--epochs", 3, "--data", "digits"), "--tune oneshot does not train"),
+        (("--epochs", 3), "passes over --data, which is not given"),
+        (("--width", 0.5, "--skip", "affine", "--data", "digits"), "--skip affine has none"),
+    ],
+)
+def test_convert_refuses_options_that_contradict_others(options: tuple[Any, ...], why: str, tmp_path: Path) -> None:
+    given = ("convert", "timm:no_such_model", "--budget", 0.5, "--out", tmp_path / "out")
+    assert why in unboxed(run(*given, *options, expect=2).stderr)
+
+
+def test_convert_says_which_options_change_nothing(network: str, tmp_path: Path) -> None:
+    more = ("--tune", "oneshot", "--width", 0.5, "--routers", "shared")
+    notes = json.loads(convert(network, tmp_path / "out", *more, "--json").stdout)["notes"]
+    assert any(note.startswith("routers 'shared' change nothing") for note in notes)
+    assert any(note.startswith("width 0.5 changes nothing") for note in notes)
 
 
 def test_convert_puts_texts_of_like_length_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import converted, network, read_json, run  # noqa: F401  (fixtures)
+from test_cli import converted, network, read_json, run, unboxed  # noqa: F401  (fixtures)
 from torch import Tensor, nn
 from toys import Stack, convolution
 
@@ -177,6 +177,12 @@ def test_budgets_out_of_reach_alone_are_an_error(converted: Path, tmp_path: Path
     assert "BudgetError: none of these budgets can be set: budget 0.01 is outside" in refused and "0.02" in refused
     assert not out.exists()
     assert "names none" in run(*common, "--budgets", ",", expect=2).stderr
+
+
+def test_refuses_options_that_contradict_others(tmp_path: Path) -> None:
+    missing = ("compare", tmp_path / "no", "--data", "digits")
+    assert "--tune, which is not given" in unboxed(run(*missing, "--tune-steps", 5, expect=2).stderr)
+    assert "--no-prune leaves out" in unboxed(run(*missing, "--tune", "digits", "--no-prune", expect=2).stderr)
 
 
 def test_writes_into_no_directory_of_others(converted: Path, tmp_path: Path) -> None:  # noqa: F811
