@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from surgery.errors import BudgetError, CheckpointError, OutputExists
+from surgery.errors import BudgetError, CheckpointError
 from surgery.scripts import options, outputs
 from surgery.scripts.bars import progress_bars, waiting
 from surgery.scripts.loading import Machine
@@ -185,7 +185,7 @@ def convert(
             raise BudgetError(f"--lowest-budget {lowest_budget:g} is above --budget {budget:g}; give at most that")
         training = replace(training, budgets=(lowest_budget, max(HIGHEST, budget)))
     work = out.with_name(f"{out.name}.tuning")
-    check_output(out, force=force)
+    outputs.check_conversion("--out", out, force=force)
     if resume and not _resumable(work, since=0):
         raise CheckpointError(f"--resume: {work} holds no interrupted run; start without --resume")
     keep_freed_memory()
@@ -239,17 +239,6 @@ def convert(
     else:
         show(settings)
         note(f"written to {out}; next: {program()} score {shlex.quote(str(out))} --data …")
-
-
-def check_output(out: Path, *, force: bool) -> None:
-    """Refuse before the work, not after it."""
-    from surgery.configs import is_checkpoint
-
-    if out.exists() and not force:
-        raise OutputExists(f"{out} exists; pass --force to replace it, or another --out")
-    if out.exists() and not is_checkpoint(out) and any(out.iterdir() if out.is_dir() else [out]):
-        raise OutputExists(f"{out} is no converted model, so it is not replaced; give another --out")
-    outputs.check_writable("--out", out, CheckpointError)
 
 
 def _resumable(work: Path, *, since: float) -> bool:

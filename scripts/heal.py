@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from surgery.scripts import options
+from surgery.scripts import options, outputs
 from surgery.scripts.bars import progress_bars, waiting
-from surgery.scripts.convert import Heal, check_output, read_data
+from surgery.scripts.convert import Heal, read_data
 from surgery.scripts.loading import Machine
 from surgery.scripts.memory import keep_freed_memory
 from surgery.scripts.running import command, note, show, show_json
@@ -56,7 +56,7 @@ def heal(
         steps=steps,
         heal_rate=default.heal_rate if rate is None else rate,
     )
-    check_output(out, force=force)
+    outputs.check_conversion("--out", out, force=force)
     keep_freed_memory()
     with waiting("loading the model"):
         gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)

@@ -6,7 +6,7 @@ from collections.abc import Container
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from surgery.errors import OutputExists, SurgeryError
+from surgery.errors import CheckpointError, OutputExists, SurgeryError
 
 
 def check_file(option: str, out: Path) -> None:
@@ -41,6 +41,27 @@ def check_directory(option: str, out: Path, names: Container[str], what: str) ->
     if out.exists() and (not out.is_dir() or any(one.name not in names for one in out.iterdir())):
         raise OutputExists(f"{out} exists and holds something else than {what}; give another {option}")
     check_writable(option, out)
+
+
+def check_conversion(option: str, out: Path, *, force: bool) -> None:
+    """Refuse a directory for a conversion that is there already, unless it holds an older one and may be replaced.
+
+    Args:
+        option: What named it.
+        out: The directory.
+        force: Whether an older conversion may be replaced.
+
+    Raises:
+        OutputExists: If something is there that must not be replaced.
+        CheckpointError: If the file system refuses.
+    """
+    from surgery.configs import is_checkpoint
+
+    if out.exists() and not is_checkpoint(out) and any(out.iterdir() if out.is_dir() else [out]):
+        raise OutputExists(f"{out} exists and is no converted model, so it is not replaced; give another {option}")
+    if out.exists() and not force:
+        raise OutputExists(f"{out} exists; pass --force to replace it, or another {option}")
+    check_writable(option, out, CheckpointError)
 
 
 def check_writable(option: str, out: Path, kind: type[SurgeryError] = SurgeryError) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from surgery.scripts import options
+from surgery.scripts import options, outputs
 from surgery.scripts.bars import waiting
 from surgery.scripts.running import command, note, program, show_json
 
@@ -26,6 +26,7 @@ def pull(
     """Fetch the converted model REPO (user/name) into DIR, which appears in full or not at all."""
     from surgery.hub import pull as fetch
 
+    outputs.check_conversion("DIR", directory, force=force)
     with waiting("downloading"):
         fetch(repository, directory, revision=revision, token=token, overwrite=force)
     if as_json:

@@ -51,12 +51,12 @@ def written_directory(
 def _check_free(place: Path, target: str | Path, marker: str | Callable[[Path], bool], overwrite: bool) -> None:
     if not place.exists():
         return
-    if not overwrite:
-        raise OutputExists(f"{target} exists; give another directory, or overwrite=True to replace it")
     same = marker if callable(marker) else lambda older: (older / marker).is_file()
     if not place.is_dir() or (any(place.iterdir()) and not same(place)):
         what = "is no converted model" if callable(marker) else f"holds no {marker}"
-        raise OutputExists(f"{target} {what}, so it is something else and is not replaced; give another directory")
+        raise OutputExists(f"{target} exists and {what}, so it is not replaced; give another directory")
+    if not overwrite:
+        raise OutputExists(f"{target} exists; give another directory, or overwrite=True to replace it")
 
 
 def _give_modes(made: Path) -> None:

@@ -312,8 +312,9 @@ def test_all_files_can_be_read_by_whom_new_files_can(mask: int, mode: int, tmp_p
 
 def test_what_is_no_checkpoint_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputExists, match=r"something else"):
-        checkpoints.save(converted(subject("timm/test_resnet")), tmp_path, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(OutputExists, match=r"exists and is no converted model.*; give another directory$"):
+            checkpoints.save(converted(subject("timm/test_resnet")), tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 

@@ -346,7 +346,10 @@ def test_convert_replaces_nothing_unasked(network: str, tmp_path: Path) -> None:
 
 def test_force_replaces_conversions_only(network: str, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
-    assert "OutputExists" in convert(network, tmp_path, "--force", expect=1).stderr
+    for more in ((), ("--force",)):
+        refused = convert(network, tmp_path, *more, expect=1).stderr
+        assert "OutputExists" in refused and "no converted model" in refused and "--force" not in refused
+        assert "give another DIR" in run("pull", "me/net", tmp_path, *more, expect=1).stderr
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
