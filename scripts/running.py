@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -21,20 +22,39 @@ from surgery.errors import SurgeryError
 ERROR = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-# What to type next, where the message itself speaks to Python users.
-HINTS: Mapping[str, str] = {
-    "AlreadyConverted": "give the model that DIR was made from, or score DIR as it is",
-    "BaseMismatch": "give the model that DIR was made from with --model",
-    "BudgetError": "0.6 means 60 % of the dense compute; what is out of reach needs a conversion with more sites",
-    "CheckpointError": "DIR is what `surgery convert` wrote; --model names what it was made from, if it does not say",
-    "DataError": "`surgery convert --help` shows the forms that --data can have",
-    "LogError": "`surgery record DIR --data … --out LOG` writes a log; replay it with the same DIR and data",
-    "HubError": "`hf auth whoami` shows who you are there; the same command goes on where it was cut off",
-    "NoSites": "`surgery sites MODEL` shows what was found, and why the rest was left alone",
-    "OutputExists": "another --out leaves what is there as it is",
-    "UnknownModel": "`surgery sites --help` shows the forms that MODEL can have",
-    "UnsupportedModel": "`surgery sites MODEL` shows what was looked at",
+TAKE_DIRECTORIES = frozenset(
+    ("app", "audit", "benchmark", "compare", "export", "heal", "push", "record", "replay", "report", "score")
+)
+"""Commands whose DIR is a converted model; those that are left take a MODEL, or neither."""
+# What to type next, by error, then by command, by what the command takes, or for all (""). Messages that name an option or a
+# command say it themselves.
+HINTS: Mapping[str, Mapping[str, str]] = {
+    "AlreadyConverted": {"": "give the model that it was made from, or score it as it is"},
+    "BaseMismatch": {"": "give the model that DIR was made from with --model"},
+    "BudgetError": {"": "0.6 means 60 % of the dense compute"},
+    "CheckpointError": {
+        "DIR": "DIR is what `surgery convert` wrote; --model names what it was made from, if it does not say",
+    },
+    "DataError": {"": "`surgery {command} --help` shows the forms that --data can have"},
+    "ExportError": {"": "`surgery export --help` shows what can be written, and how"},
+    "HubError": {"": "`hf auth whoami` shows who you are there; the same command goes on where it was cut off"},
+    "LogError": {
+        "record": "",
+        "": "`surgery record DIR --data … --out LOG` writes a log; replay it with the same DIR and data",
+    },
+    "NoSites": {"sites": "", "": "`surgery sites MODEL` shows what was found, and why the rest was left alone"},
+    "PlanMismatch": {
+        "DIR": "--model names what DIR was made from; `surgery doctor` shows which versions are installed",
+        "MODEL": "`surgery sites MODEL` shows what every site allows",
+    },
+    "UnknownModel": {
+        "DIR": "--model names what DIR was made from; `surgery sites --help` shows the forms that MODEL can have",
+        "": "`surgery {command} --help` shows the forms that MODEL can have",
+    },
+    "UnknownSite": {"": "`surgery show DIR` lists all sites"},
+    "UnsupportedModel": {"sites": "", "": "`surgery sites MODEL` shows what was looked at"},
 }
+_SAYS_IT = re.compile(r"(?<![\w-])--[a-z]|`surgery ")
 
 
 def program() -> str:
@@ -69,19 +89,32 @@ def command(page: Callable[..., None]) -> Callable[..., None]:
         except SurgeryError as error:
             if options.get("debug"):
                 raise
-            fail(error, as_json=options.get("as_json", False))
+            fail(error, page.__name__, as_json=options.get("as_json", False))
         except KeyboardInterrupt:
             interrupted("interrupted")
 
     return run
 
 
-def fail(error: SurgeryError, *, as_json: bool = False) -> NoReturn:
-    """Show a named error and leave with status 1."""
+def hint_of(error: SurgeryError, called: str) -> str | None:
+    """What to type next after an error in the command `called`; None where the message says it, or nothing helps."""
+    if _SAYS_IT.search(str(error)):
+        return None
+    takes = "DIR" if called in TAKE_DIRECTORIES else "MODEL"
+    for kind in type(error).__mro__:
+        hints = HINTS.get(kind.__name__, {})
+        found = next((hints[key] for key in (called, takes, "") if key in hints), None)
+        if found is not None:
+            return found.replace("{command}", called) or None
+    return None
+
+
+def fail(error: SurgeryError, called: str, *, as_json: bool = False) -> NoReturn:
+    """Show a named error of the command `called` and leave with status 1."""
     name = type(error).__name__
     console = standard_error()
     console.print(Text.assemble((name, "bold red"), (f": {error}", "red")), soft_wrap=True)
-    hint = next((HINTS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in HINTS), None)
+    hint = hint_of(error, called)
     if hint:
         console.print(Text(f"next: {hint}"), soft_wrap=True)
     if as_json:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from surgery import errors
 from surgery.errors import SurgeryError, UnknownModel
 from surgery.scripts.cli import app
 
@@ -173,6 +174,55 @@ def test_every_hint_belongs_to_an_error() -> None:
 
     for name in HINTS:
         assert issubclass(getattr(surgery.errors, name), SurgeryError)
+
+
+def test_every_hint_is_for_a_command() -> None:
+    import typer
+
+    from surgery.scripts.running import HINTS, TAKE_DIRECTORIES
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    takes = {name for name, page in commands.items() if any(one.name == "directory" for one in page.params)}
+    assert takes - {"pull"} == TAKE_DIRECTORIES  # which writes one
+    assert {key for hints in HINTS.values() for key in hints} <= {*commands, "DIR", "MODEL", ""}
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "hint"),
+    [
+        ("score", errors.CheckpointError("x is damaged"), "DIR is what `surgery convert` wrote"),
+        ("convert", errors.CheckpointError("checkpoint x.pth does not exist"), None),
+        ("score", errors.CheckpointError("x names none; give one with --model"), None),
+        ("score", errors.DataError("no such file"), "`surgery score --help`"),
+        ("benchmark", errors.DataError("no such file"), "`surgery benchmark --help`"),
+        ("benchmark", errors.DataError("too few; take a smaller --batch-size"), None),
+        ("sites", errors.NoSites("nothing is named so"), None),
+        ("convert", errors.NoSites("nothing"), "`surgery sites MODEL`"),
+        ("convert", errors.UnknownModel("x"), "`surgery convert --help`"),
+        ("score", errors.UnknownModel("x"), "--model names"),
+        ("show", errors.UnknownSite("x"), "`surgery show DIR` lists"),
+        ("convert", errors.PlanMismatch("x"), "`surgery sites MODEL`"),
+        ("export", errors.ExportError("x"), "`surgery export --help`"),
+        ("record", errors.LogError("cannot write"), None),
+        ("replay", errors.LogError("no log"), "`surgery record DIR"),
+        ("pull", errors.OutputExists("x exists"), None),
+    ],
+)
+def test_hints_go_by_the_command_and_repeat_no_message(command: str, error: SurgeryError, hint: str | None) -> None:
+    from surgery.scripts.running import hint_of
+
+    found = hint_of(error, command)
+    assert found is None if hint is None else found is not None and found.startswith(hint)
+
+
+def test_hints_of_commands_that_fail(converted: Path, tmp_path: Path) -> None:
+    missing = run("sites", "timm:test_vit?checkpoint=no.pth", expect=1).stderr
+    assert "CheckpointError: " in missing and "next:" not in missing
+    resumed = ("convert", "timm:x", "--budget", 0.5, "--out", tmp_path / "out", "--resume")
+    assert "next:" not in run(*resumed, expect=1).stderr
+    for command in ("score", "audit", "benchmark"):
+        said = run(command, converted, "--data", tmp_path / "no.csv", expect=1).stderr
+        assert f"next: `surgery {command} --help`" in said
 
 
 @pytest.mark.parametrize(
