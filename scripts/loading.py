@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, UnknownModel
 from surgery.scripts.options import Dtype, choose_device, choose_dtype, set_up
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ class Machine:
             spec: `MODEL` string of the base; None reads it from the checkpoint.
 
         Raises:
-            CheckpointError: If the checkpoint does not say what it was made from.
+            CheckpointError: If the checkpoint does not say what it was made from, or that cannot be built.
         """
-        from surgery.checkpoints import base_spec, load, native_config_is_used
+        from surgery.checkpoints import base_spec, load, native_config_is_used, unbuilt
         from surgery.configs import decode, read_config
         from surgery.rewriting import remove
 
@@ -57,7 +57,12 @@ class Machine:
             )
         there = spec or self.revision or base.get("included")
         machine = self if there else replace(self, revision=base.get("revision") or None)
-        loaded = machine.load(spec or base_spec(directory, base))
+        try:
+            loaded = machine.load(spec or base_spec(directory, base))
+        except UnknownModel as error:
+            if spec:
+                raise
+            raise unbuilt(directory, base, str(base.get("spec")), error) from error
         return load(directory, model=loaded.model), loaded
 
 

@@ -344,9 +344,23 @@ def _build_base(place: Path, base: Mapping[str, Any], spec: str, device: torch.d
     try:
         return load_model(spec, device=device or "cpu", dtype=dtype, revision=revision).model
     except UnknownModel as error:
-        raise CheckpointError(
-            f"{place}: its base {spec!r} cannot be built: {error}; pass it: surgery.load(directory, model=…)"
-        ) from error
+        raise unbuilt(place, base, spec, error) from error
+
+
+def unbuilt(place: Path, base: Mapping[str, Any], spec: str, error: UnknownModel) -> CheckpointError:
+    """What to say where the base that a checkpoint names cannot be built.
+
+    A timm model says which weights its architecture has by default, not whether it was made with them.
+    """
+    why = str(error.__cause__ or error).rstrip(". ")
+    give = "the model itself: surgery.load(directory, model=…), or --model on the command line"
+    if base.get("library") != "timm" or "?" in spec:
+        return CheckpointError(f"{place}: its base {spec!r} cannot be built: {why}; pass {give}")
+    architecture = spec.partition(":")[2].partition(".")[0]
+    return CheckpointError(
+        f"{place} was made from the architecture {architecture} of timm; if its weights were timm's own ({spec}), they cannot be "
+        f"loaded now: {why}; if they were others, pass {give}"
+    )
 
 
 def _load_native(

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,31 @@ def test_load_builds_the_base_from_its_reference(tmp_path: Path) -> None:
     source.unlink()
     with pytest.raises(CheckpointError, match=r"cannot be built.*model=…"):
         checkpoints.load(tmp_path / "made")
+
+
+def test_a_base_that_timm_may_not_have_is_told_by_its_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+    from test_cli import run
+
+    model = timm.create_model("test_vit", pretrained=False).eval()
+    checkpoints.save(
+        surgery.insert_gates(model, surgery.find_sites(model, torch.randn(2, 3, 160, 160))), tmp_path / "made"
+    )
+
+    def refuses(*_: Any, **__: Any) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(timm, "create_model", refuses)
+    said = (
+        r"made from the architecture test_vit of timm; if its weights were timm's own \(timm:test_vit\.r160_in1k\), they "
+        r"cannot be loaded now: no connection; if they were others, pass the model itself: .*--model"
+    )
+    with pytest.raises(CheckpointError, match=said):
+        checkpoints.load(tmp_path / "made")
+    shown = run("score", tmp_path / "made", "--data", "digits", expect=1).stderr
+    assert re.search(said, shown) and "next:" not in shown
 
 
 def test_a_base_that_nothing_names_must_be_given(tmp_path: Path) -> None:
