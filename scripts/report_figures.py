@@ -26,13 +26,14 @@ _LINES = {
     "unhealed": ("#0072B2", "o", ":"),
     "static": ("#E69F00", "s", "--"),
     "random": ("#D55E00", "^", ":"),
-    "static+look": ("#E69F00", "P", "-"),
+    "static+look": ("#882255", "P", "-"),
     "one pass": ("#56B4E9", "o", "--"),
     "frozen": ("#CC79A7", "v", "--"),
     "importance": ("#009E73", "D", "-."),
     "shuffled": ("#D55E00", "x", "-."),
 }
 _FURTHER = (("#7f7f7f", "p", "-"), ("#8c6d31", "h", "-"), ("#bcbd22", "<", "-"), ("#17becf", ">", "-"))
+_OURS = ("gated", "gated, healed")  # on top of what has the same points, as static cuts of a static conversion
 _DARK_BLUE = "#56B4E9"  # Okabe and Ito's lighter blue: the dark one is hard to see on black
 Draw = Callable[[Any, bool], None]
 
@@ -102,6 +103,8 @@ def tradeoff(
                     *zip(*own, strict=True) if own else ([], []),
                     color=_DARK_BLUE if dark and name.startswith("gated") else color,
                     marker=marker,
+                    markersize=4.5 if name == "gated" else 7,
+                    zorder=3 if name in _OURS else 2,
                     linestyle=line if key == "cost" else "none",
                     label=name,
                 )

@@ -162,6 +162,25 @@ def test_table_files_and_json(converted: Path, tmp_path: Path) -> None:  # noqa:
     assert "Peers at equal cost" in text and "static+look" in text and "pruned" not in text
 
 
+@pytest.mark.parametrize("name", ["gated", "gated, healed"])
+def test_the_picture_shows_the_gated_model_on_top(name: str) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from surgery.scripts import report_figures
+
+    same = [{"cost": 0.6, "metric": 90.0, "time": 0.7}]
+    figure = Figure()
+    report_figures.tradeoff(
+        dict.fromkeys((name, "static", "static+look", "random", "shuffled"), same), same[0], "accuracy", 1
+    )(figure, False)
+    for axes in figure.axes:
+        lines = {line.get_label(): line for line in axes.lines}
+        assert max(lines.values(), key=lambda line: line.get_zorder()) is lines[name]
+        assert [line.get_zorder() for line in axes.lines].count(lines[name].get_zorder()) == 1
+        assert lines["static"].get_color() != lines["static+look"].get_color()
+
+
 @pytest.mark.parametrize("command", ["compare", "report"])
 def test_budgets_are_checked_before_the_work(command: str, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
