@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -79,16 +80,26 @@ def test_gates_on_int8_linear_layers(name: str) -> None:
     with surgery.execution(gated, "skip"), surgery.force(gated, 1.0):
         assert_equal(outputs(gated, example), expected)
     # activations are quantised row by row, so active tokens alone give what they give among others; but where sums come out
-    # otherwise in their last bit, a value now and then is rounded to its other neighbour, one of 127 steps away
-    differences = []
+    # otherwise in their last bit, a value now and then is rounded to its other neighbour, as happens where the last bit of what
+    # the first norm gives is another
+    norm = next(module for module in gated.modules() if isinstance(module, nn.LayerNorm))
+    differences, noise = [], []
     for seed in range(12):
-        example, results = find(name).example(2, seed=seed), []
-        for mode in ("mask", "skip"):
-            with surgery.execution(gated, mode), surgery.force(gated, 0.5, seed=seed, samples=[0, 1]):  # type: ignore[arg-type]
-                results.append(outputs(gated, example)[0])
-        differences.append(float((results[1] - results[0]).abs().max() / results[0].abs().max()))
-    # other decisions differ by 0.2 to 1.8
-    assert min(differences) < 1e-5 and max(differences) < 4 / 127, differences
+        example = find(name).example(2, seed=seed)
+
+        def run(mode: Any, example: Any = example, seed: int = seed) -> torch.Tensor:
+            with surgery.execution(gated, mode), surgery.force(gated, 0.5, seed=seed, samples=[0, 1]):
+                found: torch.Tensor = outputs(gated, example)[0]
+            return found
+
+        masked = run("mask")
+        differences.append(float((run("skip") - masked).abs().max() / masked.abs().max()))
+        hook = norm.register_forward_hook(lambda _, __, output: output * (1 + 6e-8 * torch.randn_like(output).sign()))
+        noise += [float((run("mask") - masked).abs().max() / masked.abs().max()) for _ in range(3)]
+        hook.remove()
+    # other decisions differ by 0.2 to 3
+    assert min(differences) < 1e-5 and max(noise) < 0.1, (differences, noise)
+    assert max(differences) < 2 * max(noise) and mean(differences) < 2 * mean(noise), (differences, noise)
 
 
 def test_offloading_to_the_cpu() -> None:
