@@ -130,7 +130,8 @@ def _settings(device: torch.device) -> Callable[[], Any]:
     """What torch keeps per thread, as it is in this one."""
     kind = device.type
     grad, default = torch.is_grad_enabled(), torch.get_default_device()
-    cast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if cast else None
 
     @contextmanager
     def entered() -> Iterator[None]:
