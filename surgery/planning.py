@@ -29,7 +29,7 @@ WIDTH = 0.5
 """Share of a branch's hidden channels that narrow skip paths keep where no budget is known."""
 TOKEN_WIDTH, TOKEN_CHANNELS = 0.125, 0.25
 """The same for decisions per token, and as many of them at most for each channel of the stream (gated MLPs aside)."""
-LEAST_PER_TOKEN = 0.3
+LEAST_PER_TOKEN = 0.4
 """Below this budget what narrow skip paths per token cost is worth more than what they keep."""
 WIDEST_FITTED = 4096
 """Hidden channels up to which narrow skip paths per token are fitted by default, since the time for it grows with their cube."""

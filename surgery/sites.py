@@ -277,7 +277,7 @@ class Sites(Sequence[Site]):
             granularity: `auto` takes the finest that the probes allow; `token` and `sample` apply where allowed; `prefill`
                 (once per sequence, from the prompt) is for causal language models.
             skip: Kind of skip path (docs/skip_paths.md). `auto`, per token: the identity; where paths will be trained, `narrow`
-                for chains of up to 4,096 hidden channels (if `cost` is `flops` and `budget` 0.3 or more) and `low-rank` for the
+                for chains of up to 4,096 hidden channels (if `cost` is `flops` and `budget` 0.4 or more) and `low-rank` for the
                 rest, unless that costs more than 0.1 of the branch. Else `narrow` on feature maps where branches are chains,
                 `cost` is `flops` and they reach the `budget`; else the first of `depthwise` (feature maps only, and not where
                 `cost` is `latency`) and `linear` that costs at most 0.15 of its branch and holds at most 0.1 of its parameters,
