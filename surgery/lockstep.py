@@ -16,6 +16,8 @@ import torch
 
 from surgery.errors import SurgeryError
 
+_UNLIKE = "parts of one pass went through different sites: the model does not treat its samples alike"
+
 
 class Lockstep:
     """Runs jobs that call `meet` equally often.
@@ -75,9 +77,7 @@ class Lockstep:
             What there is for this part.
         """
         if self._ended:
-            raise SurgeryError(
-                "parts of one pass went through different sites: the model does not treat its samples alike"
-            )
+            raise SurgeryError(_UNLIKE)
         self._values.append(value)
         last = part == self.count - 1
         if last:
@@ -95,9 +95,7 @@ class Lockstep:
             with settings():
                 job()
             if self._values:
-                raise SurgeryError(
-                    "parts of one pass went through different sites: the model does not treat its samples alike"
-                )
+                raise SurgeryError(_UNLIKE)
             self._ended += 1
             self._pass_on(part + 1)
         except _Stopped:
