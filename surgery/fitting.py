@@ -9,7 +9,6 @@ Axis letters: `N` samples, `T` tokens, `C` channels, `M` rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery import least_squares, narrowing
+from surgery import least_squares
 from surgery.branches import Branch, take_samples
 from surgery.calling import Batch, batches
 from surgery.chain_reading import read_chain
@@ -31,17 +30,12 @@ from surgery.gates import Gate, iter_gates
 from surgery.head_gates import HeadGate
 from surgery.lockstep import Lockstep
 from surgery.progress import Progress, silent
-from surgery.rows import gathered, neighbours, positions_shape, to_rows
-from surgery.sites import Layout
-from surgery.skip_paths import AffineSkip, DepthwiseSkip, LinearSkip, LowRankSkip, NarrowSkip, SkipPath, chain_features
+from surgery.rows import positions_shape
+from surgery.skip_paths import NarrowSkip
+from surgery.solving import Around, fit_one
 
 _ELEMENTS = 2**26  # largest residual stream of the twin pass; bounds memory
 _PART = 32  # samples that run from one site to the next at once; bounds that of what branches make
-_ROWS = 2**16  # rows per least-squares problem; more change the maps by less than their noise
-_NEIGHBOURS = 2**23  # numbers in the rows of a depthwise problem
-_HIDDEN = 2**26  # likewise of a narrow one
-_EACH, _FEW = 32, 2**14  # its rows per number in a row, and rows that are few enough in any case
-_PRODUCTS = 2**36  # multiply-adds of one covariance, as long as there are twice as many rows as numbers in one
 
 
 def fit_skip_paths(
@@ -157,27 +151,29 @@ class _TwinPass:
             return gate.mask(branch, left, residual, inputs, active)
         output = branch(*inputs)
         value, *escaped = output if branch.escapes else (output,)
-        base = torch.zeros_like(value) if left is None else left
-        target = base[:n] + value[:n]  # the dense stream after the add
+        del output
+        if left is None:
+            target, base, kept = value[:n], None, value[n:]
+        else:  # a copy, so that the dense half of the branch's output is not held while other parts run
+            target, base, kept = left[:n] + value[:n], left[n:], value[n:].clone()
+        del value
         active = self._decide(gate, residual)
         if not gate.skip_path.is_identity:
             chosen = ~active if self.twins.decisions == "routed" else torch.ones_like(active)
-            wanted = target - base[n:]
-            brought = (residual[n:], wanted, base[n:], self._chosen(gate, residual, chosen))
-            self.twins.steps.meet(self.number, brought, partial(self._fit, gate, branch, residual, inputs))
-        kept, skipped = value[n:], gate.skip_path(residual[n:])
-        result = torch.cat((target, base[n:] + torch.where(gate.expand(active, kept), kept, skipped)))
+            around = Around(residual[n:], target, base, self._chosen(gate, residual, chosen))
+            self.twins.steps.meet(self.number, around, partial(self._fit, gate, branch, residual, inputs))
+        merged = torch.where(gate.expand(active, kept), kept, gate.skip_path(residual[n:]))
+        result = torch.cat((target, merged if base is None else base + merged))
         return (result, *escaped) if branch.escapes else result
 
     def _fit(
-        self, gate: Gate, branch: Branch, residual: Tensor, inputs: Sequence[Any], brought: list[tuple[Tensor, ...]]
+        self, gate: Gate, branch: Branch, residual: Tensor, inputs: Sequence[Any], parts: list[Around]
     ) -> list[None]:
         twins = self.twins
         weights = _weights(gate, branch, residual, inputs)
-        streams, wanted, base, rows = (torch.cat(parts) for parts in zip(*brought, strict=True))
-        twins.left[gate.site.name] = fit_one(gate.skip_path, streams, wanted, base, rows, twins.ridge, weights)
+        twins.left[gate.site.name] = fit_one(gate.skip_path, parts, twins.ridge, weights)
         twins.progress("fitting skip paths", len(twins.left), twins.total)
-        return [None] * len(brought)
+        return [None] * len(parts)
 
     def _decide(self, gate: Gate, residual: Tensor) -> Tensor:
         shape = gate.shape_of(residual[: len(self.rows)])
@@ -198,53 +194,6 @@ class _TwinPass:
         if running is not None and running.mask is not None and running.mask.shape[1:] == shape[1:]:
             rows = rows & running.mask[n:]
         return rows
-
-
-def fit_one(
-    path: SkipPath,
-    residual: Tensor,
-    wanted: Tensor,
-    base: Tensor,
-    rows: Tensor,
-    ridge: float,
-    weights: Weights | None = None,
-) -> float:
-    """Fit one skip path on every fifth-excluded row and judge it on the fifth ones.
-
-    The judgement compares streams after LayerNorm where the last axis holds channels, since a next layer reads them so
-    (plain squared error in a post-norm network prefers maps that are worse after the norm). `weights` are the branch's own,
-    for a narrow path that holds no channels of it yet.
-
-    Returns:
-        Error left, as a share of the error without a skip path; 1 if the path was reset, or kept for want of rows.
-    """
-    layout = path.layout
-    index = rows.flatten().nonzero().squeeze(1)
-    if len(index) < 32:
-        return 1.0
-    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[: _most_rows(path, weights)]
-    index = index[order.to(index.device)]
-    y, b = (to_rows(t, layout)[index] for t in (wanted, base))
-    x = _read(path, residual, index, weights)
-    held, used = slice(0, len(index) // 5), slice(len(index) // 5, None)
-    if weights is not None and isinstance(path, NarrowSkip):
-        kept = narrowing.narrowest(x[used], y[used], path.width, ridge)
-        narrowing.adopt(path, weights, kept)
-        x = x[:, kept]
-        if path.inner:
-            numbers = path.chain.inner * path.chain.middle**2
-            most = max(_FEW // 4, 2 * numbers, _HIDDEN // numbers)
-            narrowing.fit_middle(path, weights, kept, residual, index[used][:most], ridge)
-            x = _read(path, residual, index, None)
-    _solve(path, x[used], y[used], ridge)
-    plain = _Rows(path)
-    after = _judge(b[held] + plain(x[held]), b[held] + y[held], layout)
-    without = _judge(b[held], b[held] + y[held], layout)
-    if not math.isfinite(after) or after >= without:
-        for parameter in path.parameters():
-            parameter.zero_()
-        return 1.0
-    return after / max(without, 1e-30)
 
 
 def gather(data: Iterable[Any], samples: int) -> Batch:
@@ -272,54 +221,6 @@ def gather(data: Iterable[Any], samples: int) -> Batch:
     return joined.rows(torch.arange(min(samples, joined.size), device=joined.device))
 
 
-def _solve(path: SkipPath, x: Tensor, y: Tensor, ridge: float) -> None:
-    if isinstance(path, AffineSkip):
-        scale, shift = least_squares.affine(x, y, ridge)
-        path.scale.copy_(scale)
-        path.shift.copy_(shift)
-    elif isinstance(path, LinearSkip):
-        weight, bias = least_squares.linear(x, y, ridge)
-        path.weight.copy_(weight)
-        path.bias.copy_(bias)
-    elif isinstance(path, DepthwiseSkip):
-        kernel, weight, bias = least_squares.depthwise(x.flatten(2), y, ridge=ridge)
-        path.kernel.copy_(kernel.view_as(path.kernel))
-        path.weight.copy_(weight)
-        path.bias.copy_(bias)
-    elif isinstance(path, NarrowSkip):
-        weight, bias = least_squares.linear(x.flatten(1), y, ridge)
-        path.last.copy_(weight.view_as(path.last))
-        path.bias.copy_(bias)
-    elif isinstance(path, LowRankSkip):
-        down, up, bias = least_squares.low_rank(x, y, path.rank, ridge)
-        path.down.copy_(down)
-        path.up.copy_(up)
-        path.bias.copy_(bias)
-
-
-class _Rows:
-    """A skip path applied to rows `(M, C)`, to neighbourhoods `(M, C, 3, 3)`, or to hidden channels `(M, H, K)`."""
-
-    def __init__(self, path: SkipPath) -> None:
-        self.path = path
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        if isinstance(self.path, NarrowSkip):
-            last, bias = self.path.last.to(rows.dtype), self.path.bias.to(rows.dtype)
-            return F.linear(rows.flatten(1), last.flatten(1), bias)
-        if rows.dim() == 4:
-            return self.path(rows)[:, :, 1, 1]
-        if self.path.layout == "NCHW":
-            return self.path(rows[:, :, None, None])[:, :, 0, 0]
-        return self.path(rows)
-
-
-def _judge(stream: Tensor, target: Tensor, layout: Layout) -> float:
-    if layout != "NCHW":
-        stream, target = (F.layer_norm(t.float(), t.shape[-1:]) for t in (stream, target))
-    return float((stream.double() - target.double()).square().mean())
-
-
 def _weights(gate: Gate, branch: Branch, residual: Tensor, inputs: Sequence[Any]) -> Weights | None:
     """The branch's own weights, where a narrow path does not hold its channels yet."""
     path = gate.skip_path
@@ -335,25 +236,6 @@ def _weights(gate: Gate, branch: Branch, residual: Tensor, inputs: Sequence[Any]
             "part; find sites again"
         )
     return found
-
-
-def _most_rows(path: SkipPath, weights: Weights | None) -> int:
-    """Rows of one problem, by the numbers that one row has."""
-    if isinstance(path, NarrowSkip):
-        numbers = (path.width if weights is None else path.chain.width) * max(1, path.chain.last**2)
-        quick = max(2 * numbers, _PRODUCTS // numbers**2)
-        return min(_ROWS, _HIDDEN // numbers, max(_FEW, _EACH * numbers), quick)
-    return min(_ROWS, _NEIGHBOURS // (9 * path.channels)) if isinstance(path, DepthwiseSkip) else _ROWS
-
-
-def _read(path: SkipPath, residual: Tensor, index: Tensor, weights: Weights | None) -> Tensor:
-    """What the map that is solved reads at the positions that `index` numbers, one row each."""
-    if isinstance(path, DepthwiseSkip):
-        return neighbours(residual, index)
-    if not isinstance(path, NarrowSkip):
-        return to_rows(residual, path.layout)[index]
-    make = path.features if weights is None else partial(chain_features, weights, layout=path.layout)
-    return gathered(make, path.chain.last, residual, index, path.layout)
 
 
 def _compatible(first: Batch, other: Batch) -> bool:

@@ -8,6 +8,7 @@ Axis letters: `M` rows, `H` hidden channels, `K` taps of the last map's kernel, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -70,7 +71,7 @@ def fit_middle(
     path: NarrowSkip,
     weights: Weights,
     kept: Tensor,
-    residual: Tensor,
+    streams: Sequence[Tensor],
     index: Tensor,
     ridge: float = least_squares.RIDGE,
 ) -> None:
@@ -80,13 +81,13 @@ def fit_middle(
         path: What is fitted.
         weights: Of its branch.
         kept: Numbers of the hidden channels behind the convolution, in ascending order.
-        residual: The stream that the path reads.
+        streams: What the path reads, some samples each.
         index: Numbers of the positions to fit on, `(M,)`.
         ridge: Relative to the mean variance of what it reads.
     """
     assert weights.middle is not None
     make = partial(first_features, weights, layout=path.layout)
-    read = gathered(make, path.chain.middle, residual, index, path.layout)  # M I K
+    read = gathered(make, path.chain.middle, streams, index, path.layout)  # M I K
     wanted = F.linear(
         read.flatten(1),
         *(value.to(read.dtype) for value in (weights.middle[0][kept].flatten(1), weights.middle[1][kept])),

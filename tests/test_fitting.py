@@ -14,9 +14,10 @@ import surgery
 from surgery.calling import Batch
 from surgery.context import state_of
 from surgery.errors import DataError
-from surgery.fitting import fit_one, fit_skip_paths, gather
+from surgery.fitting import fit_skip_paths, gather
 from surgery.gates import iter_gates
 from surgery.skip_paths import LinearSkip
+from surgery.solving import Around, fit_one
 from surgery.training import trainable
 
 C = 6
@@ -127,7 +128,7 @@ def test_what_is_worse_than_nothing_is_reset() -> None:
     nn.init.ones_(path.bias)
     x, noise = torch.randn(4, 10, 16), torch.randn(4, 10, 16)  # 32 rows to fit 17 numbers each: pure overfitting
     with torch.no_grad():
-        left = fit_one(path, x, noise, x, torch.ones(4, 10, dtype=torch.bool), 1e-4)
+        left = fit_one(path, [Around(x, x + noise, x, torch.ones(4, 10, dtype=torch.bool))], 1e-4)
     assert left == 1.0
     assert not path.weight.any() and not path.bias.any()
 
@@ -144,7 +145,7 @@ def test_what_is_left_is_the_share_of_the_error() -> None:
     x = torch.randn(400, 2, 1, 1)
     wanted = torch.cat((2 * x[:, :1], 3 * torch.randn(400, 1, 1, 1)), 1)  # variances 4 (predictable) and 9 (not)
     with torch.no_grad():
-        left = fit_one(path, x, wanted, torch.zeros_like(x), torch.ones(400, 1, 1, dtype=torch.bool), 1e-4)
+        left = fit_one(path, [Around(x, wanted, None, torch.ones(400, 1, 1, dtype=torch.bool))], 1e-4)
     assert left == pytest.approx(9 / 13, abs=0.1)
 
 
