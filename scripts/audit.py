@@ -44,7 +44,7 @@ def audit(
     """Audit a converted model: sites, classes, groups, errors that skipping introduced, sensitivity to noise."""
     from surgery.adapters import load_data
     from surgery.auditing import audit as audit_model
-    from surgery.calibration import set_budget
+    from surgery.budgets import set_budget
     from surgery.scripts.report_figures import drawn
     from surgery.scripts.report_figures import groups as figures_of
 

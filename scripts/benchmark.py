@@ -51,7 +51,7 @@ def benchmark(
     debug: options.Debug = False,
 ) -> None:
     """Time a converted model against the dense one: the median of paired calls after a warm-up."""
-    from surgery.calibration import set_budget
+    from surgery.budgets import set_budget
     from surgery.calling import device_of, dtype_of
     from surgery.overview import status
     from surgery.tables import speed_table

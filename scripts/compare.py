@@ -249,7 +249,7 @@ def sweep(
     Raises:
         BudgetError: If it can be set to none of them.
     """
-    from surgery.calibration import set_budget
+    from surgery.budgets import set_budget
     from surgery.errors import BudgetError
     from surgery.measurement import measure
 

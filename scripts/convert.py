@@ -164,7 +164,7 @@ def convert(
     debug: options.Debug = False,
 ) -> None:
     """Convert MODEL into one that runs BUDGET of the dense compute, and write what was added to a directory."""
-    from surgery.calibration import check_budget
+    from surgery.budgets import check_budget
     from surgery.checkpoints import save
     from surgery.conversion import UnmeasuredQuality
     from surgery.conversion import convert as convert_model

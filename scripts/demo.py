@@ -72,7 +72,7 @@ def demo(
     debug: options.Debug = False,
 ) -> None:
     """See it work: scikit-learn's digits, a small timm network, no download, a few minutes on two cores."""
-    from surgery.calibration import check_budget
+    from surgery.budgets import check_budget
     from surgery.checkpoints import save
     from surgery.scripts import digits_model
 
@@ -128,7 +128,7 @@ def _measure(
     gated: nn.Module, dense: nn.Module, budget: float, seed: int, progress: Progress
 ) -> tuple[Report, dict[float, Report]]:
     """The report at `budget`, and reports at every budget that the checkpoint can be set to."""
-    from surgery.calibration import budget_range, set_budget
+    from surgery.budgets import budget_range, set_budget
     from surgery.measurement import measure
 
     test = _batches("test")

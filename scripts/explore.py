@@ -52,7 +52,7 @@ def build(gated: nn.Module, loaded: Loaded, name: str) -> Any:
         MissingDependency: If gradio is not installed.
         SurgeryError: If the model reads neither images nor texts, or was never calibrated.
     """
-    from surgery.calibration import budget_range
+    from surgery.budgets import budget_range
     from surgery.context import state_of
 
     try:

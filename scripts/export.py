@@ -80,7 +80,7 @@ def export(
     debug: options.Debug = False,
 ) -> None:
     """Write a converted model as ONNX or as a torch.export program, with routers, skip paths and one budget inside."""
-    from surgery.calibration import set_budget
+    from surgery.budgets import set_budget
     from surgery.exporting import export as write
 
     outputs.check_file("--out", out)

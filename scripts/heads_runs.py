@@ -62,7 +62,7 @@ def main(
 
     from surgery import convert, set_budget
     from surgery.adapters import load_data, load_model
-    from surgery.calibration import budget_range
+    from surgery.budgets import budget_range
 
     torch.set_num_threads(threads)
     loaded = load_model(str(shared / "weights" / "minilm-sst2"))

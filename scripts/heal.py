@@ -44,7 +44,7 @@ def heal(
     debug: options.Debug = False,
 ) -> None:
     """Adapt the backbone of a converted model a little, as copies beside it, and calibrate it anew."""
-    from surgery.calibration import set_budget
+    from surgery.budgets import set_budget
     from surgery.checkpoints import save
     from surgery.conversion import heal_converted
     from surgery.options import Options

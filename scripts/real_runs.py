@@ -282,7 +282,7 @@ class Work:
 
     def _heal(self) -> Any:
         from surgery import Options
-        from surgery.calibration import set_budget
+        from surgery.budgets import set_budget
         from surgery.conversion import heal_converted
 
         kind, rate, steps = self.run.heal
@@ -330,7 +330,7 @@ class Work:
 
     def peers(self, count: int) -> None:
         """Policies that ignore the input beside the first seed's conversion, the second look on top of static among them."""
-        from surgery.calibration import set_budget
+        from surgery.budgets import set_budget
         from surgery.measurement import measure
 
         gated, loaded = self._gated(self.trained[0])
@@ -344,7 +344,7 @@ class Work:
 
     def time(self) -> None:
         """The first seed's conversion by the clock, on training inputs that the test does not hold."""
-        from surgery.calibration import set_budget
+        from surgery.budgets import set_budget
         from surgery.calling import device_of, dtype_of
         from surgery.scripts.benchmark import inputs_of, steps_of
         from surgery.timing import compare, conditions

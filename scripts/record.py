@@ -38,7 +38,7 @@ def record(
     import torch
 
     from surgery.adapters import load_data
-    from surgery.calibration import set_budget
+    from surgery.budgets import set_budget
     from surgery.calling import batches
     from surgery.costs import place, run
     from surgery.recording import check_place

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from surgery.auditing import audited
-from surgery.calibration import set_budget
+from surgery.budgets import set_budget
 from surgery.calling import device_of
 from surgery.context import state_of
 from surgery.logs import Log

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from surgery.auditing import Audit, Observed
-from surgery.calibration import point_at
+from surgery.budgets import point_at
 from surgery.context import state_of
 from surgery.gates import iter_gates
 from surgery.logs import Log, Row

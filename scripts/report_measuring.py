@@ -14,7 +14,7 @@ from torch import nn
 from surgery import policies
 from surgery.adapters import Loaded
 from surgery.adapters.data import Loader
-from surgery.calibration import budget_range, point_at, set_budget
+from surgery.budgets import budget_range, point_at, set_budget
 from surgery.calling import batches, call, device_of
 from surgery.context import state_of
 from surgery.costs import place

@@ -40,7 +40,7 @@ def score(
 ) -> None:
     """Score a converted model on labelled data against the dense one and against policies that ignore the input."""
     from surgery.adapters import load_data
-    from surgery.calibration import set_budget
+    from surgery.budgets import set_budget
     from surgery.checkpoints import keep_report
     from surgery.measurement import measure
 

@@ -131,7 +131,7 @@ def score_at(
     peers: bool = False,
 ) -> Scored:
     """Run a gated model at a budget on inputs of which the dense model's outputs are known, and its peers."""
-    from surgery.calibration import set_budget
+    from surgery.budgets import set_budget
     from surgery.context import state_of
 
     set_budget(gated, budget)

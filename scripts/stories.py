@@ -169,7 +169,7 @@ def mlp_executions(gated: nn.Module, rates: Mapping[str, float]) -> float:
 
 def budgets_for(gated: nn.Module, executions: Sequence[float]) -> list[float]:
     """The budgets at which calibration data has so many MLP executions."""
-    from surgery.calibration import budget_range, point_at
+    from surgery.budgets import budget_range, point_at
     from surgery.context import state_of
 
     def off(budget: float, wanted: float) -> float:
@@ -182,7 +182,7 @@ def budgets_for(gated: nn.Module, executions: Sequence[float]) -> list[float]:
 
 def budgets_of(gated: nn.Module, variant: Variant) -> dict[str, float]:
     """What the rows of a variant stand for -> budget: MLP executions where only these are decided, or budgets within reach."""
-    from surgery.calibration import budget_range
+    from surgery.budgets import budget_range
 
     if variant.kinds == ("mlp",):
         found = budgets_for(gated, _MLP_EXECUTIONS)

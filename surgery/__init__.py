@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from surgery.adaptation import heal as heal
     from surgery.auditing import Audit as Audit
     from surgery.auditing import audit as audit
-    from surgery.calibration import budget_range as budget_range
+    from surgery.budgets import budget_range as budget_range
+    from surgery.budgets import set_budget as set_budget
     from surgery.calibration import calibrate as calibrate
-    from surgery.calibration import set_budget as set_budget
     from surgery.checkpoints import load as load
     from surgery.checkpoints import save as save
     from surgery.context import execution as execution
@@ -65,7 +65,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "adaptation": ("heal",),
     "auditing": ("Audit", "audit"),
-    "calibration": ("budget_range", "calibrate", "set_budget"),
+    "budgets": ("budget_range", "set_budget"),
+    "calibration": ("calibrate",),
     "checkpoints": ("load", "save"),
     "context": ("execution", "force", "prompt_length", "tape"),
     "conversion": ("UnmeasuredQuality", "convert"),

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from surgery.calibration import budget_range, set_budget
+from surgery.budgets import budget_range, set_budget
 from surgery.calling import as_batch, call, read_output
 from surgery.context import draw_unit, execution, state_of
 from surgery.costs import observe, place, run

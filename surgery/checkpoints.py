@@ -20,6 +20,7 @@ from surgery import consent
 from surgery.configs import (
     CONFIG,
     NATIVE_CONFIG,
+    TENSORS,
     Recorded,
     decode,
     encode,
@@ -34,13 +35,13 @@ from surgery.errors import BaseMismatch, CheckpointError, PlanMismatch, SurgeryE
 from surgery.fingerprints import fingerprint, float_dtypes
 from surgery.gates import iter_gates
 from surgery.healing import install, stored
+from surgery.repositories import cached, is_repository
 from surgery.rewriting import check_convertible, insert_gates, remove
 from surgery.routers import Router
 from surgery.state import GatedState
 from surgery.tracing import GATES
 from surgery.vetting import damaged, expected_tensors, refuse_misfit, vet_tensors
 
-TENSORS = "surgery.safetensors"
 GATE_NUMBERS = ("offset",)
 """What a gate knows beside its tensors."""
 
@@ -288,8 +289,6 @@ def directory_of(source: str | Path, *, revision: str | None = None, token: str 
     place = Path(source).expanduser()
     if place.exists():
         return place
-    from surgery.hub import cached, is_repository
-
     if isinstance(source, str) and is_repository(source):
         return cached(source, revision=revision, token=token)
     return place

@@ -23,6 +23,7 @@ from surgery.vetting import damaged, vet, vet_healing
 
 CONFIG = "surgery_config.json"
 NATIVE_CONFIG = "config.json"
+TENSORS = "surgery.safetensors"
 METHOD = "surgery"
 """`quant_method` of the `quantization_config` in a transformers checkpoint with gates."""
 FORMAT_VERSION = 1

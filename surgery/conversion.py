@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from surgery.adaptation import KINDS as HEALING
 from surgery.adaptation import check_healable
 from surgery.adaptation import heal as heal_backbone
-from surgery.calibration import calibrate, check_budget, check_floor, set_budget
+from surgery.budgets import check_budget, set_budget
+from surgery.calibration import calibrate, check_floor
 from surgery.calling import Batch, as_batch, batches
 from surgery.context import execution, state_of
 from surgery.costs import Usage, observe

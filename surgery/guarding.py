@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.calibration import budget_range, passes_at, point_at
+from surgery.budgets import budget_range, passes_at, point_at
 from surgery.calling import Batch, call, read_output
 from surgery.context import Event, draw_unit, override, state_of, tape
 from surgery.costs import rates_of, weights_of

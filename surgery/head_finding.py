@@ -15,9 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from surgery.heads import (
-    ATTENTION,
     PARTS,
-    WHOLE,
     ActiveHeads,
     HeadRoles,
     HeadRows,
@@ -25,6 +23,7 @@ from surgery.heads import (
     computes_plainly,
     zeroed,
 )
+from surgery.operators import ATTENTION, WHOLE
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 _COARSE = 5e-2  # of half precision

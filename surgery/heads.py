@@ -25,9 +25,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from surgery.errors import PlanMismatch
+from surgery.operators import ATTENTION, WHOLE, linear_arguments
 
-ATTENTION: Any = F.scaled_dot_product_attention
-WHOLE: Any = F.multi_head_attention_forward
 PARTS = ("query", "key", "value")
 Rows = slice | Tensor | None
 
@@ -104,7 +103,7 @@ class WeighedHeads(TorchFunctionMode):
         """Change the input of the output projection, pass on all other calls."""
         kwargs = kwargs or {}
         if func is F.linear:
-            x, weight, bias = _linear_arguments(args, kwargs)
+            x, weight, bias = linear_arguments(args, kwargs)
             if weight is self.output:
                 return F.linear(self._weighed(x), weight, bias)
         if func is WHOLE:
@@ -151,7 +150,7 @@ class ActiveHeads(TorchFunctionMode):
         """Replace the calls that heads can be left out of, pass on all others."""
         kwargs = kwargs or {}
         if func is F.linear:
-            x, weight, bias = _linear_arguments(args, kwargs)
+            x, weight, bias = linear_arguments(args, kwargs)
             parts = [part for part, own in self.parameters.items() if own is weight]
             if parts:
                 return self._project(parts, x, weight, bias)
@@ -405,11 +404,6 @@ def _put(full: Tensor, index: Rows, columns: Tensor, made: Tensor) -> None:
 
 def _dtype(outputs: Sequence[Tensor | None], weight: Tensor) -> torch.dtype:
     return next((made.dtype for made in outputs if made is not None), weight.dtype)
-
-
-def _linear_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    named = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
-    return named["input"], named["weight"], named.get("bias")
 
 
 def zeroed(decisions: Tensor) -> Callable[[Tensor], Tensor]:

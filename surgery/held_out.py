@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.calibration import TOLERANCE
+from surgery.budgets import TOLERANCE
 from surgery.calling import as_batch
 from surgery.context import execution, override, state_of
 from surgery.cost_curves import CostCurve

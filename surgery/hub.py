@@ -1,4 +1,4 @@
-"""Converted models on the Hugging Face Hub: push, pull, and the copies in its cache.
+"""Converted models on the Hugging Face Hub: push and pull.
 
 All files of a push are one commit, so a repository holds all of them or is as it was. Large files are uploaded before it
 under their hash; a push that was cut off finds them again.
@@ -7,11 +7,9 @@ under their hash; a push that was cut off finds them again.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +17,14 @@ from torch import nn
 
 from surgery import consent
 from surgery.cards import PLOT, card, rates_plot
-from surgery.checkpoints import TENSORS, check_files, write
+from surgery.checkpoints import check_files, write
 from surgery.configs import CONFIG, NATIVE_CONFIG, is_checkpoint, read_config
 from surgery.directories import written_directory
-from surgery.errors import CheckpointError, HubError
+from surgery.errors import HubError
+from surgery.repositories import FILE, client_errors, files_of, is_repository, named
 
 CARD = "README.md"
 TAGS = ("bypass-surgery", "conditional-computation")
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_FILE = re.compile(r"[A-Za-z0-9_][\w.-]{0,200}")
-_MOST_FILES = 1_000
-
-
-def is_repository(source: str) -> bool:
-    """Whether a text reads like `user/name`."""
-    return _REPOSITORY.fullmatch(source) is not None and ".." not in source
 
 
 def push_to_hub(
@@ -112,7 +103,7 @@ def push(
         for name, data in sorted(content.items())
     ]
     api = HfApi(token=token, library_name="bypass-surgery")
-    with _named(repository, "nothing was published; run it again, what was uploaded is kept"):
+    with named(repository, "nothing was published; run it again, what was uploaded is kept"):
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repository, branch=revision, exist_ok=True)
@@ -150,45 +141,13 @@ def pull(
     if not is_repository(repository):
         raise HubError(f"{repository!r} is no name of a repository; expected user/name")
     with written_directory(directory, marker=is_checkpoint, overwrite=overwrite) as temporary:
-        names, commit = _files(repository, revision, token)
-        with _named(repository, "nothing was written"):
+        names, commit = files_of(repository, revision, token)
+        with named(repository, "nothing was written"):
             for name in names:
                 hf_hub_download(repository, name, revision=commit, token=token, local_dir=temporary)
         shutil.rmtree(temporary / ".cache", ignore_errors=True)
         check_files(temporary)
     return Path(directory).expanduser()
-
-
-def cached(repository: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The local copy of a published conversion; only what `load` needs is fetched.
-
-    Raises:
-        HubError: If the repository cannot be read.
-        CheckpointError: If it holds no conversion.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    def fetch(name: str) -> Path:
-        return Path(hf_hub_download(repository, name, revision=revision, token=token))
-
-    with _named(repository, "see that its name is right, that you may read it, and that the Hub is reached"):
-        try:
-            place = fetch(CONFIG).parent
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            place = fetch(NATIVE_CONFIG).parent
-        if (place / CONFIG).is_file():
-            fetch(TENSORS)
-        config = read_config(place)
-        if (place / CONFIG).is_file() and not config.get("base", {}).get("included"):
-            return place
-    names, commit = _files(repository, revision, token)
-    with _named(repository, "run it again, what was fetched is kept"):
-        for name in names:
-            place = Path(hf_hub_download(repository, name, revision=commit, token=token)).parent
-    return place
 
 
 def decode_of(place: Path) -> dict[str, Any]:
@@ -197,25 +156,10 @@ def decode_of(place: Path) -> dict[str, Any]:
     return read_config(place)
 
 
-def _files(repository: str, revision: str | None, token: str | bool | None) -> tuple[list[str], str | None]:
-    """Names of a repository's files, and the commit at which they have these names."""
-    from huggingface_hub import HfApi
-
-    with _named(repository, "see that its name is right, that you may read it, and that the Hub is reached"):
-        info = HfApi(token=token).model_info(repository, revision=revision)
-    names = [one.rfilename for one in info.siblings or ()]
-    kept = [name for name in names if not name.startswith(".")]
-    hostile = [name for name in names if not name.startswith(".git") and not _FILE.fullmatch(name)]
-    if hostile or len(names) > _MOST_FILES:
-        what = repr(hostile[0])[:80] if hostile else f"{len(names)} files"
-        raise CheckpointError(f"{repository} holds {what}, which no conversion has; nothing was fetched")
-    return kept, info.sha
-
-
 def _published(place: Path) -> dict[str, Path | bytes]:
     """What is uploaded: every file of the directory, without paths of this machine in the configuration."""
     content: dict[str, Path | bytes] = {
-        file.name: file for file in sorted(place.iterdir()) if file.is_file() and _FILE.fullmatch(file.name)
+        file.name: file for file in sorted(place.iterdir()) if file.is_file() and FILE.fullmatch(file.name)
     }
     name = CONFIG if (place / CONFIG).is_file() else NATIVE_CONFIG
     config = json.loads((place / name).read_text(encoding="utf-8"))
@@ -253,67 +197,7 @@ def _metadata(config: Mapping[str, Any], token: str | bool | None) -> dict[str, 
     if name:
         try:
             data = HfApi(token=token).model_info(name, revision=config["base"].get("revision") or None).card_data
-        except _errors():  # the base may be private, gone or out of reach: then what is known must do
+        except client_errors():  # the base may be private, gone or out of reach: then what is known must do
             data = None
         found["license"] = getattr(data, "license", None) or found["license"]
     return {key: value for key, value in found.items() if value}
-
-
-@contextmanager
-def _named(repository: str, then: str) -> Iterator[None]:
-    """The client's errors by a name of ours."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except (CheckpointError, HubError):
-        raise
-    except _errors() as error:
-        cause = _cause(error, HfHubHTTPError)
-        response = getattr(cause, "response", None)
-        status = getattr(response, "status_code", None)
-        if isinstance(cause, OfflineModeIsEnabled):
-            what = "the Hub was not asked, since HF_HUB_OFFLINE is set"
-        elif status == 401:
-            what = "the Hub refuses the token (401); log in with `hf auth login`, or set HF_TOKEN"
-        elif status == 403:
-            what = "this token has no permission here (403); take one with write access to it"
-        elif isinstance(cause, RevisionNotFoundError):
-            what = "it has no such revision"
-        elif isinstance(cause, RepositoryNotFoundError):
-            what = "there is no such repository, or this token may not see it"
-        elif isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
-            raise CheckpointError(
-                f"{repository} holds no {CONFIG}; expected what surgery.push_to_hub published"
-            ) from error
-        elif status is not None:
-            what = f"the Hub answered {status}: {str(cause).splitlines()[0][:200]}"
-        else:
-            what = f"the connection broke: {type(cause).__name__}: {str(cause)[:200]}"
-        raise HubError(f"{repository}: {what}; {then}") from error
-
-
-def _cause(error: BaseException, wanted: type[BaseException]) -> BaseException:
-    """The client's own error, where it wrapped it in another."""
-    one: BaseException | None = error
-    while one is not None:
-        if isinstance(one, wanted):
-            return one
-        one = one.__cause__
-    return error
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """What the client raises: its own errors, and those of the HTTP library that it uses."""
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import get_session
-
-    library = __import__(type(get_session()).__module__.partition(".")[0])
-    return (HfHubHTTPError, library.HTTPError, OSError, RuntimeError, ValueError)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from surgery.calibration import budget_range, set_budget
+from surgery.budgets import budget_range, set_budget
 from surgery.calling import as_batch
 from surgery.context import execution, state_of
 from surgery.costs import observe

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from surgery.calibration import first_pass
+from surgery.budgets import first_pass
 from surgery.context import state_of
 from surgery.gates import iter_gates
 from surgery.state import GatedState

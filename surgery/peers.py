@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import policies
-from surgery.calibration import current_point
+from surgery.budgets import current_point
 from surgery.calling import Batch, call, read_output
 from surgery.context import Event, Tape, execution, force, state_of, tape
 from surgery.errors import DataError

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from surgery import context
 from surgery.branches import Branch
+from surgery.budgets import current_point
 from surgery.calling import Batch, as_batch, call
 from surgery.calling import tensors as output_tensors
 from surgery.context import Scope, Shared, state_of
@@ -167,8 +168,6 @@ def pin(
     _pin_root(twin, running, state.plan.first_tokens)
     static, at = state.static, threshold
     if state.margin is not None:  # a graph has no second look, so its one pass gets the whole budget
-        from surgery.calibration import current_point
-
         point = current_point(state)
         static = {name: name in point.static for name in state.units}
         at = point.threshold if at is None else at

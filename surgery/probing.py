@@ -24,7 +24,8 @@ from surgery.counting import flop_counter
 from surgery.gates import Gate
 from surgery.head_finding import find_heads
 from surgery.heads import HeadRoles
-from surgery.queries import QueryRoles, find_roles
+from surgery.queries import QueryRoles
+from surgery.query_finding import find_roles
 from surgery.sites import Kind, Layout, RegionInput
 from surgery.tracing import CACHE_NAMES
 

@@ -3,7 +3,7 @@
 While a branch runs, a `TorchFunctionMode` watches for three calls: the linear map that makes queries, the attention product,
 and the output projection (or, instead of these, torch's own `multi_head_attention_forward`). Each is computed for
 active rows alone and scattered back, so shapes, caches, masks and control flow of the module stay as they are. Which
-linear map plays which role is found by autograd in one recorded call, and every claim is checked by running it.
+linear map plays which role is found by `surgery.query_finding`.
 
 An attention product that is written out (`q @ k.T`, scaling, soft-capping, mask, softmax, `@ v`) runs on active rows from
 its first product to its second: the scores are *short*, what works row by row keeps them short, and any other operation
@@ -14,8 +14,8 @@ Axis letters: `N` samples, `T` tokens, `S` keys, `C` channels, `H` heads, `D` he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from surgery.operators import ATTENTION, PRODUCTS, SOFTMAX, TRANSPOSED, WHOLE, linear_arguments
+
 Rows = Literal["NT", "TN"]
 """Order of the flattened rows of a linear map's input: sample by sample, or token by token."""
-_ATTENTION = F.scaled_dot_product_attention
-_WHOLE = F.multi_head_attention_forward
-_PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__})
 MOST_ACTIVE = 0.85
 """With a larger share of active tokens than this, gathering costs more than it saves."""
 _ROW_BY_ROW = frozenset(
@@ -47,8 +46,6 @@ _ROW_BY_ROW = frozenset(
     )
     for name in names.split()
 )
-_TRANSPOSED = frozenset({Tensor.T.__get__, Tensor.t, torch.t})  # type: ignore[attr-defined]
-_SOFTMAX = frozenset({torch.softmax, Tensor.softmax, F.softmax})
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,28 +131,28 @@ class ActiveQueries(TorchFunctionMode):
         if func is F.linear:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             if weight is self.query and weight is not None:
-                return self._queries(*_linear_arguments(args, kwargs))
+                return self._queries(*linear_arguments(args, kwargs))
             if weight is self.output and weight is not None:
-                return self._project(*_linear_arguments(args, kwargs))
+                return self._project(*linear_arguments(args, kwargs))
         elif func is torch.addmm and len(args) == 3 and not kwargs:  # transformers' Conv1D
             bias, x, matrix = args
             if matrix is self.query:
                 return self._queries(x, args[2].T, bias)
             if matrix is self.output:
                 return self._project(x, args[2].T, bias)
-        elif func is _ATTENTION:
+        elif func is ATTENTION:
             return self._attend(*args, **kwargs)
-        elif func is _WHOLE and kwargs.get("attn_mask") is None and not kwargs.get("need_weights", True):
+        elif func is WHOLE and kwargs.get("attn_mask") is None and not kwargs.get("need_weights", True):
             return self._whole(*args, **kwargs)
-        elif func in _TRANSPOSED and (args[0] is self.query or args[0] is self.output):
+        elif func in TRANSPOSED and (args[0] is self.query or args[0] is self.output):
             turned = func(*args)
             self.turned[id(turned)] = (turned, args[0])
             return turned
-        elif func in _PRODUCTS and len(args) == 2 and id(args[1]) in self.turned:  # x @ weight.T
+        elif func in PRODUCTS and len(args) == 2 and id(args[1]) in self.turned:  # x @ weight.T
             weight = self.turned[id(args[1])][1]
             made = self._queries if weight is self.query else self._project
             return made(args[0], weight, None)
-        elif func in _PRODUCTS and self._starts(args, kwargs):
+        elif func in PRODUCTS and self._starts(args, kwargs):
             return self._shorten(func(self._rows(args[0]), args[1]))
         if self.short and any(id(value) in self.short for value in _flat((args, kwargs))):
             return self._follow(func, args, kwargs)
@@ -193,7 +190,7 @@ class ActiveQueries(TorchFunctionMode):
         if self.index.shape[1] == 0:
             return torch.zeros_like(query), None
         index = self.index.T.unsqueeze(-1).expand(-1, -1, query.shape[-1])  # K N C
-        made, _ = _WHOLE(query.gather(0, index), key, value, *args, **kwargs)
+        made, _ = WHOLE(query.gather(0, index), key, value, *args, **kwargs)
         return torch.zeros_like(query).scatter_(0, index, made), None
 
     def _attend(
@@ -211,14 +208,14 @@ class ActiveQueries(TorchFunctionMode):
         tokens = query.shape[-2]
         if tokens != self.shape[1] or tokens == 1:
             # decoding one token: some models fold grouped heads into this axis, and gathering keys would cost more
-            return _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, **rest)
+            return ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, **rest)
         some = self._rows(query)  # N H K D
         if is_causal:
             keys = torch.arange(key.shape[-2], device=key.device)
             attn_mask, is_causal = keys <= self.index.view(len(self.index), 1, -1, 1), False  # N 1 K S
         elif attn_mask is not None and attn_mask.dim() >= 2 and attn_mask.shape[-2] == tokens:
             attn_mask = self._rows(attn_mask)
-        return self._lengthen(_ATTENTION(some, key, value, attn_mask, dropout_p, is_causal, **rest))
+        return self._lengthen(ATTENTION(some, key, value, attn_mask, dropout_p, is_causal, **rest))
 
     # -- attention that is written out ----------------------------------------------------------------------------
 
@@ -232,13 +229,13 @@ class ActiveQueries(TorchFunctionMode):
 
     def _follow(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation on short scores."""
-        if func in _PRODUCTS and id(args[0]) in self.short and id(args[1]) not in self.short and not kwargs:
+        if func in PRODUCTS and id(args[0]) in self.short and id(args[1]) not in self.short and not kwargs:
             return self._lengthen(func(*args))  # the second product: probabilities with values
         if func in _SHAPES:
             return self._full_shape(args[0].shape) if len(args) == 1 else self._full_shape(args[0].shape)[args[1]]
         if func in _FACTS:
             return func(*args, **kwargs)
-        last = func in _SOFTMAX and {*args[1:2], kwargs.get("dim", -1)} <= {-1, 3}
+        last = func in SOFTMAX and {*args[1:2], kwargs.get("dim", -1)} <= {-1, 3}
         if (func in _ROW_BY_ROW or last) and "out" not in kwargs:
             output = func(*map(self._shorter, args), **{name: self._shorter(v) for name, v in kwargs.items()})
             return self._shorten(output) if isinstance(output, Tensor) else output
@@ -285,213 +282,6 @@ def _flat(value: Any) -> Iterator[Any]:
     args, kwargs = value
     for item in (*args, *kwargs.values()):
         yield from item if isinstance(item, (tuple, list)) else (item,)
-
-
-def find_roles(
-    run: Callable[[], tuple[Tensor, Sequence[Any]]],
-    value: Tensor,
-    parameters: Mapping[str, Tensor],
-    further: Sequence[Any] = (),
-) -> QueryRoles | str:
-    """Find who makes queries and who projects the output, from one recorded call of a branch.
-
-    Args:
-        run: Runs the branch on inputs `(N, T, C)` and gives its value and its further outputs.
-        value: What it gave, `(N, T, C)`.
-        parameters: Name -> parameter of the branch's modules.
-        further: Its further outputs, which must come out the same whatever is active.
-
-    Returns:
-        The roles, checked by running with random decisions; or the reason why there are none.
-    """
-    recorder = _Recorder()
-    with torch.enable_grad():
-        with recorder:
-            run()
-        found = _roles(recorder, value.shape[:2], parameters)
-    if isinstance(found, str):
-        return found
-    reason = ""
-    for roles in _orders(found):
-        why = _check(roles, run, value, parameters, further)
-        if not why:
-            return roles
-        reason = reason or why
-    return reason
-
-
-def _orders(roles: QueryRoles) -> Iterator[QueryRoles]:
-    """The roles as found, then with flattened rows the other way round: only running them can tell."""
-    yield roles
-    for query, output in (("NT", "NT"), ("TN", "TN"), ("NT", "TN"), ("TN", "NT")):
-        other = replace(roles, query_rows=query, output_rows=output)  # type: ignore[arg-type]
-        if other != roles:
-            yield other
-
-
-def _check(
-    roles: QueryRoles,
-    run: Callable[[], tuple[Tensor, Sequence[Any]]],
-    value: Tensor,
-    parameters: Mapping[str, Tensor],
-    further: Sequence[Any],
-) -> str:
-    decisions = torch.rand(value.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5
-    decisions[:, 0] = True
-    decisions[0, -1] = False
-    decisions = decisions.to(value.device)
-    owned = parameters.get(roles.query), parameters.get(roles.output)
-    mode = ActiveQueries(roles, *owned, decisions.shape, decisions)
-    with torch.no_grad(), mode:
-        part, others = run()
-    tolerance = 2e-4 if value.dtype in (torch.float32, torch.float64) else 5e-2
-    difference = (part[decisions] - value[decisions]).nan_to_num().abs().max()
-    if float(difference) > tolerance * float(value.nan_to_num().abs().max().clamp_min(1e-12)):
-        return "active query tokens alone give another result"
-    for other, whole in zip(others, further, strict=True):
-        if isinstance(whole, Tensor) and id(other) not in mode.short and not torch.equal(other, whole):
-            return "a second output of its module depends on queries and is used outside the branch"
-    return ""
-
-
-class _Recorder(TorchFunctionMode):
-    """Notes linear maps and attention products; cuts the graph after each so that gradients show direct feeding
-    only.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linears: list[tuple[Tensor, Tensor, Tensor, bool]] = []
-        self.products: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self.scores: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.wholes: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self.turned: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the call and note it."""
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if func in _TRANSPOSED:
-            self.turned[id(output)] = (output, args[0])
-        found = self._linear(func, args, kwargs)
-        if found is not None:
-            x, weight = found
-            leaf = output.detach().requires_grad_()
-            self.linears.append((x, weight, leaf, bool(self.products)))
-            return leaf
-        if func is _ATTENTION:
-            query, key, value = (
-                args[i] if len(args) > i else kwargs[n] for i, n in enumerate(("query", "key", "value"))
-            )
-            leaf = output.detach().requires_grad_()
-            self.products.append((query, key, value, leaf))
-            return leaf
-        if func in _PRODUCTS and len(args) == 2 and output.dim() == 4 and all(v.dim() == 4 for v in args):
-            leaf = output.detach().requires_grad_()
-            first = next((s for s in self.scores if _feeds(s[2], args[0])), None)
-            if first is None:
-                self.scores.append((args[0], args[1].transpose(-1, -2), leaf))
-            else:
-                self.products.append((first[0], first[1], args[1], leaf))
-            return leaf
-        if func is _WHOLE and len(args) > 12:
-            self.wholes.append((args[0], args[1], args[5], args[11]))  # query, key, input and output projections
-        return output
-
-    def _linear(self, func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
-        """Input and weight, if the call is a linear map."""
-        if func is F.linear:
-            return _linear_arguments(args, kwargs)[:2]
-        if func is torch.addmm and len(args) == 3:
-            return args[1], args[2]
-        if func in _PRODUCTS and len(args) == 2 and id(args[1]) in self.turned:
-            return args[0], self.turned[id(args[1])][1]
-        return None
-
-
-def _roles(recorder: _Recorder, shape: torch.Size, parameters: Mapping[str, Tensor]) -> QueryRoles | str:
-    names = {id(p): name for name, p in parameters.items()}
-    if len(recorder.wholes) == 1 and not recorder.products:
-        query, key, made, projected = recorder.wholes[0]
-        if query.shape[:2] != shape[::-1] or id(made) not in names or id(projected) not in names:
-            return "torch's MultiheadAttention does not get the token sequence"
-        width, core = query.shape[2], 4 * query.shape[2]
-        flops = shape[1] * (4 * width**2 + core * key.shape[0])
-        return QueryRoles(names[id(made)], 0, width, "TN", names[id(projected)], "TN", int(flops), int(core))
-    if len(recorder.products) != 1:
-        found = f"{len(recorder.products)} attention products instead of 1"
-        return found if recorder.products else f"{found} (transformers: load it with attn_implementation='sdpa')"
-    query, key, _, product = recorder.products[0]
-    if query.dim() != 4 or query.shape[0] != shape[0] or query.shape[2] != shape[1]:
-        return "attention runs over windows or folded tokens"
-    roles = _query_map(recorder, shape, names)
-    if isinstance(roles, str):
-        return roles
-    linear = roles.flops  # of the query map, per token
-    for x, weight, _, after in recorder.linears:
-        if after and _feeds(product, x):
-            order = _order(x, shape)
-            if order is not None and id(weight) in names:
-                roles = replace(roles, output=names[id(weight)], output_rows=order)
-                linear += 2 * weight.numel()
-            break
-    core = int(4 * query.shape[1] * query.shape[3])
-    return replace(roles, flops=int(shape[1] * (linear + core * key.shape[2])), core=core)
-
-
-def _query_map(recorder: _Recorder, shape: torch.Size, names: Mapping[int, str]) -> QueryRoles | str:
-    """Roles with the query map filled in, and its FLOPs per token; no name where its rows are interleaved."""
-    query, key, value, _ = recorder.products[0]
-    before = [(x, weight, leaf) for x, weight, leaf, after in recorder.linears if not after]
-    leaves = [leaf for _, _, leaf in before]
-    columns = {name: _columns(part, leaves) for name, part in (("q", query), ("k", key), ("v", value))}
-    sources = [i for i, c in enumerate(columns["q"]) if c is not None]
-    if len(sources) != 1:
-        return "queries do not come from one linear map"
-    x, weight, _ = before[sources[0]]
-    used = columns["q"][sources[0]]
-    assert used is not None
-    shared = [c[sources[0]] for c in (columns["k"], columns["v"])]
-    if any(c is not None and bool((c & used).any()) for c in shared):
-        return "queries share a linear map's columns with keys or values"
-    rows = used.nonzero().flatten()
-    first, last = int(rows[0]), int(rows[-1]) + 1
-    order = _order(x, shape)
-    if order is None or id(weight) not in names:
-        return "the query map's input is not the token sequence"
-    if last - first != len(rows):
-        return QueryRoles("", 0, 0, order, "", order, 0)
-    return QueryRoles(names[id(weight)], first, last, order, "", order, 2 * (last - first) * x.shape[-1])
-
-
-def _columns(part: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    """Which columns of each leaf feed `part`."""
-    if not part.requires_grad or not leaves:
-        return [None] * len(leaves)
-    weights = torch.randn(part.shape, generator=torch.Generator().manual_seed(1)).to(part)
-    gradients = torch.autograd.grad((part * weights).sum(), list(leaves), retain_graph=True, allow_unused=True)
-    return [None if g is None else g.reshape(-1, g.shape[-1]).abs().sum(0) > 0 for g in gradients]
-
-
-def _feeds(source: Tensor, part: Tensor) -> bool:
-    if not part.requires_grad:
-        return False
-    return torch.autograd.grad(part.sum(), [source], retain_graph=True, allow_unused=True)[0] is not None
-
-
-def _order(x: Tensor, shape: torch.Size) -> Rows | None:
-    if x.shape[:-1] == shape:
-        return "NT"
-    if x.shape[:-1] == shape[::-1]:
-        return "TN"
-    if x.dim() == 2 and len(x) == shape.numel():
-        return "TN"  # torch's MultiheadAttention flattens token by token; the check by running settles it
-    return None
-
-
-def _linear_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    named = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
-    return named["input"], named["weight"], named.get("bias")
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from surgery.counting import uncounted
 from surgery.errors import TraceError
 from surgery.generating import function_of
+from surgery.operators import ATTENTION
 from surgery.patterns import Pattern, Signature, pattern_of, signature_of
 from surgery.tracing import DTYPE, base_class, has_side_effect, is_watched, new_graph, remove_dead_code, trace
 
 logger = logging.getLogger(__name__)
-_ATTENTION = F.scaled_dot_product_attention
 _MAPS = frozenset({F.linear, torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.baddbmm})
 
 
@@ -112,7 +112,7 @@ def attend_rows(
         attn_mask = torch.arange(key.shape[-2], device=key.device) <= index[:, None]  # K S
     elif attn_mask is not None and attn_mask.dim() >= 2 and attn_mask.shape[-2] == tokens:
         attn_mask = attn_mask.index_select(-2, index)
-    return _ATTENTION(query, key, value, attn_mask, dropout_p, **rest)
+    return ATTENTION(query, key, value, attn_mask, dropout_p, **rest)
 
 
 def _cut(source: fx.Graph, signature: Signature, pattern: Pattern) -> fx.Graph:
@@ -121,7 +121,7 @@ def _cut(source: fx.Graph, signature: Signature, pattern: Pattern) -> fx.Graph:
     Raises:
         TraceError: If there is not one attention product, or queries cannot be made apart from keys and values.
     """
-    products = [node for node in source.nodes if node.op == "call_function" and node.target is _ATTENTION]
+    products = [node for node in source.nodes if node.op == "call_function" and node.target is ATTENTION]
     if len(products) != 1:
         raise TraceError(f"{len(products)} attention products instead of 1")
     product = products[0]

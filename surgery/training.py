@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.calibration import check_budget
+from surgery.budgets import check_budget
 from surgery.calling import Batch, batches, device_of, length_of, read_output
 from surgery.context import handled, state_of
 from surgery.costs import place, run

@@ -165,7 +165,7 @@ def test_conversion_keeps_the_budget(tmp_path: Path) -> None:
     )
     state = state_of(gated)
     state.policy = "routed"
-    for budget in (0.7, 0.85, surgery.calibration.budget_range(gated)[0]):
+    for budget in (0.7, 0.85, surgery.budgets.budget_range(gated)[0]):
         surgery.set_budget(gated, budget)
         usage = observe(gated, data[4::5])
         assert float(usage.costs(state.costs).mean()) == pytest.approx(budget, abs=0.03)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from toys import Once, Set, Stack, convolution, gate_all, gates, mlp
 
 import surgery
-from surgery.calibration import _monotone, budget_range, calibrate, current_point, set_budget, static_policy
+from surgery.budgets import budget_range, current_point, set_budget, static_policy
+from surgery.calibration import _monotone, calibrate
 from surgery.context import state_of
 from surgery.costs import observe
 from surgery.errors import BudgetError, DataError, NotConverted

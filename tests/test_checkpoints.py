@@ -112,7 +112,7 @@ def test_config_is_strict_json_and_tensors_are_only_those_of_gates(tmp_path: Pat
     config = json.loads((tmp_path / "made" / configs.CONFIG).read_text(), parse_constant=refuse)
     assert config["format_version"] == 1
     assert "torch" in config["versions"]
-    tensors = load_file(tmp_path / "made" / checkpoints.TENSORS)
+    tensors = load_file(tmp_path / "made" / configs.TENSORS)
     assert set(tensors) == {key for key in gated.state_dict() if "surgery_gates." in key}
     assert state_of(checkpoints.load(tmp_path / "made", model=one.model)).threshold == -math.inf
 
@@ -230,7 +230,7 @@ def edit(directory: Path, **changes: Any) -> None:
 def test_missing_directory_and_files(made: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is no directory.*surgery\.save"):
         load(made / "nowhere")
-    (made / checkpoints.TENSORS).rename(made / "elsewhere")
+    (made / configs.TENSORS).rename(made / "elsewhere")
     with pytest.raises(CheckpointError, match=r"holds no surgery\.safetensors"):
         load(made)
     (made / configs.CONFIG).unlink()
@@ -238,7 +238,7 @@ def test_missing_directory_and_files(made: Path) -> None:
         load(made)
 
 
-@pytest.mark.parametrize("file", [configs.CONFIG, checkpoints.TENSORS])
+@pytest.mark.parametrize("file", [configs.CONFIG, configs.TENSORS])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_truncated_files(made: Path, file: str, share: float) -> None:
     content = (made / file).read_bytes()
@@ -274,7 +274,7 @@ def test_newer_formats(made: Path) -> None:
 
 
 def test_tensors_that_do_not_fit_are_listed_by_name(made: Path) -> None:
-    file = made / checkpoints.TENSORS
+    file = made / configs.TENSORS
     tensors = load_file(file)
     first, second, *_ = sorted(tensors)
     gone = tensors.pop(first)

@@ -17,7 +17,7 @@ from toys import Once, Stack, Unsized, assert_same, convolution, frozen, gate_al
 
 import surgery
 from surgery import latency, regression
-from surgery.calibration import budget_range
+from surgery.budgets import budget_range
 from surgery.calling import Batch
 from surgery.context import state_of
 from surgery.conversion import UnmeasuredQuality, first, prefer_static_where_it_wins, select, vary

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toys import Residual
 
 import surgery
-from surgery.calibration import point_at
+from surgery.budgets import point_at
 from surgery.context import state_of
 from surgery.errors import BudgetError, SurgeryError
 from surgery.guarding import stability, wilson

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
-from surgery import checkpoints, configs
+from surgery import configs
 from surgery.context import state_of
 from surgery.errors import CheckpointError, PlanMismatch, SurgeryError
 from surgery.scripts.cli import app
@@ -58,7 +58,7 @@ def files(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple
     state.budget, state.table = 0.6, [BudgetPoint(0.0, 0.6, dict.fromkeys(state.names, 0.5))]
     place = tmp_path_factory.mktemp("good") / "made"
     surgery.save(gated, place)
-    return json.loads((place / configs.CONFIG).read_text()), (place / checkpoints.TENSORS).read_bytes()
+    return json.loads((place / configs.CONFIG).read_text()), (place / configs.TENSORS).read_bytes()
 
 
 def load(network: nn.Module, place: Path, config: Any, tensors: bytes) -> nn.Module | None:
@@ -66,7 +66,7 @@ def load(network: nn.Module, place: Path, config: Any, tensors: bytes) -> nn.Mod
     place.mkdir(exist_ok=True)
     text = config if isinstance(config, bytes) else json.dumps(config).encode()
     (place / configs.CONFIG).write_bytes(text)
-    (place / checkpoints.TENSORS).write_bytes(tensors)
+    (place / configs.TENSORS).write_bytes(tensors)
     try:
         gated = surgery.load(place, model=network)
     except SurgeryError as error:
@@ -200,7 +200,7 @@ def test_hostile_argument_names(network: nn.Module, files: Any, tmp_path: Path, 
         patterns.append([patterns[0][0], [], [[key, "none"]]])
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / configs.CONFIG).write_text(json.dumps(config))
-    (tmp_path / "made" / checkpoints.TENSORS).write_bytes(files[1])
+    (tmp_path / "made" / configs.TENSORS).write_bytes(files[1])
     with pytest.raises(CheckpointError, match="is no name of an argument"):
         surgery.load(tmp_path / "made", model=network)
 
@@ -223,7 +223,7 @@ def test_absurd_values_are_refused_by_name(
     config, tensors = files
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / configs.CONFIG).write_text(json.dumps(change_site(config, **changes)))
-    (tmp_path / "made" / checkpoints.TENSORS).write_bytes(tensors)
+    (tmp_path / "made" / configs.TENSORS).write_bytes(tensors)
     with pytest.raises(CheckpointError, match=message):
         surgery.load(tmp_path / "made", model=network)
 
@@ -257,7 +257,7 @@ def test_bases_that_are_code_run_only_on_demand(files: Any, tmp_path: Path, spec
     (tmp_path / "ran.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / configs.CONFIG).write_text(json.dumps(config))
-    (tmp_path / "made" / checkpoints.TENSORS).write_bytes(files[1])
+    (tmp_path / "made" / configs.TENSORS).write_bytes(files[1])
     with pytest.raises(CheckpointError, match=r"runs code.*trust_code=True"):
         surgery.load(tmp_path / "made")
     done = CliRunner().invoke(app, ["show", str(tmp_path / "made")])

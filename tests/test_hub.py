@@ -60,7 +60,7 @@ def test_push_then_load_is_bit_equal(hub: Hub, model: nn.Module) -> None:
     address = surgery.push_to_hub(model, "me/small", private=True, message="first", tags=["mine"])
     assert address.startswith(f"{hub.url}/me/small/commit/")
     assert hub.repositories["me/small"].private and hub.repositories["me/small"].messages[-1] == "first"
-    assert {configs.CONFIG, checkpoints.TENSORS, "README.md"} <= set(hub.files("me/small"))
+    assert {configs.CONFIG, configs.TENSORS, "README.md"} <= set(hub.files("me/small"))
     assert "- mine" in hub.files("me/small")["README.md"].decode()
     assert len(hub.repositories["me/small"].commits) == 2  # the empty one of the Hub, and ours
     example = subject("timm/test_resnet").example
@@ -80,9 +80,9 @@ def test_a_pushed_base_is_all_that_is_needed(hub: Hub, model: nn.Module, tmp_pat
 
 def test_branches_and_pull_requests(hub: Hub, model: nn.Module) -> None:
     surgery.push_to_hub(model, "me/small", revision="next")
-    assert checkpoints.TENSORS in hub.files("me/small", "next") and checkpoints.TENSORS not in hub.files("me/small")
+    assert configs.TENSORS in hub.files("me/small", "next") and checkpoints.TENSORS not in hub.files("me/small")
     assert surgery.push_to_hub(model, "me/small", create_pr=True).endswith("/discussions/1")
-    assert checkpoints.TENSORS not in hub.files("me/small")
+    assert configs.TENSORS not in hub.files("me/small")
     assert isinstance(load("me/small", revision="next"), type(subject("timm/test_resnet").model))
     with pytest.raises(HubError, match="no such revision"):
         load("me/small", revision="none")
@@ -92,7 +92,7 @@ def test_pull_gives_the_directory_in_full_or_not_at_all(hub: Hub, model: nn.Modu
     surgery.save(model, tmp_path / "made")
     surgery.push(tmp_path / "made", "me/small")
     got = surgery.pull("me/small", tmp_path / "got")
-    for name in (configs.CONFIG, checkpoints.TENSORS):
+    for name in (configs.CONFIG, configs.TENSORS):
         assert (got / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
     assert not (got / ".cache").exists()
     with pytest.raises(OutputExists):
@@ -133,13 +133,13 @@ def test_a_cut_upload_publishes_nothing_and_is_resumed(hub: Hub, model: nn.Modul
     done = len(hub.uploads)
     surgery.push(tmp_path / "made", "me/small")
     assert len(hub.uploads) == done  # every blob was there
-    assert checkpoints.TENSORS in hub.files("me/small")
+    assert configs.TENSORS in hub.files("me/small")
 
 
 def test_an_upload_that_is_cut_once_goes_through(hub: Hub, model: nn.Module) -> None:
     hub.cut_uploads = 1
     surgery.push_to_hub(model, "me/small")
-    assert checkpoints.TENSORS in hub.files("me/small")
+    assert configs.TENSORS in hub.files("me/small")
 
 
 def test_private_and_missing_repositories(hub: Hub, model: nn.Module) -> None:
@@ -203,6 +203,6 @@ def test_commands(hub: Hub, model: nn.Module, tmp_path: Path) -> None:
     done = run(app, ["push", str(tmp_path / "made"), "me/small", "--private", "--tag", "x", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["address"].startswith(hub.url)
     done = run(app, ["pull", "me/small", str(tmp_path / "got")])
-    assert done.exit_code == 0 and (tmp_path / "got" / checkpoints.TENSORS).is_file()
+    assert done.exit_code == 0 and (tmp_path / "got" / configs.TENSORS).is_file()
     done = run(app, ["pull", "me/none", str(tmp_path / "none")])
     assert done.exit_code == 1 and "HubError" in done.stderr

@@ -370,7 +370,7 @@ def test_entropy() -> None:
 def test_several_conversions_are_scored_as_each_alone(
     model: nn.Module, gated: nn.Module, data: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("surgery.calibration.set_budget", lambda *_: None)  # the budget is set by hand
+    monkeypatch.setattr("surgery.budgets.set_budget", lambda *_: None)  # the budget is set by hand
     alone = measure(gated, data, dense=model, **NO_TIME)
     inputs = [Batch((x,), {}, y) for x, y in data]
     dense, outputs, metric = seeds.dense_score(model, inputs)

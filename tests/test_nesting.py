@@ -12,7 +12,7 @@ from toys import Residual, Stack, assert_same, convolution, frozen, gate_all, ga
 
 import surgery
 from surgery import cutting, orders
-from surgery.calibration import static_policy
+from surgery.budgets import static_policy
 from surgery.context import handled, state_of
 from surgery.cutting import cut_order
 from surgery.errors import CheckpointError, SurgeryError

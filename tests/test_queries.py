@@ -11,7 +11,8 @@ import surgery
 from surgery.context import state_of
 from surgery.costs import observe
 from surgery.counting import flop_counter
-from surgery.queries import ActiveQueries, QueryRoles, find_roles
+from surgery.queries import ActiveQueries, QueryRoles
+from surgery.query_finding import find_roles
 
 
 class Attention(nn.Module):
