@@ -134,7 +134,10 @@ def _whole(table: Table, path: Path, split: str) -> Table:
     named = set(re.split(r"[\W_]+", path.resolve().stem.lower()))
     if split != "train" and not named & {split, *SYNONYMS.get(split, ())}:
         logger.warning(
-            "%s has no splits: all %s rows are read, though split %r was asked for", path, f"{len(table):,}", split
+            "%s has no splits: all %s rows are read as the split %r; rows that a conversion was fitted on may be among them",
+            path,
+            f"{len(table):,}",
+            split,
         )
     return table
 

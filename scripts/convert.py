@@ -176,6 +176,10 @@ def convert(
         raise typer.BadParameter("--epochs counts passes of a training, and --tune oneshot does not train")
     if epochs is not None and tune is Tune.auto and data is None:
         raise typer.BadParameter("--epochs counts passes over --data, which is not given")
+    if epochs is not None and tune is Tune.auto and budget == 1:
+        raise typer.BadParameter(
+            "--epochs counts passes of a training, and --budget 1 runs dense: add --tune train to train for lower ones"
+        )
     if width is not None and skip not in (Skip.auto, Skip.narrow):
         raise typer.BadParameter(f"--width is that of narrow skip paths, and --skip {skip.value} has none")
     training = Options() if epochs is None else Options(epochs=epochs)

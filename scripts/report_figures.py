@@ -30,7 +30,7 @@ _LINES = {
     "one pass": ("#56B4E9", "o", "--"),
     "frozen": ("#CC79A7", "v", "--"),
     "importance": ("#009E73", "D", "-."),
-    "shuffled": ("#D55E00", "x", "-."),
+    "shuffled": ("#999933", "x", "-."),
 }
 _FURTHER = (("#7f7f7f", "p", "-"), ("#8c6d31", "h", "-"), ("#bcbd22", "<", "-"), ("#17becf", ">", "-"))
 _OURS = ("gated", "gated, healed")  # on top of what has the same points, as static cuts of a static conversion

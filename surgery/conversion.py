@@ -33,6 +33,7 @@ from surgery.errors import SurgeryError, check_choice
 from surgery.finding import check_weights, find_sites
 from surgery.fitting import fit_skip_paths
 from surgery.gates import iter_gates
+from surgery.latency import check_time_floor
 from surgery.look_calibration import calibrate_second_look
 from surgery.nesting import interrupted_at, train_skip_paths
 from surgery.objectives import divergence
@@ -181,6 +182,8 @@ def convert(
     gated = insert_gates(model, plan)
     if cost == "flops":
         check_floor(gated, budget)
+    elif budget < 1:
+        check_time_floor(gated, held, budget)
     if heal is not None and budget < 1:
         check_healable(gated, heal)
     if found.causal and any(planned.granularity == "sample" for planned in plan.sites):

@@ -7,6 +7,7 @@ gathering and scattering cost, so the table of budgets is then corrected with me
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +25,7 @@ from surgery.errors import BudgetError
 from surgery.gates import Gate
 from surgery.head_gates import HeadGate
 from surgery.progress import Progress, silent
-from surgery.state import BudgetPoint, CostModel, SiteCost
+from surgery.state import BudgetPoint, CostModel, GatedState, SiteCost
 from surgery.timing import compare
 
 _PASSES = 9
@@ -106,12 +107,7 @@ def correct_table(gated: nn.Module, data: Iterable[Any], budget: float, *, progr
             ]
             if not pairs:
                 low, high = min(p.cost for p in measured), max(p.cost for p in measured)
-                tokens = any(planned.granularity == "token" for planned in state.plan.sites)
-                instead = "; granularity='sample' leaves out whole branches, which a single input gains from" * tokens
-                raise BudgetError(
-                    f"budget {budget:g} of the dense model's time cannot be reached on this device: measured {low:.3f} to "
-                    f"{high:.3f} (or 1.0 for dense); routers and gathering take their share of small batches{instead}"
-                )
+                raise _out_of_reach(state, budget, f"{low:.3f} to {high:.3f}")
             below, above = min(pairs, key=lambda pair: abs(pair[0].cost - pair[1].cost))
             share = (budget - below.cost) / (above.cost - below.cost) if above.cost != below.cost else 0.5
             threshold = below.threshold + share * (above.threshold - below.threshold)
@@ -123,6 +119,31 @@ def correct_table(gated: nn.Module, data: Iterable[Any], budget: float, *, progr
     measured.sort(key=lambda p: -p.threshold)
     rising = list(itertools.accumulate((p.cost for p in measured), max))
     state.table = [replace(point, cost=cost) for point, cost in zip(measured, rising, strict=True)]
+
+
+def check_time_floor(gated: nn.Module, data: Iterable[Any], budget: float) -> None:
+    """Refuse a budget that is out of reach in time, before anything is fitted: every gate closed is the fastest.
+
+    Args:
+        gated: A gated model.
+        data: A few batches of the size to be timed; re-iterable.
+        budget: Mean time as a fraction of the dense model's.
+
+    Raises:
+        BudgetError: If it cannot be reached, as `correct_table` does.
+    """
+    low = measure_ratio(gated, data, math.inf)
+    if budget < low - _GOAL:
+        raise _out_of_reach(state_of(gated), budget, f"{low:.3f} with every gate closed")
+
+
+def _out_of_reach(state: GatedState, budget: float, measured: str) -> BudgetError:
+    tokens = any(planned.granularity == "token" for planned in state.plan.sites)
+    instead = "; granularity='sample' leaves out whole branches, which a single input gains from" * tokens
+    return BudgetError(
+        f"budget {budget:g} of the dense model's time cannot be reached on this device: measured {measured} (or 1.0 for "
+        f"dense); routers and gathering take their share of small batches{instead}"
+    )
 
 
 class _Clock:

@@ -358,7 +358,7 @@ def test_folders_without_splits_say_that_all_is_read(folders, viewer, caplog):
     assert load_data(str(folders / "train"), viewer).samples == 6
     assert "splits" not in caplog.text
     assert load_data(str(folders / "train"), viewer, split="test").samples == 6
-    assert "train has no splits: all 6 rows are read, though split 'test' was asked for" in caplog.text
+    assert "train has no splits: all 6 rows are read as the split 'test'" in caplog.text
 
 
 def test_files_say_that_all_of_them_is_read(tmp_path, reader, caplog):
@@ -369,7 +369,7 @@ def test_files_say_that_all_of_them_is_read(tmp_path, reader, caplog):
     load_data(str(tmp_path / "sst2_test.csv"), reader, split="test")
     assert "splits" not in caplog.text
     load_data(str(tmp_path / "reviews.csv"), reader, split="test")
-    assert "reviews.csv has no splits: all 3 rows are read, though split 'test' was asked for" in caplog.text
+    assert "reviews.csv has no splits: all 3 rows are read as the split 'test'" in caplog.text
 
 
 def test_damaged_pictures_are_named_by_row(tmp_path, viewer):

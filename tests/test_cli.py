@@ -344,6 +344,7 @@ def test_convert_trains_down_to_the_lowest_budget(
     ("options", "why"),
     [
         (("--tune", "oneshot", "--epochs", 3, "--data", "digits"), "--tune oneshot does not train"),
+        (("--budget", 1, "--epochs", 3, "--data", "digits"), "--budget 1 runs dense"),
         (("--epochs", 3), "passes over --data, which is not given"),
         (("--width", 0.5, "--skip", "affine", "--data", "digits"), "--skip affine has none"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -578,11 +579,22 @@ def test_latency() -> None:
 def test_a_time_out_of_reach_says_what_would_reach_it(
     vit: nn.Module, monkeypatch: pytest.MonkeyPatch, granularity: Any
 ) -> None:
+    fitted = []
+    monkeypatch.setattr("surgery.conversion.fit_skip_paths", lambda *_, **__: fitted.append(True))
     monkeypatch.setattr(latency, "measure_ratio", lambda *_: 1.3)
     data = [torch.randn(8, 3, 32, 32) for _ in range(5)]
-    with pytest.raises(BudgetError, match="measured 1.300 to 1.300") as raised:
+    with pytest.raises(BudgetError, match="measured 1.300 with every gate closed") as raised:
         surgery.convert(vit, 0.7, data=data, cost="latency", tune="oneshot", granularity=granularity)
     assert ("granularity='sample' leaves out whole branches" in str(raised.value)) == (granularity == "token")
+    assert not fitted
+
+
+@pytest.mark.usefixtures("steady_clock")
+def test_a_time_that_no_threshold_reaches(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "measure_ratio", lambda gated, data, at: 0.6 if at == math.inf else 1.3)
+    data = [torch.randn(8, 3, 32, 32) for _ in range(5)]
+    with pytest.raises(BudgetError, match="measured 1.300 to 1.300"):
+        surgery.convert(vit, 0.7, data=data, cost="latency", tune="oneshot")
 
 
 def test_latency_by_the_clock_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
