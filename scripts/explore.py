@@ -120,10 +120,9 @@ def look(gated: nn.Module, loaded: Loaded, row: Mapping[str, Any], budget: float
 
     from surgery.calling import as_batch, call, read_output
     from surgery.context import state_of
-    from surgery.costs import looked_at, place
+    from surgery.costs import costs_of, looked_at, place
     from surgery.costs import run as first_run
     from surgery.guarding import running
-    from surgery.recording import costs_of
 
     state = state_of(gated)
     batch = place(as_batch(loaded.collate([loaded.preprocess(row)], None)), gated)

@@ -41,7 +41,7 @@ def record(
     from surgery.budgets import set_budget
     from surgery.calling import batches
     from surgery.costs import place, run
-    from surgery.recording import check_place
+    from surgery.log_format import check_place
     from surgery.recording import record as recording
 
     check_place(out.expanduser())

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from surgery.calling import Batch, batches, call, call_dense, length_of, read_output
 from surgery.context import Event, runs_dense, state_of, tape
-from surgery.costs import place, rates_of, weights_of
+from surgery.costs import costs_of, place, rates_of, weights_of
 from surgery.errors import DataError
+from surgery.log_rows import input_hashes
 from surgery.progress import Progress, silent
-from surgery.recording import costs_of, input_hashes
 from surgery.rewriting import remove
 from surgery.scoring import is_logits
 

@@ -141,3 +141,21 @@ def weights_of(events: Sequence[Event], size: int) -> Tensor:
 def place(batch: Batch, model: nn.Module) -> Batch:
     """The batch on the model's device and in its dtype."""
     return batch.to(device_of(model), dtype_of(model))
+
+
+def costs_of(events: Sequence[Event], costs: CostModel, size: int) -> Tensor:
+    """Cost of each sample of one call as a fraction of dense, float64 `(N,)`; a router counts where it ran, a second
+    look costs 1."""
+    total = torch.full((size,), costs.fixed, dtype=torch.float64)
+    rates: dict[str, list[Tensor]] = {}
+    routed = set()
+    for event in events:
+        for unit, active in event.by_unit().items():
+            rates.setdefault(unit, []).append(active.double().cpu())
+            if event.scores is not None:
+                routed |= {unit, event.gate.planned.leader}
+    for unit, site in costs.sites.items():
+        rate = torch.stack(rates[unit]).mean(0) if unit in rates else torch.ones(size, dtype=torch.float64)
+        total += rate * site.branch + (1 - rate) * site.skip + (unit in routed) * site.router
+    looked = events.looked[-1].double().cpu() if isinstance(events, Tape) and events.looked else 0.0
+    return total / costs.dense + looked

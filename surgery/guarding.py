@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from surgery.budgets import budget_range, passes_at, point_at
 from surgery.calling import Batch, call, read_output
 from surgery.context import Event, draw_unit, override, state_of, tape
-from surgery.costs import rates_of, weights_of
+from surgery.costs import costs_of, rates_of, weights_of
 from surgery.errors import BudgetError, MissingDependency, SurgeryError
 from surgery.policies import constant, decided
-from surgery.recording import costs_of
 from surgery.scoring import is_logits
 
 _LOG = logging.getLogger(__name__)

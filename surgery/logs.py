@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import LogError
-from surgery.recording import FORMAT_VERSION, SUFFIX, arrow
+from surgery.log_format import FORMAT_VERSION, SUFFIX, arrow
 
 
 @dataclass(frozen=True, slots=True)

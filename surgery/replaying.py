@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from surgery.branches import Branch
 from surgery.calling import Batch, batches, call, read_output
 from surgery.context import Event, force, handled, state_of, tape
-from surgery.costs import place
+from surgery.costs import costs_of, place
 from surgery.errors import ForceError, LogError, shortened
 from surgery.gates import Gate
+from surgery.log_format import describe
+from surgery.log_rows import input_hashes, output_hash
 from surgery.logs import Log, Row
-from surgery.recording import costs_of, input_hashes, output_hash
 from surgery.sites import Plan
 
 if TYPE_CHECKING:
@@ -338,8 +339,6 @@ def _gap(value: Tensor, recorded: Tensor) -> float:
 
 def _conditions(gated: nn.Module, log: Log) -> list[str]:
     """What is not as it was when the log was recorded."""
-    from surgery.recording import describe
-
     now = describe(gated, "none")
     notes = []
     for then in log.metadata:

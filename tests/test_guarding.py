@@ -15,9 +15,9 @@ from toys import Residual
 import surgery
 from surgery.budgets import point_at
 from surgery.context import state_of
+from surgery.costs import costs_of
 from surgery.errors import BudgetError, SurgeryError
 from surgery.guarding import stability, wilson
-from surgery.recording import costs_of
 from surgery.second_look import margin_of
 from surgery.state import LookPoint
 

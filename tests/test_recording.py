@@ -19,7 +19,7 @@ import surgery
 from surgery.context import state_of, tape
 from surgery.errors import ForceError, LogError
 from surgery.gates import iter_gates
-from surgery.recording import input_hashes
+from surgery.log_rows import input_hashes
 
 pytest.importorskip("pyarrow", reason="logs are Arrow files")
 

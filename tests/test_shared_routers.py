@@ -17,10 +17,10 @@ from toys import assert_same, frozen
 import surgery
 from surgery.calling import Batch
 from surgery.context import Shared, handled, scope, state_of
+from surgery.costs import costs_of
 from surgery.errors import CheckpointError, PlanMismatch, SurgeryError
 from surgery.gates import Gate, iter_gates
 from surgery.harm import label_harm
-from surgery.recording import costs_of
 from surgery.regression import regress_routers
 from surgery.routers import FollowingRouter
 from surgery.scripts.zoo import find
