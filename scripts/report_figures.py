@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import MissingDependency
 
 if TYPE_CHECKING:
-    from surgery.auditing import GroupAudit
+    from surgery.audits import GroupAudit
 
 DPI = 110
 _INK = {False: "#1b1f24", True: "#e6e8ea"}

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from surgery.auditing import Audit, Observed
+from surgery.audits import Audit, Observed
 from surgery.budgets import point_at
 from surgery.context import state_of
 from surgery.gates import iter_gates

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgery.adapters import Loaded
 from surgery.adapters.images import to_pil
-from surgery.auditing import Observed
+from surgery.audits import Observed
 from surgery.scripts.report_measuring import Subject
 from surgery.scripts.report_page import data_uri
 from surgery.tables import percent

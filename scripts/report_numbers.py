@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.auditing import Audit, Observed
+from surgery.audits import Audit, Observed
 from surgery.reports import Report
 from surgery.tables import percent
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.adaptation import heal as heal
-    from surgery.auditing import Audit as Audit
     from surgery.auditing import audit as audit
+    from surgery.audits import Audit as Audit
     from surgery.budgets import budget_range as budget_range
     from surgery.budgets import set_budget as set_budget
     from surgery.calibration import calibrate as calibrate
@@ -64,7 +64,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adaptation": ("heal",),
-    "auditing": ("Audit", "audit"),
+    "auditing": ("audit",),
+    "audits": ("Audit",),
     "budgets": ("budget_range", "set_budget"),
     "calibration": ("calibrate",),
     "checkpoints": ("load", "save"),

@@ -98,7 +98,8 @@ class Writer:
             if isinstance(item, threading.Event):
                 item.set()
             if item is None:
-                self._guarded(self._end)
+                self._guarded(self._stream.close)
+                self._close()
                 if not self._any:
                     self._vanish()
                 return
@@ -135,9 +136,12 @@ class Writer:
             values.clear()
         self._bytes = 0
 
-    def _end(self) -> None:
-        self._stream.close()
-        self._file.close()
+    def _close(self) -> None:
+        """After an error too."""
+        try:
+            self._file.close()
+        except OSError as error:
+            self._error = self._error or error
 
     def _vanish(self) -> None:
         """Leave nothing behind where nothing was recorded."""

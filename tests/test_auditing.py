@@ -90,6 +90,7 @@ def test_near_decisions_and_noise() -> None:
     assert sum(s.noise_rate for s in calm.sites) < 0.02 < sum(s.noise_rate for s in rough.sites)
     assert rough.flipped > calm.flipped and rough.dense_flipped > calm.dense_flipped
     state_of(gated).threshold = 1e6
+    assert "noise of 50 % of the inputs' own spread" in str(rough)
     far = surgery.audit(gated, [x], dense=model, noise=0)
     assert all(site.near_rate == 0 and site.noise_rate is None for site in far.sites) and far.flipped is None
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -240,6 +242,11 @@ def test_refusals(tmp_path: Path) -> None:
         with torch.no_grad(), surgery.record(one.gated, tmp_path / "log") as log:
             log.name_inputs(["a", "b"])
             one.gated(one.entry.example(3, seed=1))
+    with warnings.catch_warnings(record=True) as seen:  # an open file says so when it is collected
+        warnings.simplefilter("always", ResourceWarning)
+        del log
+        gc.collect()
+    assert not seen and not list((tmp_path / "log").glob("*"))
 
 
 @pytest.mark.slow
