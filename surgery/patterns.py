@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import keyword as words
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -103,6 +103,12 @@ class Signature:
     named: tuple[inspect.Parameter, ...]
     extra: str | None
     keywords: str | None
+    positional: int = field(init=False)
+    """How many of the named ones may be given by position."""
+
+    def __post_init__(self) -> None:
+        count = sum(parameter.kind is not inspect.Parameter.KEYWORD_ONLY for parameter in self.named)
+        object.__setattr__(self, "positional", count)
 
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -111,11 +117,16 @@ class Signature:
         rest = dict(kwargs)
         values = []
         for index, parameter in enumerate(self.named):
-            if index < len(args) and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            if index < len(args) and index < self.positional:
                 values.append(args[index])
             else:
                 values.append(rest.pop(parameter.name, parameter.default))
-        return values, args[len(self.named) :] if self.extra else (), rest
+        return values, args[self.positional :] if self.extra else (), rest
+
+    def fits(self, values: Sequence[Any], rest: Mapping[str, Any], args: Sequence[Any]) -> bool:
+        """Whether Python would accept the call of which `bind` gave `values` and `rest`."""
+        surplus = (rest and not self.keywords) or (len(args) > self.positional and not self.extra)
+        return not surplus and not any(value is inspect.Parameter.empty for value in values)
 
     def names(self, pattern: Pattern) -> list[str]:
         """Names of all arguments of a call of that pattern, in the order in which generated code takes them."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,8 @@ class Programs:
     """The weights' dtype that decided what some program does, or None."""
     leaders: tuple[str, ...] = field(init=False)
     """Sites from whose routers others read."""
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Held while a program is made: threads may meet new patterns at once."""
 
     def __post_init__(self) -> None:
         self.leaders = tuple(mark.leader for mark in self.marked if mark.leader)
@@ -94,16 +97,25 @@ class Programs:
             )
             return self.base.forward(module, *args, **kwargs)
         values, extra, rest = self.signature.bind(args, kwargs)
+        if not self.signature.fits(values, rest, args):
+            return self.base.forward(module, *args, **kwargs)  # says what is missing or too much
         names = sorted(rest)
         pattern = pattern_of(values, extra, rest, self.held)
         try:
             program = self.compiled[pattern]
         except KeyError:
-            program = self.add(module, pattern, strict=False) if self._has_room() else None
+            with self.lock:
+                program = self._added(module, pattern)
         if program is None:
             return self.base.forward(module, *args, **kwargs)
         inputs = (module, *values, *extra, *[rest[name] for name in names])
         return self._share(program, inputs) if self.leaders else program(*inputs)
+
+    def _added(self, module: nn.Module, pattern: Pattern) -> Callable[..., Any] | None:
+        """The program of a pattern that was not known a moment ago."""
+        if pattern in self.compiled:
+            return self.compiled[pattern]
+        return self.add(module, pattern, strict=False) if self._has_room() else None
 
     def _share(self, program: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         """Run a program; what its routers share is kept as long as it runs."""

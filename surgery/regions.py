@@ -16,11 +16,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from surgery.tracing import GATES, has_side_effect
+from surgery.tracing import CACHE_NAMES, GATES, has_side_effect
 
 _ADD_FUNCTIONS = frozenset({operator.add, operator.iadd, torch.add})
 _SHAPE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 _SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "__len__"})
+_VIEW_NAMES = (
+    "view reshape view_as flatten unflatten squeeze unsqueeze permute transpose movedim t mT T expand expand_as chunk split "
+    "unbind narrow select getitem getattr detach diagonal unfold"
+)
+_VIEWS = frozenset(_VIEW_NAMES.split())
 _PRODUCTS = frozenset(
     {
         "linear",
@@ -241,11 +246,32 @@ def _cone(
     cone -= {n for n in cone if _is_copyable(n)}
     if all(node.op == "call_function" and node.target is operator.getitem for node in cone):
         return "nothing worth skipping is left in it"
-    if any(has_side_effect(node) and node not in ancestors[term] for node in cone):
-        return "it has a side effect"
+    for node in sorted(cone, key=order.__getitem__):
+        if why := _writes_outside(node, cone):
+            return why
     escapes = {e for e in escapes if e.args[0] in cone}
     nodes, inputs = _with_copies(cone, order)
     return Region(add, term, residual, cone, nodes, inputs, sorted(escapes, key=order.__getitem__))
+
+
+def _writes_outside(node: fx.Node, cone: set[fx.Node]) -> str:
+    """Why a node cannot be left out: it changes what was not made inside the branch. A key/value cache is looked after
+    elsewhere."""
+    if node.op == "call_module" or not has_side_effect(node):
+        return ""
+    root = node.args[0] if node.args else None
+    while isinstance(root, fx.Node) and root in cone and _is_view(root):
+        root = root.args[0]
+    if isinstance(root, fx.Node) and (root in cone or root.name in CACHE_NAMES):
+        return ""
+    changed = isinstance(root, fx.Node) and root.op != "get_attr"
+    return "it changes its input in place" if changed else "it has a side effect"
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node may give the memory of its first argument."""
+    name = getattr(node.target, "__name__", str(node.target))
+    return node.op in ("call_method", "call_function") and (name in _VIEWS or has_side_effect(node)) and bool(node.args)
 
 
 def _read_outside(node: fx.Node, cone: set[fx.Node], add: fx.Node, escapes: set[fx.Node]) -> bool:

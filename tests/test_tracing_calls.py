@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from typing import Any
 
 import pytest
 import torch
 from subjects import assert_close, assert_equal, outputs
 from torch import Tensor, nn
-from tracing_toys import Base, C, N, T, check, convert, maps, tokens
+from tracing_toys import Base, C, N, Residual, T, check, convert, maps, mlp, tokens
 
 import surgery
+from surgery import programs
 from surgery.gates import iter_gates
 from surgery.vetting import vet
 
@@ -125,6 +128,107 @@ def test_side_effects_stay_outside_the_branch() -> None:
             assert_equal(store, [toy.key(x)])
             if rate == 0.0:
                 assert torch.equal(y, x)
+
+
+class Counting(Base):
+    """The branch counts its calls in a buffer, and writes into a value of its own."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.own = own
+        self.register_buffer("calls", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(x)
+        if self.own:
+            return x + self.mlp(hidden.mul_(2))
+        return x + self.mlp(hidden) * (self.calls.add_(1) > 0)
+
+
+def test_a_branch_may_write_into_its_own_values_only() -> None:
+    assert len(check(Counting(own=True), tokens(), ["mlp"])) == 1
+    toy = Counting(own=False).eval()
+    sites = surgery.find_sites(toy, tokens())
+    assert not len(sites) and [r.reason for r in sites.rejections] == ["it has a side effect"]
+
+
+class CountingModule(nn.Module):
+    """Counts its calls where no graph sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(x)
+
+
+def test_what_the_copy_counts_the_original_does_not() -> None:
+    toy = Residual()
+    toy.mlp = CountingModule()  # type: ignore[assignment]
+    sites, gated = convert(toy, tokens())
+    with surgery.force(gated, 1.0):
+        gated(tokens())
+    assert len(sites) == 1 and int(toy.mlp.calls) == 0 and int(gated.mlp.calls) == 1
+
+
+class Varied(Base):
+    """Another function for every argument that is given; and arguments after others."""
+
+    def forward(self, x: Tensor, a: Tensor | None = None, *more: Tensor, b: Tensor | None = None) -> Tensor:
+        y = self.mlp(self.norm(x))
+        if a is not None:
+            y = y * a
+        if b is not None:
+            y = y * b.sin()
+        for value in more:
+            y = y + value
+        return x + y
+
+
+def test_threads_may_meet_new_calls_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = tokens()
+    toy = Varied().eval().requires_grad_(False)
+    gated = surgery.insert_gates(toy, surgery.find_sites(toy, x))
+    generate, calls = programs._generate, threading.Barrier(2)
+
+    def slow(*args: Any) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            calls.wait(0.3)  # both at once, if they can be
+        return generate(*args)
+
+    monkeypatch.setattr(programs, "_generate", slow)
+    ways = [{"a": torch.rand(C)}, {"b": torch.rand(C)}]
+
+    def work(kwargs: dict[str, Any]) -> None:
+        with surgery.force(gated, 1.0):
+            gated(x, **kwargs)
+
+    threads = [threading.Thread(target=work, args=(kwargs,)) for kwargs in ways]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with surgery.force(gated, 1.0):
+        for kwargs in ways:
+            assert torch.equal(gated(x, **kwargs), toy(x, **kwargs))
+
+
+def test_calls_that_python_refuses_are_refused() -> None:
+    x, one = tokens(), torch.rand(C)
+    toy = Varied().eval().requires_grad_(False)
+    gated = surgery.insert_gates(toy, surgery.find_sites(toy, x))
+    with surgery.force(gated, 1.0):
+        assert torch.equal(gated(x, one, one, one, b=one), toy(x, one, one, one, b=one))
+        for args, kwargs in (((), {}), ((x, one), {"a": one}), ((x,), {"c": one})):
+            with pytest.raises(TypeError, match="argument"):
+                gated(*args, **kwargs)
+    plain = Residual().eval().requires_grad_(False)
+    gated = surgery.insert_gates(plain, surgery.find_sites(plain, x))
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        gated(x, x)
 
 
 class Shapes(nn.Module):
