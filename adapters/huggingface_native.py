@@ -108,12 +108,12 @@ class GatesQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Routers and skip paths are."""
+        """Skip paths are; routers learn in `surgery.train_routers`."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Trainer trains routers and skip paths without an adapter on top."""
+        """Trainer trains skip paths without an adapter on top."""
         return True
 
     @property

@@ -45,6 +45,7 @@ class Row:
         time: When the call began.
         input: Hash of the content, or the name that was given.
         budget: What was set; None before calibration or where a threshold was overridden.
+        threshold: Scores above it kept a branch.
         execution: How the call ran.
         latency_ms: Of the whole call.
         cost: Of this input, as a fraction of dense.
@@ -61,6 +62,7 @@ class Row:
     time: datetime
     input: str
     budget: float | None
+    threshold: float
     execution: str
     latency_ms: float
     cost: float
@@ -195,7 +197,19 @@ def _row(part: int, values: Mapping[str, Any], metadata: Mapping[str, Any]) -> R
             strict=True,
         )
     )
-    same = ("call", "row", "size", "time", "input", "budget", "execution", "latency_ms", "cost", "prediction")
+    same = (
+        "call",
+        "row",
+        "size",
+        "time",
+        "input",
+        "budget",
+        "threshold",
+        "execution",
+        "latency_ms",
+        "cost",
+        "prediction",
+    )
     return Row(
         part=part,
         passes=passes,

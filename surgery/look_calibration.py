@@ -16,7 +16,7 @@ from surgery.budgets import budget_range, set_budget
 from surgery.calling import as_batch
 from surgery.context import execution, state_of
 from surgery.costs import observe
-from surgery.errors import SurgeryError
+from surgery.errors import BudgetError, SurgeryError
 from surgery.objectives import divergence
 from surgery.progress import Progress, silent
 from surgery.second_look import least_certain, margin_of
@@ -48,10 +48,15 @@ def calibrate_second_look(
         Whether it is on at any budget.
 
     Raises:
+        NotConverted: If the model has no gates.
         SurgeryError: If the model is no classifier (its output is not `(N, K)` logits) and `mode` is True.
         BudgetError: If the model was never calibrated.
     """
     state, report = state_of(gated), progress or silent
+    if not state.table:
+        raise BudgetError(
+            "this model was never calibrated, so there is no budget to share; run surgery.calibrate first"
+        )
     budget = state.budget
     state.looks, state.margin = [], None
     if budget is None or budget >= 1:

@@ -21,10 +21,6 @@ MEMORY_LIMIT = 0.025
 """All routers together hold at most this share of the model's parameters (likewise)."""
 LINEAR_MEMORY_LIMIT = 0.1
 """A full linear or depthwise skip path holds at most this share of its branch's parameters."""
-FIRST_TOKENS = 0
-"""First tokens of a causal language model's sequences that run in full by default (docs/generation.md)."""
-FIRST_LAYERS = 0
-"""First layers of a causal language model that always run by default (likewise)."""
 WIDTH = 0.5
 """Share of a branch's hidden channels that narrow skip paths keep where no budget is known."""
 TOKEN_WIDTH, TOKEN_CHANNELS = 0.125, 0.25
@@ -65,7 +61,7 @@ def choose(
     check_choice("routers", routers, get_args(Routers))
     if width != "auto" and (isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < 1):
         raise SurgeryError(f"width must be a number between 0 and 1, or 'auto', got {width!r}")
-    layers = _number("first_layers", first_layers, FIRST_LAYERS if sites.causal else 0)
+    layers = _number("first_layers", first_layers, 0)
     grains = {site.name: _granularity(sites, site, granularity) for site in sites}
     kinds = {site.name: _skip(site, skip, grains[site.name], rank if trained else 0, cost, budget) for site in sites}
     shares = {site.name: _token_width(site) if grains[site.name] == "token" else WIDTH for site in sites}
@@ -98,7 +94,7 @@ def choose(
         signature=sites.signature,
         patterns=sites.patterns,
         inlined=sites.inlined,
-        first_tokens=_number("first_tokens", first_tokens, FIRST_TOKENS if sites.causal else 0),
+        first_tokens=_number("first_tokens", first_tokens, 0),
     )
 
 

@@ -288,10 +288,8 @@ class Sites(Sequence[Site]):
                 of the branch that goes by the `budget` (docs/skip_paths.md), and is 0.5 where there is none. Per token it keeps
                 an eighth, and in MLPs that are not gated at most a quarter as many as the stream has channels.
             hidden: Width of the routers' bottleneck; `auto` keeps a router within its cost limit.
-            first_tokens: For how many first tokens of every sequence all gates per token stay open; `auto` is
-                `planning.FIRST_TOKENS` in causal language models, else 0.
-            first_layers: In how many first layers all gates stay open; `auto` is `planning.FIRST_LAYERS` in causal
-                language models, else 0.
+            first_tokens: For how many first tokens of every sequence all gates per token stay open; `auto` is none.
+            first_layers: In how many first layers all gates stay open; `auto` is none.
             trained: Whether skip paths will be trained.
             routers: `shared` lets an MLP's router read the hidden features of the attention's before it in the same
                 layer, where both decide alike (docs/routers.md); `own` gives each site its own.

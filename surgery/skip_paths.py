@@ -278,7 +278,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> T
 
 def _is_product(x: Tensor) -> bool:
     """Whether a 1x1 convolution is a product of matrices as its map lies in memory, which on the CPU takes down to a ninth of
-    the time (`surgery.scripts.rows_speed --what linear`).
+    the time (`surgery.scripts.rows_speed --what skip`).
     """
     return (
         x.device.type == "cpu"
