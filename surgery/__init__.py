@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from surgery.context import tape as tape
     from surgery.conversion import UnmeasuredQuality as UnmeasuredQuality
     from surgery.conversion import convert as convert
+    from surgery.cutting import cut_order as cut_order
     from surgery.exporting import Exported as Exported
     from surgery.exporting import export as export
     from surgery.finding import find_sites as find_sites
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from surgery.logs import read_log as read_log
     from surgery.look_calibration import calibrate_second_look as calibrate_second_look
     from surgery.measurement import measure as measure
+    from surgery.nesting import train_skip_paths as train_skip_paths
     from surgery.options import Options as Options
     from surgery.overview import Status as Status
     from surgery.overview import status as status
@@ -71,6 +73,7 @@ _HOMES = {
     "checkpoints": ("load", "save"),
     "context": ("execution", "force", "prompt_length", "tape"),
     "conversion": ("UnmeasuredQuality", "convert"),
+    "cutting": ("cut_order",),
     "exporting": ("Exported", "export"),
     "finding": ("find_sites",),
     "fitting": ("fit_skip_paths",),
@@ -80,6 +83,7 @@ _HOMES = {
     "logs": ("Log", "read_log"),
     "look_calibration": ("calibrate_second_look",),
     "measurement": ("measure",),
+    "nesting": ("train_skip_paths",),
     "options": ("Options",),
     "overview": ("Status", "status"),
     "pinning": ("pin",),

@@ -76,9 +76,7 @@ def train_skip_paths(
     """
     options, state, report = options or Options(), state_of(gated), progress or silent
     if not state.order:
-        raise SurgeryError(
-            "static policies have no order yet; measure it first: surgery.cutting.cut_order(gated, data)"
-        )
+        raise SurgeryError("static policies have no order yet; measure it first: surgery.cut_order(gated, data)")
     groups = groups_of([gate for _, gate in iter_gates(gated)], "skip_path", options.nested_rate, by_width=False)
     parameters = [p for group in groups for p in group["params"]]
     levels = trained_levels(gated)
