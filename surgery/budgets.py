@@ -9,12 +9,13 @@ import itertools
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
 
-from surgery.context import state_of
+from surgery.context import override, state_of
 from surgery.errors import BudgetError
 from surgery.state import BudgetPoint, CostModel, GatedState, LookPoint
 
@@ -70,6 +71,15 @@ def passes_at(state: GatedState, budget: float) -> tuple[BudgetPoint, float | No
     look = look_at(state.looks, budget)
     rest = budget - look.cost  # dense costs 1: the rest of the budget is the share of inputs
     return _point(state, look.base), _between(look.margins, rest) if look.margins and rest > 0 else None
+
+
+@contextmanager
+def at_point(state: GatedState, point: BudgetPoint, margin: float | None = None) -> Iterator[None]:
+    """Calls in the block run at a point of the table, whatever the model is set to, with a second look at inputs whose margin
+    is below `margin`; its own state stays as it is, so other threads see nothing of it.
+    """
+    with override(state, thresholds=point.threshold, static=frozenset(point.static), margin=margin):
+        yield
 
 
 def look_at(looks: Sequence[LookPoint], budget: float) -> LookPoint:

@@ -107,6 +107,8 @@ class Overrides:
     tape: list[Event] | None = None
     handler: Handler | None = None
     thresholds: Mapping[str, float] | float | None = None
+    static: frozenset[str] | None = None
+    """What the static policy keeps open, in the place of the model's own."""
     prompt: int | float | Tensor | None = None
     recorder: Recording | None = None
     healed: bool = True

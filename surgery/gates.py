@@ -113,7 +113,7 @@ class Gate(Executor):
             if self._is_compact():
                 mode = "skip"  # keys and values of what is skipped are missing in the cache
         elif mode == "static" and over.forced is None:
-            kept = [self.state.static.get(unit, True) for unit in self.site.units]
+            kept = self._kept(over)
             if over.tape is None and (all(kept) or (not any(kept) and self.leaves_out(branch))):
                 return self.open(branch, left, inputs) if all(kept) else self.closed(branch, left, residual)
             decisions, scores = self._constant(residual, *kept), None
@@ -144,6 +144,12 @@ class Gate(Executor):
             decisions = self.without_padding(residual, decisions)
         return decisions, scores
 
+    def _kept(self, over: Overrides) -> list[bool]:
+        """What the static policy decides."""
+        if over.static is not None:
+            return [unit in over.static for unit in self.site.units]
+        return [self.state.static.get(unit, True) for unit in self.site.units]
+
     def closes_padding(self, threshold: float) -> bool:
         """Whether it is closed for padding. Not at minus infinity: there it is open for everything, and the model gives bit
         for bit what the dense one does.
@@ -173,8 +179,7 @@ class Gate(Executor):
                 )
             return found, None
         if static:
-            values = [self.state.static.get(unit, True) for unit in self.site.units]
-            decisions, scores = self._constant(residual, *values), None
+            decisions, scores = self._constant(residual, *self._kept(over)), None
         else:
             decisions, scores = self.decide(residual, over)
         if kept is not None:

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.budgets import budget_range, passes_at, point_at
+from surgery.budgets import at_point, budget_range, passes_at, point_at
 from surgery.calling import Batch, call, read_output
-from surgery.context import Event, draw_unit, override, state_of, tape
+from surgery.context import Event, Execution, draw_unit, execution, override, state_of, tape
 from surgery.costs import costs_of, rates_of, weights_of
 from surgery.errors import BudgetError, MissingDependency, SurgeryError
-from surgery.policies import constant, decided
 from surgery.scoring import is_logits
 
 _LOG = logging.getLogger(__name__)
@@ -305,13 +304,9 @@ def running(gated: nn.Module, budget: float) -> Iterator[list[Event]]:
             yield []
         return
     point, margin = passes_at(state, budget)
-    if state.policy == "static":
-        with decided(gated, constant(point.static)) as events:
-            with override(state, execution="skip", tape=events, margin=margin):
-                yield events
-    else:
-        with override(state, execution="skip", thresholds=point.threshold, margin=margin), tape(gated) as events:
-            yield events
+    mode: Execution = "static" if state.policy == "static" else "skip"
+    with execution(gated, mode), at_point(state, point, margin), tape(gated) as events:
+        yield events
 
 
 class _Rates:

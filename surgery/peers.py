@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery import policies
-from surgery.budgets import current_point
+from surgery.budgets import at_point, current_point
 from surgery.calling import Batch, call, read_output
-from surgery.context import Event, Tape, execution, force, state_of, tape
+from surgery.context import Event, Tape, force, override, state_of, tape
 from surgery.errors import DataError
 from surgery.healing import unhealed
 from surgery.model_timing import Prepared
@@ -308,28 +308,15 @@ def interval(ours: Scores, other: Scores, resamples: int, seed: int) -> tuple[fl
 def one_pass(gated: nn.Module) -> Iterator[None]:
     """Run `gated` without its second look inside the block: one pass gets the whole budget."""
     state = state_of(gated)
-    before = state.margin, state.threshold, state.static
-    point = current_point(state)
-    state.margin, state.threshold = None, point.threshold
-    state.static = {name: name in point.static for name in state.units}
-    try:
+    with at_point(state, current_point(state)):
         yield
-    finally:
-        state.margin, state.threshold, state.static = before
 
 
 @contextmanager
 def static_only(gated: nn.Module, kept: Sequence[str], margin: float | None = None) -> Iterator[None]:
     """Run one static policy inside the block, with a second look at inputs whose margin is below `margin`."""
-    state = state_of(gated)
-    before = state.margin, state.static
-    names = frozenset(kept)
-    state.margin, state.static = margin, {unit: unit in names for unit in state.units}
-    try:
-        with execution(gated, "static"):
-            yield
-    finally:
-        state.margin, state.static = before
+    with override(state_of(gated), execution="static", static=frozenset(kept), margin=margin):
+        yield
 
 
 def within(model: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> Prepared:

@@ -50,7 +50,8 @@ def margin_in_force(state: GatedState) -> float | None:
         return None
     if over.margin is not None:
         return over.margin
-    return None if over.handler is not None or over.thresholds is not None else state.margin
+    by_hand = (over.handler, over.thresholds, over.static)
+    return state.margin if all(one is None for one in by_hand) else None
 
 
 def look_again(gated: nn.Module, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

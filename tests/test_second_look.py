@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ import surgery
 from surgery.context import state_of
 from surgery.costs import observe
 from surgery.errors import SurgeryError
+from surgery.peers import one_pass, static_only
 from surgery.second_look import margin_of
 from surgery.state import LookPoint
 
@@ -119,6 +124,23 @@ def test_what_is_set_by_hand_gets_no_second_look(looking: nn.Module, data: list[
     assert not events.looked
     surgery.set_budget(looking, 1.0)
     assert state_of(looking).margin is None
+
+
+@pytest.mark.parametrize(
+    "context", [one_pass, partial(static_only, kept=()), partial(static_only, kept=(), margin=0.5)]
+)
+def test_a_peer_that_runs_changes_nothing_for_other_threads(
+    looking: nn.Module, data: list[Tensor], context: Callable[[nn.Module], AbstractContextManager[None]]
+) -> None:
+    before = replace(state_of(looking))
+    with torch.no_grad():
+        expected = looking(data[0])
+        with context(looking):
+            own = looking(data[0])
+            with ThreadPoolExecutor(1) as pool:
+                served = pool.submit(looking, data[0]).result()
+            assert state_of(looking) == before
+    assert torch.equal(served, expected) and not torch.equal(own, expected)
 
 
 def test_a_pinned_copy_spends_the_whole_budget_on_one_pass(looking: nn.Module, data: list[Tensor]) -> None:
