@@ -95,12 +95,12 @@ class Loader:
         generator = torch.Generator().manual_seed(self._seed + 7919 * self._passes)
         self._passes += 1
         for start in range(0, len(self._order), self.batch_size):
-            yield self._batch(start, self._order[start : start + self.batch_size], generator)
+            yield self._batch(self._order[start : start + self.batch_size], generator)
 
     def __repr__(self) -> str:
         return f"<Loader of {self.samples} samples in {len(self)} batches, columns {self.columns}>"
 
-    def _batch(self, start: int, rows: Sequence[int], generator: torch.Generator) -> Any:
+    def _batch(self, rows: Sequence[int], generator: torch.Generator) -> Any:
         try:
             table = self._table[list(rows)]
         except Exception as error:  # datasets raises whatever its decoders raise
@@ -130,7 +130,7 @@ class Loader:
             samples = [_augmented(sample, generator) for sample in samples]
         labels: Tensor | None = None
         if self.labels is not None:
-            labels = self.labels.read(table[self.labels.column], start)
+            labels = self.labels.read(table[self.labels.column], rows)
         return self._loaded.collate(samples, labels)
 
     def _unreadable(self, rows: Sequence[int]) -> str:

@@ -23,6 +23,7 @@ from surgery.adapters.base import Row, library
 from surgery.errors import DataError
 
 LEAVES = 24
+_MOST_16_BITS = 2**16 - 1
 # square root of the covariance of colours in photographs: mostly brightness, then blue-yellow, then green-magenta
 COLOUR = ((0.94, 0.26, 0.10), (0.96, -0.02, -0.17), (0.93, -0.31, 0.09))
 
@@ -58,6 +59,10 @@ class ImagePreprocess:
 def to_pil(value: Any, *, colour: bool = True) -> Any:
     """A PIL image from a PIL image, encoded bytes, a `{"bytes", "path"}` record, an array or a tensor `(C, H, W)`.
 
+    Args:
+        value: One of these.
+        colour: Whether to make it RGB; what is then done with other depths than 8 bits says `in_8_bits`.
+
     Raises:
         DataError: If it is none of these or cannot be decoded.
     """
@@ -72,14 +77,38 @@ def to_pil(value: Any, *, colour: bool = True) -> Any:
             image = module.open(value)
         elif isinstance(value, Tensor):
             array = (value.clamp(0, 1) * 255).round().to(torch.uint8) if value.is_floating_point() else value
-            image = module.fromarray(array[0].numpy() if array.shape[0] == 1 else array.permute(1, 2, 0).numpy())
+            image = _from_array(array[0].numpy() if array.shape[0] == 1 else array.permute(1, 2, 0).numpy())
         elif hasattr(value, "__array_interface__") and not isinstance(value, module.Image):
-            image = module.fromarray(value)
+            image = _from_array(value)
         if isinstance(image, module.Image):
-            return image.convert("RGB") if colour else image
+            return in_8_bits(image).convert("RGB") if colour else image
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"an image cannot be decoded: {error}") from error
     raise DataError(f"expected an image (PIL, encoded bytes or an array), got {type(value).__name__}")
+
+
+def in_8_bits(image: Any) -> Any:
+    """Grey of 16 bits (modes `I;16` and `I`) scaled to 8, where PIL itself cuts values off at 255; other images as they are.
+
+    Raises:
+        DataError: If it holds floating-point numbers (mode `F`) or whole numbers outside of 16 bits: their range is unknown.
+    """
+    if image.mode == "F":
+        raise DataError("an image of floating-point numbers (mode F) has no known range; scale it to 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    low, high = image.getextrema()
+    if low < 0 or high > _MOST_16_BITS:
+        raise DataError(f"a grey image holds values from {low} to {high}, expected 0 to {_MOST_16_BITS}")
+    numpy = library("numpy", "numpy")
+    return library("PIL.Image", "pillow").fromarray((numpy.asarray(image) / 257).round().astype(numpy.uint8))
+
+
+def _from_array(array: Any) -> Any:
+    image = library("PIL.Image", "pillow").fromarray(array)
+    if image.mode == "I":
+        raise DataError("an array of int32 has no known range; give uint8, or uint16")
+    return image
 
 
 def to_tensor(value: Any, channels: int | None = None) -> Tensor:
@@ -88,7 +117,7 @@ def to_tensor(value: Any, channels: int | None = None) -> Tensor:
         image = value
     else:
         numpy = library("numpy", "numpy")
-        picture = to_pil(value, colour=False)
+        picture = in_8_bits(to_pil(value, colour=False))
         if picture.mode not in ("L", "RGB"):
             picture = picture.convert("RGB")
         array = torch.from_numpy(numpy.array(picture))

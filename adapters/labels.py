@@ -32,14 +32,18 @@ class Labels:
     index: dict[str, int] | None = None
     classes: int | None = None
 
-    def read(self, values: Sequence[Any], first_row: int) -> Tensor | None:
+    def read(self, values: Sequence[Any], rows: Sequence[int]) -> Tensor | None:
         """Labels `(N,)`, whole numbers or, for regression, numbers; None where the data set hides them (-1).
+
+        Args:
+            values: Of one batch.
+            rows: Their rows in the data, for messages.
 
         Raises:
             DataError: If a label is missing, not a number, or no class of the model.
         """
         if any(value is None for value in values):
-            row = first_row + next(i for i, value in enumerate(values) if value is None)
+            row = next(row for row, value in zip(rows, values, strict=True) if value is None)
             raise DataError(f"column {self.column!r}: row {row} has no label")
         if self.index is not None:
             unknown = [value for value in values if str(value) not in self.index]
@@ -56,14 +60,14 @@ class Labels:
         labels = labels.long()
         if labels.dim() != 1 or bool((labels == -1).all()):
             return None
-        if self.order is not None:
-            labels = torch.tensor(self.order)[labels]
-        if self.classes is not None and (int(labels.max()) >= self.classes or int(labels.min()) < 0):
-            raise DataError(
-                f"column {self.column!r}: label {int(labels.max() if labels.max() >= self.classes else labels.min())} "
-                f"found near row {first_row}, the model has classes 0 to {self.classes - 1}"
-            )
-        return labels
+        count = self.classes if self.order is None else len(self.order)
+        for row, label in zip(rows, labels.tolist(), strict=True):
+            if count is not None and not 0 <= label < count:
+                whose = "the model" if self.order is None else "the column"
+                raise DataError(
+                    f"column {self.column!r}: row {row} has label {label}, {whose} has classes 0 to {count - 1}"
+                )
+        return labels if self.order is None else torch.tensor(self.order)[labels]
 
 
 def read_labels(

@@ -23,7 +23,7 @@ from surgery.adapters.base import (
     recorded_base,
     stack,
 )
-from surgery.adapters.images import natural_images, to_pil
+from surgery.adapters.images import in_8_bits, natural_images, to_pil
 from surgery.adapters.specs import Spec, did_you_mean, numbers, parse_spec, with_option
 from surgery.calling import Batch, dtype_of
 from surgery.errors import CheckpointError, UnknownModel
@@ -50,7 +50,7 @@ class TimmPreprocess:
     def __call__(self, row: Row) -> Tensor:
         """`(C, H, W)`."""
         image = to_pil(row["image"], colour=self.channels != 1)
-        return self.transform(image.convert("L") if self.channels == 1 else image)
+        return self.transform(in_8_bits(image).convert("L") if self.channels == 1 else image)
 
 
 class TimmAdapter:

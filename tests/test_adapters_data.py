@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from surgery.adapters import adapter_for, digits, load_data, load_model
 from surgery.adapters.columns import find_columns
 from surgery.adapters.images import to_pil
-from surgery.adapters.labels import read_labels
+from surgery.adapters.labels import Labels, read_labels
 from surgery.calling import as_batch
 from surgery.errors import DataError
 
@@ -167,7 +167,7 @@ def test_numbers_stay_numbers(tmp_path, reader):
 
 def test_labels_outside_the_models_classes(tmp_path, reader):
     path = write_rows(tmp_path / "many.jsonl", [{"text": "good", "label": 5}])
-    with pytest.raises(DataError, match="column 'label': label 5 found near row 0, the model has classes 0 to 1"):
+    with pytest.raises(DataError, match="column 'label': row 0 has label 5, the model has classes 0 to 1"):
         list(load_data(path, reader))
     rows = [{"text": "good", "label": name} for name in ("x", "y", "z")]
     with pytest.raises(DataError, match=r"3 different labels \(x, y, z, …\), the model has 2 classes"):
@@ -175,6 +175,23 @@ def test_labels_outside_the_models_classes(tmp_path, reader):
     rows = [{"text": "good", "label": 1}, {"text": "good", "label": None}]
     with pytest.raises(DataError, match="row 1 has no label"):
         list(load_data(write_rows(tmp_path / "holes.jsonl", rows), reader))
+
+
+@pytest.mark.parametrize("order", [None, (1, 0, 2)])
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_a_wrong_label_becomes_no_other_class(order, wrong):
+    labels = Labels("label", order=order, classes=3)
+    with pytest.raises(DataError, match=rf"column 'label': row 9 has label {wrong}, the .* has classes 0 to 2"):
+        labels.read([0, 1, wrong, wrong], [4, 0, 9, 5])
+    assert labels.read([-1, -1], [0, 1]) is None
+
+
+def test_rows_are_those_of_the_file_in_mixed_data(tmp_path, reader):
+    rows = [{"text": "good", "label": 0} for _ in range(20)]
+    for wrong, message in ((None, "row 7 has no label"), (5, "row 7 has label 5")):
+        rows[7]["label"] = wrong
+        with pytest.raises(DataError, match=message):
+            list(load_data(write_rows(tmp_path / f"{wrong}.jsonl", rows), reader, batch_size=4, shuffle=True, seed=1))
 
 
 def test_class_names_that_differ_are_said(caplog):
@@ -199,7 +216,7 @@ def test_numbered_or_equal_classes_are_no_reason_to_warn(names, own, caplog):
 def test_folders_named_by_synset_are_matched_with_imagenet():
     names = load_model("timm:resnet10t?pretrained=false").label_names
     labels = read_labels("label", datasets.ClassLabel(names=["n01440764", "n02102040"]), (), names, 1000)
-    assert labels.read([0, 1, 1], 0).tolist() == [0, 217, 217]
+    assert labels.read([0, 1, 1], range(3)).tolist() == [0, 217, 217]
 
 
 def test_columns_can_be_named(tmp_path, reader):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+
+import numpy
 import pytest
 import timm
 import torch
 import transformers as t
+from PIL import Image
 
 from surgery.adapters import adapter_for
 from surgery.adapters.images import natural_images, to_pil, to_tensor
+from surgery.adapters.timm import TimmPreprocess
 from surgery.adapters.vocabulary import Vocabulary
 from surgery.calling import call, dtype_of
 from surgery.errors import DataError
@@ -273,6 +278,12 @@ def test_synthetic_pictures_are_normalised_as_asked():
     torch.testing.assert_close(shifted[:, 1], (plain[:, 1] - 0.4) / 0.2)
 
 
+def _png(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
 def test_pictures_of_all_kinds_are_read():
     tensor = torch.randint(0, 256, (3, 5, 7)).float() / 255
     picture = to_pil(tensor)
@@ -280,6 +291,19 @@ def test_pictures_of_all_kinds_are_read():
     torch.testing.assert_close(to_tensor(picture), tensor)
     assert to_tensor(tensor, channels=1).shape == (1, 5, 7)
     assert to_pil(tensor[:1], colour=False).mode == "L"
+    grey = numpy.linspace(0, 2**16 - 1, 35).astype(numpy.uint16).reshape(5, 7)
+    for deep in (grey, _png(grey), Image.fromarray(grey.astype(numpy.int32))):
+        expected = torch.from_numpy((grey / 257).round() / 255).float()[None]
+        torch.testing.assert_close(to_tensor(deep), expected)
+        torch.testing.assert_close(to_tensor(to_pil(deep)), expected.expand(3, -1, -1))
+    assert (TimmPreprocess(numpy.asarray, channels=1)({"image": grey}) == (grey / 257).round()).all()
+    assert to_pil(grey, colour=False).mode == "I;16", "what reads it itself gets all of it"
+    for numbers, reason in ((numpy.ones((5, 7), numpy.float32), "floating-point"), (grey.astype(numpy.int32), "int32")):
+        for read in (to_pil, to_tensor):
+            with pytest.raises(DataError, match=f"{reason}.* has no known range"):
+                read(numbers)
+    with pytest.raises(DataError, match="values from 0 to 131070, expected 0 to 65535"):
+        to_pil(Image.fromarray(2 * grey.astype(numpy.int32)))
     for bad in (3, b"no picture", {"bytes": None, "path": None}):
         with pytest.raises(DataError, match=r"decoded|expected an image"):
             to_pil(bad)
