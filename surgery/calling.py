@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -219,24 +219,30 @@ def read_output(output: Any) -> Tensor:
     """The tensor that matters: logits where there are some, else the first floating-point tensor.
 
     Returns:
-        `(N, K)` class logits, `(N, T, K)` token logits, or an embedding of any shape.
+        `(N, K)` class logits, `(N, T, K)` token logits, `(N,)` numbers, or an embedding of any shape.
 
     Raises:
-        DataError: If the output holds no floating-point tensor.
+        DataError: If the output holds no floating-point tensor, or single numbers only.
     """
     for name in ("logits", "logits_per_image", "last_hidden_state"):
         value = getattr(output, name, None)
         if isinstance(value, Tensor):
             return value
-    for value in _tensors(output):
-        if value.is_floating_point():
+    found = [value for value in tensors(output) if value.is_floating_point()]
+    for value in found:
+        if value.dim() > 0:
             return value
+    if found:
+        raise DataError(
+            "the model's output is one number for a whole batch, such as a loss; expected one row for every sample: call "
+            "it without labels, or give a module that returns its predictions"
+        )
     raise DataError(f"cannot find a floating-point tensor in the model's output of type {type(output).__name__}")
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Every tensor in a nested output, in order."""
-    return list(_tensors(value))
+    """Every tensor in a nested output, in order; of an object of the user's own, those among its attributes."""
+    return list(_tensors(value)) or list(_tensors(getattr(value, "__dict__", None)))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -260,6 +266,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for one in fields(value):
+            yield from _tensors(getattr(value, one.name, None))
 
 
 def _is_labels(value: Any) -> bool:

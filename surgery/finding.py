@@ -63,7 +63,7 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
         The sites in order of execution, and what was rejected with its reason; prints as a table.
 
     Raises:
-        UnsupportedModel: If it is not a module or on the meta device.
+        UnsupportedModel: If it is not a module, is on the meta device, or gives no tensor.
         AlreadyConverted: If it carries gates.
         DataError: If the example holds no tensor, or the model refuses it.
     """
@@ -79,10 +79,11 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
             raise
         except REFUSALS as error:
             raise refusal(model, batch, error) from error
+        reference = _reference(model, output)
         hosts, rejections = _trace_all(model, patterns)
         hosts, nested, within = _without_nested(model, hosts)
         rejections += nested
-        sites, heads, failed, inlined = _probe(model, batch, hosts, tensors(output))
+        sites, heads, failed, inlined = _probe(model, batch, hosts, reference)
     rejections += failed
     covered = {module for site in sites for module in site.modules}
     kept = {host.name: [p.to_list() for p in host.patterns] for host in hosts}
@@ -114,6 +115,21 @@ def check_weights(model: nn.Module) -> None:
             f"{type(model).__name__} is on the meta device; finding sites runs it, so it needs real weights: load them first "
             "(inserting gates from a saved plan works on the meta device)"
         )
+
+
+def _reference(model: nn.Module, output: Any) -> list[Tensor]:
+    """What the gated model must give bit for bit.
+
+    Raises:
+        UnsupportedModel: If nothing in the output could be compared.
+    """
+    found = tensors(output)
+    if not found:
+        raise UnsupportedModel(
+            f"{type(model).__name__} returns a {type(output).__name__} in which no tensor was found, so that gates cannot be "
+            "checked against it; return a tensor, or tensors in a tuple, a dict or a dataclass"
+        )
+    return found
 
 
 def _trace_all(model: nn.Module, patterns: Mapping[str, list[Pattern]]) -> tuple[list[Host], list[Rejection]]:

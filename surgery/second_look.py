@@ -10,7 +10,9 @@ Axis letters: `N` samples, `K` classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -98,4 +100,9 @@ def _replaced(output: Any, old: Tensor, new: Tensor) -> Any:
     if isinstance(output, (tuple, list)):
         parts = [new if part is old else part for part in output]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
-    return output
+    result = copy.copy(output)  # a dataclass, or an object of the user's own
+    names = [one.name for one in fields(output)] if is_dataclass(output) else list(vars(output))
+    for name in names:
+        if getattr(output, name, None) is old:
+            object.__setattr__(result, name, new)  # frozen ones too
+    return result
