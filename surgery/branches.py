@@ -5,7 +5,7 @@ Axis letters: `N` samples, `T` tokens, `C` channels, `K` active rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -64,8 +64,13 @@ class Unfolded:
         return output.unflatten(0, lead)
 
 
-def unfold(value: Any, samples: int, rows: int) -> Any:
-    """`(N * T, C)` -> `(N, T, C)`; anything else stays."""
+def unfold(values: Sequence[Any], samples: int, rows: int) -> list[Any]:
+    """`(N * T, C)` -> `(N, T, C)`; anything else stays, and what is the same stays the same."""
+    made = {id(value): _unfold(value, samples, rows) for value in values}
+    return [made[id(value)] for value in values]
+
+
+def _unfold(value: Any, samples: int, rows: int) -> Any:
     if isinstance(value, Tensor) and value.dim() == 2 and len(value) == rows:
         return value.unflatten(0, (samples, rows // samples))
     return value

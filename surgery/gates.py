@@ -9,7 +9,7 @@ Axis letters: `N` samples, `T` tokens, `C` channels, `K` active rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,15 @@ class Gate(Executor):
 
     def forward(self, branch: Branch, left: Tensor | None, residual: Tensor, *inputs: Any) -> Any:
         """What the original sum gives where the branch is active, `left + skip_path(residual)` where it is not."""
+        if not self.site.folded or residual.dim() != 2:
+            return self._run(branch, left, residual, inputs)
+        rows = len(residual)
+        left, residual, *apart = unfold((left, residual, *inputs), self._samples_in(rows), rows)
+        merged: Tensor = self._run(Unfolded(branch, branch.axes), left, residual, apart)
+        return merged.flatten(0, 1)
+
+    def _run(self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
+        """`forward` where samples have an axis of their own."""
         over = context.overrides_of(self.state)
         if self.leads:
             self.shared()[self.site.name] = Shared(residual)
@@ -91,12 +100,6 @@ class Gate(Executor):
         mode = context.default_execution(self.state, over)
         if mode == "dense":
             return self.open(branch, left, inputs)
-        if self.site.folded and residual.dim() == 2:
-            running, rows = context.scope(), len(residual)
-            samples = running.rows if running is not None and running.rows and rows % running.rows == 0 else rows
-            values = [unfold(value, samples, rows) for value in (left, residual, *inputs)]
-            merged: Tensor = self(Unfolded(branch, branch.axes), *values)
-            return merged.flatten(0, 1)
         if self.always_on and not (over.forced is not None and over.forced.names(self.site.name)):
             if over.tape is not None:
                 opened = self._constant(residual, *(True,) * len(self.site.units))
@@ -126,6 +129,11 @@ class Gate(Executor):
         if mode == "cond":
             return self.cond(branch, left, residual, inputs, decisions)
         return self.skip(branch, left, residual, inputs, decisions)
+
+    def _samples_in(self, rows: int) -> int:
+        """Samples in so many rows of samples and tokens."""
+        running = self._scope()
+        return running.rows if running is not None and running.rows and rows % running.rows == 0 else rows
 
     # -- deciding -------------------------------------------------------------------------------------------------
 

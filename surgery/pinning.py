@@ -32,7 +32,7 @@ from surgery.healing import make_permanent
 from surgery.patterns import Pattern, signature_of
 from surgery.programs import Programs
 from surgery.rewriting import subclass
-from surgery.roots import first_tokens_of, padding_of
+from surgery.roots import first_tokens_of, padding_of, samples_in
 from surgery.tracing import GATES, base_class
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class Running:
 
     mask: Tensor | None = None
     """The call's attention mask, bool `(N, T)`."""
+    rows: int = 0
+    """Its number of samples."""
     first: Tensor | None = None
     """The first tokens of every sequence, where they run in full, bool `(N, T)`."""
     decisions: dict[str, Tensor] | None = None
@@ -77,8 +79,7 @@ class PinnedGate(Gate):
 
     pinned: Pinned
 
-    def forward(self, branch: Branch, left: Tensor | None, residual: Tensor, *inputs: Any) -> Any:
-        """As `Gate.forward`."""
+    def _run(self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
         pinned = self.pinned
         if self.leads and pinned.constant is None:
             self.shared()[self.site.name] = Shared(residual)
@@ -115,7 +116,8 @@ class PinnedGate(Gate):
         return self.pinned.running.shared
 
     def _scope(self) -> Scope:
-        return Scope(mask=self.pinned.running.mask, first=self.pinned.running.first)
+        running = self.pinned.running
+        return Scope(mask=running.mask, rows=running.rows, first=running.first)
 
 
 def pin(
@@ -323,12 +325,12 @@ def _pin_root(twin: nn.Module, running: Running, count: int) -> None:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        running.mask = padding_of(arguments)
+        running.mask, running.rows = padding_of(arguments), samples_in(arguments)
         running.first = first_tokens_of(arguments, count) if count else None
         try:
             return inner(self, *args, **kwargs)
         finally:
-            running.mask = running.first = None
+            running.mask, running.rows, running.first = None, 0, None
             running.shared.clear()
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]

@@ -77,8 +77,8 @@ class Probe:
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
         """Run the branch; see `Claim`."""
         if residual.dim() == 2 and not branch.escapes and len(residual) > self.size and len(residual) % self.size == 0:
-            values = [unfold(value, self.size, len(residual)) for value in (left, residual, *inputs)]
-            return self(gate, Unfolded(branch, branch.axes), values[0], values[1], values[2:]).flatten(0, 1)
+            left, residual, *inputs = unfold((left, residual, *inputs), self.size, len(residual))
+            return self(gate, Unfolded(branch, branch.axes), left, residual, inputs).flatten(0, 1)
         name = gate.site.name
         names = self.input_names[name]
         claim = Claim([_shape(v) for v in inputs], residual.shape, names, samples=residual.shape[0])

@@ -177,8 +177,7 @@ def _first(given: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:
 
 def _scope_of(model: nn.Module, arguments: Mapping[str, Any]) -> Scope:
     forced = context.overrides_of(context.state_of(model)).forced
-    main, decoded = _first(arguments, _INPUTS), _first(arguments, _DECODER_INPUTS)
-    rows = len(main) if main is not None else len(decoded) if decoded is not None else _rows(arguments)
+    decoded, rows = _first(arguments, _DECODER_INPUTS), samples_in(arguments)
     first = context.state_of(model).plan.first_tokens
     scope = _tokens(arguments, forced, rows, first)
     scope.whole = _wants_attentions(model, arguments)
@@ -315,7 +314,11 @@ def _wants_attentions(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
     return bool(getattr(getattr(model, "config", None), "output_attentions", False) if wanted is None else wanted)
 
 
-def _rows(arguments: Mapping[str, Any]) -> int:
+def samples_in(arguments: Mapping[str, Any]) -> int:
+    """Number of samples in a call."""
+    main = _first(arguments, (*_INPUTS, *_DECODER_INPUTS))
+    if main is not None:
+        return len(main)
     return next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.dim() > 0), 1)
 
 
