@@ -29,7 +29,7 @@ from surgery.errors import CheckpointError, PlanMismatch, SurgeryError
 from surgery.gates import Gate
 from surgery.healing import install
 from surgery.rewriting import gate_in_place
-from surgery.routers import Router
+from surgery.routers import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def keep_routers_in_float32(model: nn.Module) -> None:
     """Tell transformers' loader which tensors keep their dtype whatever the model's is."""
     names = set()
     for name, module in model.named_modules():
-        if isinstance(module, Router):
+        if isinstance(module, Scorer):
             module.float()
             names.add(name)
     kept: Any = getattr(model, "_keep_in_fp32_modules_strict", None) or set()

@@ -37,7 +37,7 @@ from surgery.gates import iter_gates
 from surgery.healing import install, stored
 from surgery.repositories import cached, is_repository
 from surgery.rewriting import check_convertible, insert_gates, remove
-from surgery.routers import Router
+from surgery.routers import Scorer
 from surgery.state import GatedState
 from surgery.tracing import GATES
 from surgery.vetting import damaged, expected_tensors, refuse_misfit, vet_tensors
@@ -432,7 +432,7 @@ def _fill(place: Path, gated: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _cast(gated: nn.Module, dtype: torch.dtype | None) -> None:
     """Give saved tensors another dtype, as `from_pretrained` does: rotary frequencies and the like are not saved."""
-    routers = {id(t) for m in gated.modules() if isinstance(m, Router) for t in (*m.parameters(), *m.buffers())}
+    routers = {id(t) for m in gated.modules() if isinstance(m, Scorer) for t in (*m.parameters(), *m.buffers())}
     for tensor in gated.state_dict(keep_vars=True).values():
         if dtype is not None and tensor.is_floating_point() and id(tensor) not in routers:
             tensor.data = tensor.data.to(dtype)

@@ -494,6 +494,22 @@ def test_a_round_trip_gives_equal_scores(decoder: Built, tmp_path: Path) -> None
     assert_equal(outputs(again, PADDED), outputs(decoder.gated, PADDED))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_loaded_in_half_precision_all_routers_stay_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    built = build("transformers/bert")
+    surgery.save(built.gated, tmp_path / "whole", base=True)
+    surgery.save(built.gated, tmp_path / "native", native=True)
+    for loaded in (
+        surgery.load(tmp_path / "whole", dtype=dtype),
+        type(built.model).from_pretrained(tmp_path / "native", dtype=dtype),  # type: ignore[attr-defined]
+    ):
+        routers = [gate.router for _, gate in iter_gates(loaded)]
+        assert any(isinstance(router, FollowingRouter) for router in routers)
+        assert {p.dtype for router in routers for p in router.parameters()} == {torch.float32}
+        with torch.no_grad():
+            assert outputs(loaded, built.example)[0].dtype is dtype
+
+
 def test_copies_share_their_own_router(decoder: Built) -> None:
     twin = copy.deepcopy(decoder.gated)
     gates = dict(iter_gates(twin))
