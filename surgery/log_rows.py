@@ -16,7 +16,6 @@ from torch import Tensor
 from surgery.calling import Batch
 from surgery.context import Event, Tape
 from surgery.costs import costs_of
-from surgery.errors import DataError
 from surgery.state import GatedState
 
 PASSES = ("sites", "shapes", "decisions", "scores", "real")
@@ -44,8 +43,6 @@ def rows_of(call: Call, size: int, state: GatedState, scores: str) -> dict[str, 
     """The columns of one call."""
     names = state.names
     ids = list(call.ids) if call.ids is not None else input_hashes(call.batch)
-    if len(ids) != size:
-        raise DataError(f"{len(ids)} names were given for {size} inputs")
     outputs = call.output.cpu()
     parts = list(outputs) if outputs.shape[:1] == (size,) else [outputs] * size
     keep = outputs.shape[:1] == (size,) and parts[0].numel() <= _MOST_OUTPUTS

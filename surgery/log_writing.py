@@ -20,6 +20,7 @@ from surgery.log_rows import Call, rows_of
 
 WAITING = 64
 """Calls that may wait for the writer; a caller that is faster waits for it, so memory is bounded and nothing is lost."""
+_LOOK = 1.0  # seconds after which a caller that waits looks whether there is still a thread to wait for
 _GROUP_BYTES = 16 << 20
 
 
@@ -58,26 +59,46 @@ class Writer:
         self._error: Exception | None = None
         self._any = False
         self._queue: queue.Queue[Call | threading.Event | None] = queue.Queue(WAITING)
+        self._closed, self._lock = False, threading.Lock()
         self._thread = threading.Thread(target=self._work, name="surgery-log", daemon=True)
         self._thread.start()
 
     def put(self, call: Call) -> None:
-        """Hand over a call; waits while too many wait already."""
+        """Hand over a call; waits while too many wait already.
+
+        Raises:
+            LogError: If the log is closed, or could not be written.
+        """
         self._check()
-        self._queue.put(call)
+        if not self._takes(call):
+            raise LogError(f"the log {self._path} is closed; open another one with surgery.record")
 
     def flush(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is written; a closed log is."""
         done = threading.Event()
-        self._queue.put(done)
-        done.wait()
+        if self._takes(done):
+            done.wait()
+        else:
+            self._thread.join()
         self._check()
 
     def close(self) -> None:
-        """Write the rest and end the thread."""
-        self._queue.put(None)
+        """Write the rest and end the thread; closing twice does nothing more."""
+        self._takes(None)
         self._thread.join()
         self._check()
+
+    def _takes(self, item: Call | threading.Event | None) -> bool:
+        """Whether the thread takes an item, which is handed over; None is the last one. A forked process has no thread."""
+        with self._lock:
+            while not self._closed and self._thread.is_alive():
+                try:
+                    self._queue.put(item, timeout=_LOOK)
+                except queue.Full:
+                    continue
+                self._closed = item is None
+                return True
+        return False
 
     def _check(self) -> None:
         if self._error is not None:

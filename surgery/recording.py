@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from surgery import context
 from surgery.calling import Batch, device_of, read_output
 from surgery.context import Tape, default_execution, override, overrides_of, state_of
-from surgery.errors import check_choice
+from surgery.errors import LogError, check_choice
 from surgery.log_rows import Call
 from surgery.log_writing import Writer
 
@@ -59,7 +59,10 @@ class Recorder:
             yield self
 
     def name_inputs(self, ids: Sequence[str]) -> None:
-        """Names for the inputs of this thread's next call, in the place of hashes of their content."""
+        """Names for the inputs of this thread's next call, in the place of hashes of their content.
+
+        They belong to that call alone, even if it fails. It raises `LogError` where it has another number of inputs.
+        """
         self._next_ids.value = tuple(map(str, ids))
 
     def flush(self) -> None:
@@ -71,11 +74,16 @@ class Recorder:
         self._writer.flush()
 
     def close(self) -> None:
-        """Write the rest and end the stream."""
+        """Write the rest and end the stream; once it is closed, a call that joined raises `LogError`."""
         self._writer.close()
 
     def __call__(self, run: Callable[[], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run one call of the gated model and note what it did."""
+        """Run one call of the gated model and note what it did.
+
+        Raises:
+            LogError: If its inputs were given another number of names, or the log is closed or could not be written.
+        """
+        ids = self._names_of(Batch(args, {k: v for k, v in kwargs.items() if k not in _LABELS}))
         state, over = self.state, overrides_of(self.state)
         events = Tape()
         # a dense call keeps its own path: with a tape every gate would be asked, and fused kernels left out
@@ -97,12 +105,18 @@ class Recorder:
                 over.tape.looked += events.looked
         with self._lock:
             number, self._count = self._count, self._count + 1
-        ids, self._next_ids.value = getattr(self._next_ids, "value", None), None
         # inputs and outputs are the caller's, who may write into them next
         inputs = Batch(tuple(map(_copied, args)), {k: _copied(v) for k, v in kwargs.items() if k not in _LABELS})
         copy = read_output(output).detach().clone()
         self._writer.put(Call(number, started, elapsed, inputs, ids, events, copy, budget, float(threshold), execution))
         return output
+
+    def _names_of(self, batch: Batch) -> tuple[str, ...] | None:
+        """The names of this call's inputs, which are used up by it, or None."""
+        ids, self._next_ids.value = getattr(self._next_ids, "value", None), None
+        if ids is not None and len(ids) != batch.size:
+            raise LogError(f"{len(ids)} names were given for {batch.size} inputs; this call was not run")
+        return ids
 
 
 @contextmanager

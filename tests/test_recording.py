@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ import surgery
 from surgery.context import state_of, tape
 from surgery.errors import ForceError, LogError
 from surgery.gates import iter_gates
-from surgery.log_rows import input_hashes
+from surgery.log_rows import input_hashes, rows_of
 
 pytest.importorskip("pyarrow", reason="logs are Arrow files")
 
@@ -171,6 +173,112 @@ def test_readable_while_growing_and_names_of_ones_own(tmp_path: Path) -> None:
     assert len(list(surgery.read_log(tmp_path))) == 4
 
 
+def test_names_belong_to_the_next_call_alone(tmp_path: Path) -> None:
+    one = subject("timm/vit_pico")
+    x = one.entry.example(2, seed=1)
+    with torch.no_grad(), surgery.execution(one.gated, "skip"), surgery.record(one.gated, tmp_path) as log:
+        log.name_inputs(["a", "b"])
+        with pytest.raises(RuntimeError):
+            one.gated(x[:, :1])
+        one.gated(x)
+        log.name_inputs(["a", "b", "c"])
+        with pytest.raises(LogError, match="3 names were given for 2 inputs"):
+            one.gated(x)
+        one.gated(x)
+        log.name_inputs(["d", "e"])
+        one.gated(x)
+    hashes = input_hashes(surgery.calling.as_batch(x))
+    assert [row.input for row in surgery.read_log(tmp_path)] == [*hashes, *hashes, "d", "e"]
+
+
+def test_what_is_written_into_inputs_and_outputs_later_is_not_recorded(tmp_path: Path) -> None:
+    one = subject("timm/vit_pico")
+    x = one.entry.example(2, seed=1)
+    hashes = input_hashes(surgery.calling.as_batch(x))
+    gated = one.gated
+    started, go = threading.Event(), threading.Event()
+
+    def held(*args: object) -> dict:
+        started.set()
+        assert go.wait(60)
+        return rows_of(*args)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), surgery.execution(gated, "skip"):
+        patch.setattr("surgery.log_writing.rows_of", held)
+        with surgery.record(gated, tmp_path):
+            output = gated(x)
+            assert started.wait(60)
+            expected = output.clone()
+            output.zero_()
+            x.zero_()
+            go.set()
+    rows = list(surgery.read_log(tmp_path))
+    assert [row.input for row in rows] == hashes
+    torch.testing.assert_close(torch.stack([torch.as_tensor(row.output) for row in rows]), expected)
+
+
+def within(seconds: float, step: Callable[[], None]) -> None:
+    """Run `step` in a thread that is given up on after that long; what it raises is raised here."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            step()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "it hangs"
+    if failures:
+        raise failures[0]
+
+
+def test_a_closed_log_takes_no_calls_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+    one = subject("timm/vit_pico")
+    x = one.entry.example(1, seed=1)
+    with torch.no_grad(), surgery.execution(one.gated, "skip"), surgery.record(one.gated, tmp_path) as log:
+        one.gated(x)
+        within(30, log.close)
+    within(30, log.close)
+    within(30, log.flush)
+
+    def late() -> None:
+        with log.joined(), torch.no_grad(), surgery.force(one.gated, 0.5):
+            one.gated(x)
+
+    with pytest.raises(LogError, match="is closed; open another one with surgery.record"):
+        within(30, late)
+    assert len(list(surgery.read_log(tmp_path))) == 1
+
+
+def test_callers_that_wait_for_a_slow_log_are_refused_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = subject("timm/vit_pico")
+    x = one.entry.example(1, seed=1)
+    monkeypatch.setattr("surgery.log_writing.WAITING", 1)
+    done = []
+    with surgery.record(one.gated, tmp_path) as log:
+
+        def work() -> None:
+            with log.joined(), torch.no_grad(), surgery.force(one.gated, 0.0), pytest.raises(LogError, match="closed"):
+                while True:
+                    one.gated(x)
+                    done.append(1)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while len(done) < 20:
+            time.sleep(0.01)
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert len(list(surgery.read_log(tmp_path))) == len(done)
+
+
 CRASH = """
 import os, sys
 sys.path.insert(0, {tests!r})
@@ -237,10 +345,19 @@ def test_refusals(tmp_path: Path) -> None:
         surgery.record(subject("timm/vit_pico").gated, tmp_path / "file"),
     ):
         pass
-    with pytest.raises(LogError, match="2 names were given for 3 inputs|could not be written"):
+    with pytest.raises(LogError, match="2 names were given for 3 inputs"):
         one = subject("timm/vit_pico")
         with torch.no_grad(), surgery.record(one.gated, tmp_path / "log") as log:
             log.name_inputs(["a", "b"])
+            one.gated(one.entry.example(3, seed=1))
+    assert not list((tmp_path / "log").glob("*"))
+
+
+def test_a_log_that_failed_closes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery.log_writing.rows_of", lambda *_: 1 / 0)
+    one = subject("timm/vit_pico")
+    with pytest.raises(LogError, match="could not be written: division by zero"):
+        with torch.no_grad(), surgery.record(one.gated, tmp_path / "log") as log:
             one.gated(one.entry.example(3, seed=1))
     with warnings.catch_warnings(record=True) as seen:  # an open file says so when it is collected
         warnings.simplefilter("always", ResourceWarning)
