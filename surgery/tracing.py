@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError as FxTraceError
 from torch.nn import functional as F
 
+from surgery.containers import Guard, original_of
 from surgery.errors import TraceError
 from surgery.patterns import Pattern, signature_of
 
@@ -119,6 +122,8 @@ def _traced(
         IndexError,
     ) as error:
         raise TraceError(f"{cls.__name__}.forward cannot be traced ({_where(error)}): {_first_line(error)}") from error
+    finally:
+        tracer.check_unchanged()
     if tracer.asked:
         tracer.graph.output_node().meta[DTYPE] = tracer.dtype
     _remove_dropout(tracer.graph)
@@ -268,6 +273,23 @@ class _Tracer(fx.proxy.TracerBase):
         self._attributes: dict[str, fx.Proxy] = {}
         self.dtype = weights_dtype(module)
         self.asked = False
+        self.guard = Guard()
+        self.stand_ins: list[tuple[nn.Module, frozenset[str]]] = []
+
+    def check_unchanged(self) -> None:
+        """Put back what `forward` changed beside its module.
+
+        Raises:
+            TraceError: If it changed something.
+        """
+        self.guard.check()
+        for stand_in, names in self.stand_ins:
+            cls = type(stand_in)
+            new = [
+                n for n in vars(stand_in) if n not in names and not isinstance(getattr(cls, n, None), cached_property)
+            ]
+            if new:
+                raise TraceError(f"{cls.__name__}.forward sets self.{new[0]}, a side effect that a graph would lose")
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
@@ -303,6 +325,7 @@ class _Tracer(fx.proxy.TracerBase):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
+        a = original_of(a)
         if isinstance(a, Tensor):
             raise TraceError(
                 f"{type(self.module).__name__}.forward uses a tensor that is neither a parameter nor a buffer"
@@ -375,6 +398,9 @@ class _Sized(_Argument):
 _CONSTANTS: dict[str, Any] = {"none": None, "true": True, "false": False}
 
 
+_OWN = frozenset({"_parameters", "_buffers", "_modules", "training"})
+
+
 class _Tensors(dict[str, Any]):
     """A module's parameters or buffers, read as proxies."""
 
@@ -384,6 +410,9 @@ class _Tensors(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         return None if super().__getitem__(name) is None else self._tracer.attribute(self._prefix + name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TraceError(f"`forward` sets self.{name}, a side effect that a graph would lose")
 
 
 class _Children(dict[str, Any]):
@@ -401,6 +430,9 @@ class _Children(dict[str, Any]):
         if name not in self._made:
             self._made[name] = self._make(name, child)
         return self._made[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TraceError(f"`forward` sets self.{name}, a side effect that a graph would lose")
 
     def values(self) -> Any:
         return [self[name] for name in self]
@@ -424,20 +456,32 @@ def _stand_in(
             return cls.forward(self, *args, **kwargs)
         return tracer.create_proxy("call_module", path, args, kwargs)
 
-    def refuse(self: nn.Module, name: str, value: Any) -> None:
+    def refuse(self: nn.Module, name: str, value: Any = None) -> None:
         raise TraceError(f"{cls.__name__}.forward sets self.{name}, a side effect that a graph would lose")
 
-    namespace: dict[str, Any] = {"__setattr__": refuse, "__module__": cls.__module__}
+    def changes(name: str) -> str:
+        return f"{cls.__name__}.forward changes what self.{name} holds, a side effect that a graph would lose"
+
+    namespace: dict[str, Any] = {"__setattr__": refuse, "__delattr__": refuse, "__module__": cls.__module__}
+    namespace |= {name: tracer.guard.of(value, changes(name)) for name, value in _containers_of(cls).items()}
     if not root:
         namespace["__call__"] = record
     stand_in: nn.Module = object.__new__(type(cls.__name__, (cls,), namespace))
-    state = dict(module.__dict__)
+    state = {name: tracer.guard.of(value, changes(name)) for name, value in vars(module).items() if name not in _OWN}
     state["_parameters"] = _Tensors(module._parameters, prefix, tracer)
     state["_buffers"] = _Tensors(module._buffers, prefix, tracer)
     state["_modules"] = _Children(module._modules, child)
     state["training"] = False
     stand_in.__dict__.update(state)
+    tracer.stand_ins.append((stand_in, frozenset(state)))
     return stand_in
+
+
+def _containers_of(cls: type) -> dict[str, Any]:
+    """Dicts, lists and sets that all modules of a class share."""
+    classes = [base for base in reversed(cls.__mro__) if base not in nn.Module.__mro__]
+    found = {name: value for base in classes for name, value in vars(base).items() if not name.startswith("__")}
+    return {name: value for name, value in found.items() if isinstance(value, (dict, list, set, deque))}
 
 
 def _opcodes(cls: type) -> frozenset[str]:
