@@ -224,7 +224,7 @@ def gather(data: Iterable[Any], samples: int) -> Batch:
 def _weights(gate: Gate, branch: Branch, residual: Tensor, inputs: Sequence[Any]) -> Weights | None:
     """The branch's own weights, where a narrow path does not hold its channels yet."""
     path = gate.skip_path
-    if not isinstance(path, NarrowSkip) or bool(path.first.any()):
+    if not isinstance(path, NarrowSkip) or path.holds_channels:
         return None
     axes = branch.axes or ()
     cut = [take_samples(v, a, slice(0, 1), len(residual)) for v, a in zip(inputs, axes, strict=False)]

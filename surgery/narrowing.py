@@ -67,6 +67,18 @@ def adopt(path: NarrowSkip, weights: Weights, kept: Tensor) -> None:
         path.times_bias.copy_(weights.times[1][kept])
 
 
+def adopt_some(path: NarrowSkip, weights: Weights) -> None:
+    """Give a path channels of its branch, spread evenly, where there is nothing to choose them by."""
+    kept = _spread(path.chain.width, path.width, path.first.device)
+    adopt(path, weights, kept)
+    if path.inner and weights.middle is not None:
+        inner = _spread(path.chain.inner, path.inner, path.first.device)
+        path.first.copy_(weights.first[0][inner])
+        path.first_bias.copy_(weights.first[1][inner])
+        path.middle.copy_(weights.middle[0][kept][:, inner])
+        path.middle_bias.copy_(weights.middle[1][kept])
+
+
 def fit_middle(
     path: NarrowSkip,
     weights: Weights,
@@ -98,6 +110,10 @@ def fit_middle(
     path.first_bias.copy_(weights.first[1][inner])
     path.middle.copy_(weight.view_as(path.middle))
     path.middle_bias.copy_(bias)
+
+
+def _spread(channels: int, count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device) * channels // count
 
 
 def _moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

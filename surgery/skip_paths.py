@@ -52,6 +52,16 @@ class SkipPath(nn.Module):
         same = value.dtype == residual.dtype and not torch.is_grad_enabled()
         return value.add_(residual) if same else residual + value  # a skip path's value is nobody else's
 
+    def silence(self, *, fitted: bool = True) -> None:
+        """Contribute nothing, yet learn: where the output is a product of parameters only the last factor becomes zero, since
+        with all of them zero every gradient is.
+
+        Args:
+            fitted: Whether the other factors are worth keeping; else they become what they were before any fit.
+        """
+        for parameter in self.parameters():
+            parameter.zero_()
+
     def flops(self, positions: int) -> int:
         """FLOPs per sample at `positions` positions; one multiply-add = 2."""
         return 0
@@ -127,6 +137,14 @@ class LowRankSkip(SkipPath):
         self.down = nn.Parameter(torch.zeros(self.rank, channels))
         self.up = nn.Parameter(torch.zeros(channels, self.rank))
         self.bias = nn.Parameter(torch.zeros(channels))
+        nn.init.eye_(self.down)  # with `down` and `up` both zero nothing could be learnt
+
+    def silence(self, *, fitted: bool = True) -> None:
+        """Likewise."""
+        self.up.zero_()
+        self.bias.zero_()
+        if not fitted or not self.down.any():
+            nn.init.eye_(self.down)
 
     def term(self, residual: Tensor) -> Tensor:
         """Residual stream -> same shape."""
@@ -148,7 +166,18 @@ class DepthwiseSkip(SkipPath):
         self.weight = nn.Parameter(torch.zeros(channels, channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         with torch.no_grad():
-            self.kernel[:, 1, 1] = 1  # looks at its own position only until it is fitted
+            self._look_at_own_position()
+
+    def _look_at_own_position(self) -> None:
+        self.kernel.zero_()
+        self.kernel[:, 1, 1] = 1
+
+    def silence(self, *, fitted: bool = True) -> None:
+        """Likewise."""
+        self.weight.zero_()
+        self.bias.zero_()
+        if not fitted or not self.kernel.any():
+            self._look_at_own_position()
 
     def term(self, residual: Tensor) -> Tensor:
         """Residual stream -> same shape."""
@@ -195,6 +224,16 @@ class NarrowSkip(SkipPath):
             self.times_bias = nn.Parameter(torch.zeros(width))
         self.last = nn.Parameter(torch.zeros(channels, width, *_kernel(chain.last)))
         self.bias = nn.Parameter(torch.zeros(channels))
+
+    @property
+    def holds_channels(self) -> bool:
+        """Whether it makes use of channels of its branch; else the next fit chooses some."""
+        return bool(self.last.any())
+
+    def silence(self, *, fitted: bool = True) -> None:
+        """Likewise; without a fit worth keeping nothing is left of its branch's channels."""
+        for parameter in (self.last, self.bias) if fitted else self.parameters():
+            parameter.zero_()
 
     def features(self, residual: Tensor) -> Tensor:
         """Residual stream -> hidden channels that the last map reads, `H` in place of `C`."""

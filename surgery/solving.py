@@ -60,6 +60,8 @@ def fit_one(path: SkipPath, parts: Sequence[Around], ridge: float, weights: Weig
     layout = path.layout
     index = torch.cat([part.rows.flatten() for part in parts]).nonzero().squeeze(1)
     if len(index) < 32:
+        if weights is not None and isinstance(path, NarrowSkip):
+            narrowing.adopt_some(path, weights)
         return 1.0
     order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[: _most_rows(path, weights)]
     index = index[order.to(index.device)]
@@ -84,8 +86,7 @@ def fit_one(path: SkipPath, parts: Sequence[Around], ridge: float, weights: Weig
     after = _judge(b[held] + plain(x[held]), b[held] + y[held], layout)
     without = _judge(b[held], b[held] + y[held], layout)
     if not math.isfinite(after) or after >= without:
-        for parameter in path.parameters():
-            parameter.zero_()
+        path.silence(fitted=math.isfinite(after))
         return 1.0
     return after / max(without, 1e-30)
 

@@ -8,7 +8,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Masked, Noise, Residual, Set, Stack, Times, Where, assert_same, frozen, gate_all, gates, mlp
+from toys import (
+    Masked,
+    Noise,
+    Residual,
+    Set,
+    Stack,
+    Times,
+    Where,
+    assert_same,
+    assert_silent_yet_learns,
+    frozen,
+    gate_all,
+    gates,
+    mlp,
+    path_of,
+)
 
 import surgery
 from surgery.calling import Batch
@@ -131,6 +146,23 @@ def test_what_is_worse_than_nothing_is_reset() -> None:
         left = fit_one(path, [Around(x, x + noise, x, torch.ones(4, 10, dtype=torch.bool))], 1e-4)
     assert left == 1.0
     assert not path.weight.any() and not path.bias.any()
+
+
+@pytest.mark.parametrize("problem", ["noise", "too large", "no number", "too few rows"])
+@pytest.mark.parametrize("kind", ["affine", "low-rank", "depthwise"])
+def test_what_was_reset_or_never_fitted_can_be_trained(kind: str, problem: str) -> None:
+    layout, shape = ("NCHW", (4, 16, 3, 3)) if kind == "depthwise" else ("NTC", (4, 10, 16))
+    path, x, noise = path_of(kind, 16, layout, 8), torch.randn(shape), torch.randn(shape)
+    rows = torch.ones((4, 3, 3) if kind == "depthwise" else (4, 10), dtype=torch.bool)
+    if problem == "too large":
+        x, noise = 1e30 * x, 1e30 * noise
+    elif problem == "no number" and kind == "depthwise":
+        noise[:] = torch.nan
+    elif problem == "too few rows":
+        rows.flatten()[31:] = False
+    with torch.no_grad():
+        assert fit_one(path, [Around(x, x + noise, x, rows)], 1e-4) == 1.0
+    assert_silent_yet_learns(path, torch.randn(shape))
 
 
 def test_unpredictable_branch_is_reported_as_it_is() -> None:

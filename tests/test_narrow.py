@@ -9,7 +9,7 @@ import pytest
 import torch
 from branch_toys import BRANCHES, MAPS, TOKENS, Bottleneck, C, FeedForward, Gated, H, Inverted, Squared
 from torch import nn
-from toys import Stack, convolution, gate_all, gates, mlp
+from toys import Stack, assert_silent_yet_learns, convolution, gate_all, gates, mlp
 
 import surgery
 from surgery import narrowing
@@ -96,6 +96,39 @@ def test_a_second_fit_keeps_the_channels_and_what_was_trained() -> None:
     before = {name: p.clone() for name, p in path.named_parameters()}
     fit_skip_paths(gated, [torch.randn(64, *MAPS[1:])])
     assert {n for n, p in path.named_parameters() if not torch.equal(p, before[n])} == {"last", "bias"}
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """With fewer positions than a fit asks for."""
+    return (shape[0], 5, 5) if len(shape) == 3 else shape
+
+
+@pytest.mark.parametrize(("branch", "shape"), BRANCHES)
+def test_with_too_few_rows_it_holds_channels_that_can_be_trained(branch: Any, shape: tuple[int, ...]) -> None:
+    data = [torch.randn(1, *squeezed(shape))]
+    gated = gate_all(Stack(branch()), data[0].repeat(2, *(1,) * len(shape)), skip="narrow", width=0.5)
+    (gate,) = gates(gated)
+    assert fit_skip_paths(gated, data) == {gate.site.name: 1.0}
+    assert_silent_yet_learns(gate.skip_path, torch.randn(8, *shape))
+
+
+@pytest.mark.parametrize(("branch", "shape"), BRANCHES)
+def test_what_was_reset_can_be_trained_or_fitted_anew(branch: Any, shape: tuple[int, ...]) -> None:
+    data = [torch.randn(64, *shape)]
+    gated = gate_all(Stack(branch()), data[0][:2], skip="narrow", width=0.5)
+    (gate,) = gates(gated)
+    path = gate.skip_path
+    assert isinstance(path, NarrowSkip)
+    expected = fit_skip_paths(gated, data)
+    for fitted in (True, False):
+        with torch.no_grad():
+            path.first.mul_(0.5)
+            path.silence(fitted=fitted)
+        assert bool(path.first.any()) == fitted
+        assert fit_skip_paths(gated, data) == expected  # with the branch's own channels again
+    with torch.no_grad():
+        path.silence()
+    assert_silent_yet_learns(path, data[0])
 
 
 def test_more_channels_leave_less() -> None:

@@ -156,6 +156,21 @@ def path_of(kind: Any, channels: int, layout: Any, rank: int = 0, chain: Chain |
     return make_skip_path(SitePlan(site, "sample", kind, rank))
 
 
+def assert_silent_yet_learns(path: nn.Module, x: Tensor) -> None:
+    """It gives zeros, and two steps of training change every parameter."""
+    with torch.no_grad():
+        assert not path(x).any()
+    before = [parameter.detach().clone() for parameter in path.parameters()]
+    optimiser, wanted = torch.optim.Adam(path.parameters(), lr=1e-2), torch.randn_like(x)
+    with torch.enable_grad():
+        for _ in range(2):
+            optimiser.zero_grad()
+            (path(x) - wanted).square().sum().backward()
+            optimiser.step()
+    for (name, parameter), old in zip(path.named_parameters(), before, strict=True):
+        assert not torch.equal(parameter, old), name
+
+
 def gates(gated: nn.Module) -> list[Gate]:
     """Gates in order of execution."""
     return [gate for _, gate in iter_gates(gated)]
