@@ -90,20 +90,15 @@ def _scored(gated: nn.Module, test: Sequence[Any], name: str, budget: float) -> 
     from surgery import execution
     from surgery.context import state_of
     from surgery.costs import observe
-    from surgery.policies import static_cost
 
     found = {}
-    state = state_of(gated)
     for mode in ("skip", "static", "dense"):
         with execution(gated, mode):
             usage = observe(gated, test)
         pairs = [(a, b) for a, b in zip(usage.outputs, usage.labels, strict=True) if b is not None]
         right = sum(int((a.argmax(1) == b).sum()) for a, b in pairs)
-        weights = usage.weights.double()
-        cost = float((usage.costs(state.costs) * weights).sum() / weights.sum())
-        found[mode] = cost, right / sum(len(b) for _, b in pairs)
-    kept = [unit for unit in state.units if state.static[unit]]
-    return Row(name, budget, *found["skip"], static_cost(state.costs, kept), found["static"][1], found["dense"][1])
+        found[mode] = usage.decided.cost(state_of(gated).costs), right / sum(len(b) for _, b in pairs)
+    return Row(name, budget, *found["skip"], *found["static"], found["dense"][1])
 
 
 def markdown(rows: Sequence[Row]) -> str:

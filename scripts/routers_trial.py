@@ -123,7 +123,7 @@ def compare(
                 dense = observe(gated, other).outputs
             alike = [(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(usage.outputs, dense, strict=True)]
             same = float(torch.cat(alike).double().mean())
-            cost = float((usage.costs(state.costs) * usage.weights.double()).sum() / usage.weights.sum())
+            cost = usage.decided.cost(state.costs)
             yield Row(kind, seed, budget, cost, float(distances(gated, other, usage).mean()), same)
 
 

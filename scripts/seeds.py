@@ -132,11 +132,10 @@ def score_at(
 ) -> Scored:
     """Run a gated model at a budget on inputs of which the dense model's outputs are known, and its peers."""
     from surgery.budgets import set_budget
-    from surgery.context import state_of
 
     set_budget(gated, budget)
     parts, cost = _run(gated, dense, inputs, outputs, peers=peers)
-    active = parts["gated"].decided.active(state_of(gated).units)
+    active = parts["gated"].decided.active_rate
     others = {name: parts[name].score for name in ("shuffled",) if name in parts}
     if peers:
         others["static"] = _static(gated, parts, cost)
@@ -199,7 +198,7 @@ def _run(
                 output, rows = given_to_others(output, reference, events.looked[-1], index)
                 others.looked.append(rows)
             judge.add(parts.setdefault("shuffled", Parts()), batch, output, reference, others)
-        cost = parts["gated"].decided.cost(state.units, state.costs)
+        cost = parts["gated"].decided.cost(state.costs)
         for kept in _cuts(gated, parts["gated"], cost) if peers else ():
             for batch, reference in zip(inputs, outputs, strict=True):
                 with decided(gated, policies.constant(kept)) as others:
@@ -213,7 +212,7 @@ def _cut(gated: nn.Module, parts: Parts, cost: float) -> Any:
     from surgery.context import state_of
 
     state = state_of(gated)
-    rates = {name: rate - parts.decided.again for name, rate in parts.decided.active(state.units).items()}
+    rates = {name: rate - parts.decided.again for name, rate in parts.decided.active_rate.items()}
     return policies.cut(state.costs, state.ranks(rates), cost)
 
 

@@ -205,12 +205,10 @@ def frontier(
         for mode in ("skip", "static"):
             with execution(gated, mode):
                 usage = observe(gated, test)
-            weights = usage.weights / usage.weights.sum()
-            costs = usage.costs(state_of(gated).costs)
-            row[f"{mode} cost"] = float((costs * weights).sum())
+            row[f"{mode} cost"] = usage.decided.cost(state_of(gated).costs)
             row[f"{mode} nats"] = nats(usage.outputs, test)
             if mode == "skip":
-                row["MLP executions"] = mlp_executions(gated, usage.active_rate)
+                row["MLP executions"] = mlp_executions(gated, usage.decided.active_rate)
         yield row
 
 

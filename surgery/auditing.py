@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from surgery.audits import Audit, GroupAudit, Mistake, Observed, SiteAudit
 from surgery.calling import Batch, batches, call, call_dense, length_of, read_output
 from surgery.context import Event, runs_dense, state_of, tape
-from surgery.costs import costs_of, place, rates_of, weights_of
+from surgery.costs import Decided, place
 from surgery.errors import DataError
 from surgery.log_rows import input_hashes
 from surgery.progress import Progress, silent
@@ -135,7 +135,7 @@ class _Run:
 
     def add(self, batch: Batch) -> None:
         """Run one batch, and once more with noise."""
-        names, size = self.state.units, batch.size
+        size = batch.size
         if runs_dense(self.state):
             self.dense_calls = True
         reference = call_dense(self.reference, batch)
@@ -143,10 +143,11 @@ class _Run:
             output = call(self.gated, batch)
         classes = is_logits(self.reference, batch, reference) and read_output(reference).dim() == 2
         labels = batch.labels if batch.labels is not None and batch.labels.dim() == 1 else None
+        did = Decided.of(events, self.state.units, size)
         found = {
-            "rates": rates_of(events, names, size),
-            "costs": costs_of(events, self.state.costs, size),
-            "weights": weights_of(events, size),
+            "rates": did.rates,
+            "costs": did.costs(self.state.costs),
+            "weights": did.weights,
             "labels": None if labels is None or labels.is_floating_point() else labels.cpu(),
             "predicted": read_output(output).argmax(-1).cpu() if classes else None,
             "dense": read_output(reference).argmax(-1).cpu() if classes else None,

@@ -141,11 +141,10 @@ class _Search:
         curve = CostCurve(self.state.costs)
         with override(self.state, thresholds=threshold, forced=None), execution(self.gated, "skip"):
             usage = observe(self.gated, self.data, outputs=False, inspect=curve.collect)
-        costs, weights = usage.costs(self.state.costs), usage.weights.double()
-        point = BudgetPoint(threshold, float((costs * weights).sum() / weights.sum()), usage.active_rate)
+        point = BudgetPoint(threshold, usage.decided.cost(self.state.costs), usage.decided.active_rate)
         self.curves[point.cost] = curve.finish()
         self.passes += 1
-        self.samples = len(usage.weights)
+        self.samples = len(usage.decided.weights)
         self.progress("calibrating", self.passes, None)
         return point
 

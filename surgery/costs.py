@@ -20,43 +20,94 @@ from surgery.state import CostModel
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """What a gated model did on some data.
+class Decided:
+    """What gates did on some inputs.
 
     Args:
         names: Names of sites, and of heads where they are decided one by one.
-        rates: Active share per sample and name, `(N, S)`.
-        weights: How much each sample counts (its real tokens where gates decide per token, else 1), `(N,)`.
-        outputs: The model's logits or embeddings, one tensor per batch, on the CPU in fp32.
-        labels: Labels, one tensor per batch, or None.
-        looked: Which samples were run a second time in full, bool `(N,)`.
+        rates: Active share per input and name, `(N, S)`; 1 where a gate made no decision.
+        weights: How much each input counts (its real tokens where gates decide per token, else 1), `(N,)`.
+        routed: Whether the name's router ran, `(S,)`.
+        looked: Which inputs were run a second time in full, bool `(N,)`.
     """
 
     names: tuple[str, ...]
     rates: Tensor
     weights: Tensor
-    outputs: list[Tensor]
-    labels: list[Tensor | None]
+    routed: Tensor
     looked: Tensor
+
+    @classmethod
+    def of(cls, events: Sequence[Event], names: Sequence[str], size: int) -> Decided:
+        """What one call of `size` inputs led to."""
+        places = {name: index for index, name in enumerate(names)}
+        rates, calls = torch.zeros(size, len(names)), torch.zeros(len(names))
+        routed = torch.zeros(len(names), dtype=torch.bool)
+        for event in events:
+            leader = event.gate.planned.leader
+            if leader and event.scores is not None:
+                routed[places[leader]] = True  # its router ran for this one, whatever it decides itself
+            for name, active in event.by_unit().items():
+                rates[:, places[name]] += active.cpu()
+                calls[places[name]] += 1  # a module that is used several times has one gate
+                routed[places[name]] |= event.scores is not None
+        rates = torch.where(calls > 0, rates / calls.clamp_min(1), torch.ones(()))
+        return cls(tuple(names), rates, weights_of(events, size), routed, looked_at(events, size))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Decided]) -> Decided:
+        """Those of several calls, one after the other."""
+        routed = torch.stack([part.routed for part in parts]).any(0)
+        rates, weights, looked = (torch.cat([getattr(p, n) for p in parts]) for n in ("rates", "weights", "looked"))
+        return cls(parts[0].names, rates, weights, routed, looked)
+
+    @property
+    def again(self) -> float:
+        """Share of the weight that was run a second time in full."""
+        return self._mean(self.looked)
 
     @property
     def active_rate(self) -> dict[str, float]:
         """Share of inputs (or tokens) for which each gate ran its branch; second looks count once more."""
-        weights = (self.weights / self.weights.sum())[:, None]
-        runs = self.rates + self.looked.to(self.rates)[:, None]
-        return dict(zip(self.names, (runs * weights).sum(0).tolist(), strict=True))
+        weights = self.weights.double()
+        means = (self.rates.double() * weights[:, None]).sum(0) / weights.sum().clamp_min(1e-12)
+        return {name: mean + self.again for name, mean in zip(self.names, means.tolist(), strict=True)}
+
+    def costs(self, model: CostModel) -> Tensor:
+        """Cost of each input as a fraction of dense, float64 `(N,)`; a router counts where it ran, a second look costs 1."""
+        sites = [model.sites[name] for name in self.names]
+        branch, skip, router = torch.tensor([[s.branch, s.skip, s.router] for s in sites], dtype=torch.float64).T
+        constant = model.fixed + float((skip + self.routed * router).sum())
+        return (constant + self.rates.double() @ (branch - skip)) / model.dense + self.looked.double()
+
+    def cost(self, model: CostModel) -> float:
+        """Mean cost as a fraction of dense."""
+        return self._mean(self.costs(model))
+
+    def _mean(self, values: Tensor) -> float:
+        weights = self.weights.double()
+        return float((values.double() * weights).sum() / weights.sum().clamp_min(1e-12))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a gated model did on some data.
+
+    Args:
+        decided: What its gates did.
+        outputs: The model's logits or embeddings, one tensor per batch, on the CPU in fp32.
+        labels: Labels, one tensor per batch, or None.
+    """
+
+    decided: Decided
+    outputs: list[Tensor]
+    labels: list[Tensor | None]
 
     @property
     def submodules(self) -> float:
         """Unweighted mean active rate over sites."""
-        rates = self.active_rate
+        rates = self.decided.active_rate
         return sum(rates.values()) / len(rates)
-
-    def costs(self, model: CostModel) -> Tensor:
-        """Cost of each sample as a fraction of dense, `(N,)`."""
-        branch = torch.tensor([model.sites[n].branch - model.sites[n].skip for n in self.names], dtype=torch.float64)
-        constant = model.fixed + sum(model.sites[n].router + model.sites[n].skip for n in self.names)
-        return (constant + self.rates.double() @ branch) / model.dense + self.looked.double()
 
 
 def observe(
@@ -70,13 +121,13 @@ def observe(
 ) -> Usage:
     """Run `gated` over `data` as it is set now and collect decisions and outputs.
 
-    Sites that run no router (execution `dense`) count as open. `inspect` gets the events of every batch.
+    Sites that are not asked (execution `dense`) count as open. `inspect` gets the events of every batch.
 
     Raises:
         DataError: If the data yields nothing.
     """
     names = state_of(gated).units
-    rates, weights, kept, labels, looked = [], [], [], [], []
+    decisions, kept, labels = [], [], []
     total = length_of(data)
     with torch.no_grad():
         for index, batch in enumerate(batches(data)):
@@ -85,14 +136,12 @@ def observe(
                 output = read_output(run(gated, batch))
             if inspect is not None:
                 inspect(events)
-            rates.append(rates_of(events, names, batch.size))
-            weights.append(weights_of(events, batch.size))
-            looked.append(looked_at(events, batch.size))
+            decisions.append(Decided.of(events, names, batch.size))
             if outputs:
                 kept.append(output.float().cpu())
                 labels.append(None if batch.labels is None else batch.labels.cpu())
             progress(stage, index + 1, total)
-    return Usage(names, torch.cat(rates), torch.cat(weights), kept, labels, torch.cat(looked))
+    return Usage(Decided.joined(decisions), kept, labels)
 
 
 def run(gated: nn.Module, batch: Batch) -> Any:
@@ -115,15 +164,6 @@ def run(gated: nn.Module, batch: Batch) -> Any:
         raise
 
 
-def rates_of(events: Sequence[Event], names: Sequence[str], size: int) -> Tensor:
-    """Active share per sample and site, `(N, S)`; 1 where a gate made no decision."""
-    result = torch.ones(size, len(names))
-    for event in events:
-        for name, active in event.by_unit().items():
-            result[:, names.index(name)] = active.cpu()
-    return result
-
-
 def looked_at(events: Sequence[Event], size: int) -> Tensor:
     """Which samples of one call were run a second time in full, bool `(N,)`."""
     looked = events.looked if isinstance(events, Tape) else []
@@ -144,18 +184,5 @@ def place(batch: Batch, model: nn.Module) -> Batch:
 
 
 def costs_of(events: Sequence[Event], costs: CostModel, size: int) -> Tensor:
-    """Cost of each sample of one call as a fraction of dense, float64 `(N,)`; a router counts where it ran, a second
-    look costs 1."""
-    total = torch.full((size,), costs.fixed, dtype=torch.float64)
-    rates: dict[str, list[Tensor]] = {}
-    routed = set()
-    for event in events:
-        for unit, active in event.by_unit().items():
-            rates.setdefault(unit, []).append(active.double().cpu())
-            if event.scores is not None:
-                routed |= {unit, event.gate.planned.leader}
-    for unit, site in costs.sites.items():
-        rate = torch.stack(rates[unit]).mean(0) if unit in rates else torch.ones(size, dtype=torch.float64)
-        total += rate * site.branch + (1 - rate) * site.skip + (unit in routed) * site.router
-    looked = events.looked[-1].double().cpu() if isinstance(events, Tape) and events.looked else 0.0
-    return total / costs.dense + looked
+    """Cost of each sample of one call as a fraction of dense, float64 `(N,)`."""
+    return Decided.of(events, tuple(costs.sites), size).costs(costs)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from surgery.budgets import at_point, budget_range, passes_at, point_at
 from surgery.calling import Batch, call, read_output
 from surgery.context import Event, Execution, draw_unit, execution, override, state_of, tape
-from surgery.costs import costs_of, rates_of, weights_of
+from surgery.costs import Decided
 from surgery.errors import BudgetError, MissingDependency, SurgeryError
 from surgery.scoring import is_logits
 
@@ -213,12 +213,12 @@ class Guard:
             compared: For every input whether the dense model says something else, or None where it was not run.
             seconds: What the call took.
         """
-        rates, weights = rates_of(events, self.state.units, size), weights_of(events, size)
-        costs = costs_of(events, self.state.costs, size).tolist()
+        found = Decided.of(events, self.state.units, size)
+        costs = found.costs(self.state.costs).tolist()
         with self._lock:
             self._inputs += size
             if budget == self._budget:  # what began before a change of the budget says nothing about the new one
-                self._rates.extend(rates, weights)
+                self._rates.extend(found.rates, found.weights)
                 self._costs.extend(costs)
                 if compared is not None:
                     self._disagreed.extend(compared)

@@ -71,8 +71,7 @@ class HeldOut:
                 execution(self.gated, "skip"),
             ):
                 usage = observe(self.gated, self.data, inspect=curve.collect)
-            weights = usage.weights.double()
-            cost = float((usage.costs(costs) * weights).sum() / weights.sum())
+            cost = usage.decided.cost(costs)
             if abs(cost - budget) <= TOLERANCE or attempt == _TRIES - 1:
                 break
             self.last[index] = curve.finish().solve(budget)

@@ -80,8 +80,8 @@ def calibrate_second_look(
     for index, base in enumerate(bases):
         set_budget(gated, base)
         usage = observe(gated, data)
-        weights = usage.weights.double() / usage.weights.double().sum()
-        spent[base] = float((usage.costs(state.costs) * weights).sum())
+        weights = usage.decided.weights.double() / usage.decided.weights.double().sum()
+        spent[base] = usage.decided.cost(state.costs)
         distances[base] = torch.cat(
             [
                 divergence(a, b, as_batch(x).to("cpu"))

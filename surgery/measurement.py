@@ -98,7 +98,7 @@ def measure(
             notes += _verdict(run.name or f"agreement ({run.judge.agreed})", rows)
         counted = run.name == "nats_per_token" and is_causal(reference)
         phases = count_phases(gated, reference, data) if counted else ()
-    active = run.ours.decided.active(run.names)
+    active = run.ours.decided.active_rate
     report = Report(
         data=run.description,
         samples=len(run.ours.agreement.values),
@@ -186,7 +186,7 @@ class _Run:
     @property
     def cost(self) -> float:
         """Realised mean cost of ours."""
-        return self.ours.decided.cost(self.names, self.state.costs)
+        return self.ours.decided.cost(self.state.costs)
 
     @property
     def dense_score(self) -> Scores:

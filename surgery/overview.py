@@ -160,7 +160,7 @@ def status(gated: nn.Module) -> Status:
         model=type(gated).__name__,
         runs=runs,
         budget=state.budget,
-        cost=None if rates is None else _cost(state, rates, routed=runs == "routed") + again,
+        cost=None if rates is None else state.costs.cost(rates, None if runs == "routed" else ()) + again,
         again=again,
         always_on=tuple(name for name, gate in iter_gates(gated) if gate.always_on),
         first_tokens=state.plan.first_tokens
@@ -191,19 +191,11 @@ def _rates(state: GatedState, runs: str) -> Mapping[str, float] | None:
 
 
 def _cost_share(state: GatedState, units: Sequence[str], rates: Mapping[str, float], *, routed: bool) -> float:
-    total = 0.0
-    for unit in units:
-        cost, rate = state.costs.sites[unit], rates[unit]
-        total += rate * cost.branch + (1 - rate) * cost.skip + routed * cost.router
-    return total / state.costs.dense
+    return sum(state.costs.sites[unit].at(rates[unit], routed=routed) for unit in units) / state.costs.dense
 
 
 def _branch_share(state: GatedState, units: Sequence[str]) -> float:
     return sum(state.costs.sites[unit].branch for unit in units) / state.costs.dense
-
-
-def _cost(state: GatedState, rates: Mapping[str, float], *, routed: bool) -> float:
-    return state.costs.fixed / state.costs.dense + _cost_share(state, state.units, rates, routed=routed)
 
 
 def _listed(pair: tuple[float, float] | None) -> list[float] | None:

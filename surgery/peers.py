@@ -18,10 +18,11 @@ from surgery import policies
 from surgery.budgets import at_point, current_point
 from surgery.calling import Batch, call, read_output
 from surgery.context import Event, Tape, force, override, state_of, tape
+from surgery.costs import Decided
 from surgery.errors import DataError
 from surgery.healing import unhealed
 from surgery.model_timing import Prepared
-from surgery.policies import Decided, decided
+from surgery.policies import decided
 from surgery.reports import Other, Peer
 from surgery.scoring import Scores, agreement_of, is_logits, metric_of
 from surgery.second_look import given_to_others, least_certain, margin_of
@@ -126,8 +127,8 @@ class Contest:
         self.others, self.seed = others, seed
         self.state, self.names = state_of(gated), judge.names
         again = ours.decided.again
-        self.rates = {name: rate - again for name, rate in ours.decided.active(self.names).items()}  # of the first pass
-        self.cost = ours.decided.cost(self.names, self.state.costs)
+        self.rates = {name: rate - again for name, rate in ours.decided.active_rate.items()}  # of the first pass
+        self.cost = ours.decided.cost(self.state.costs)
         ranks, costs = self.state.ranks(self.rates), self.state.costs
         self.absent: dict[str, str] = {}
         self.cuts = {
@@ -226,12 +227,12 @@ class Contest:
             base, looked, _ = self.best_look()
             parts = self.parts[base]
             decisions = replace(parts.decided, looked=looked)
-            add("static+look", decisions.cost(self.names, costs), self._answered(parts, looked), timed("static+look"))
+            add("static+look", decisions.cost(costs), self._answered(parts, looked), timed("static+look"))
         for name in (*self.itself, "random"):
             parts = self.parts[name]
-            add(name, parts.decided.cost(self.names, costs), parts.score, timed(name))
+            add(name, parts.decided.cost(costs), parts.score, timed(name))
         routed = replace(self.shuffled.decided, routed=self.ours.decided.routed)  # the routers had to run to decide
-        add("shuffled", routed.cost(self.names, costs), self.shuffled.score, {})
+        add("shuffled", routed.cost(costs), self.shuffled.score, {})
         for other in self.others:
             key = ("other", other.name)
             add(other.name, other.cost, self.parts[key].score, timed(key))

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from surgery import context
 from surgery.branches import Branch
 from surgery.context import Event, Tape, handled
-from surgery.costs import looked_at, weights_of
 from surgery.gates import Gate
 from surgery.head_gates import HeadGate
 from surgery.state import CostModel
@@ -169,68 +168,4 @@ def cut(costs: CostModel, ranks: Mapping[str, float], cost: float) -> Cut:
 
 def static_cost(costs: CostModel, kept: Sequence[str]) -> float:
     """Cost of running the sites in `kept` and the skip paths of the others, without routers."""
-    sites = costs.sites.items()
-    return (costs.fixed + sum(site.branch if name in kept else site.skip for name, site in sites)) / costs.dense
-
-
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """What the gates did on some inputs.
-
-    Args:
-        rates: Active share per input and site, `(N, S)`; 1 where a gate made no decision.
-        weights: How much each input counts (its real tokens where gates decide per token, else 1), `(N,)`.
-        routed: Whether the site's router ran, `(S,)`.
-        looked: Which inputs were run a second time in full, bool `(N,)`.
-    """
-
-    rates: Tensor
-    weights: Tensor
-    routed: Tensor
-    looked: Tensor
-
-    @classmethod
-    def of(cls, events: Sequence[Event], names: Sequence[str], size: int) -> Decided:
-        """What one batch of `size` inputs led to."""
-        rates, calls = torch.zeros(size, len(names)), torch.zeros(len(names))
-        routed = torch.zeros(len(names), dtype=torch.bool)
-        for event in events:
-            for name, active in event.by_unit().items():
-                site = names.index(name)
-                rates[:, site] += active.cpu()
-                calls[site] += 1  # a module that is used several times has one gate
-                routed[site] |= event.scores is not None
-                if event.scores is not None and event.gate.planned.leader:
-                    routed[names.index(event.gate.planned.leader)] = True
-        rates = torch.where(calls > 0, rates / calls.clamp_min(1), torch.ones(()))
-        return cls(rates, weights_of(events, size), routed, looked_at(events, size))
-
-    @classmethod
-    def joined(cls, parts: Sequence[Decided]) -> Decided:
-        """Those of several batches, one after the other."""
-        routed = torch.stack([part.routed for part in parts]).any(0)
-        rates, weights, looked = (torch.cat([getattr(p, n) for p in parts]) for n in ("rates", "weights", "looked"))
-        return cls(rates, weights, routed, looked)
-
-    def active(self, names: Sequence[str]) -> dict[str, float]:
-        """Active rate per site over all inputs; a second look runs every site once more."""
-        weights = self.weights.double()
-        means = (self.rates.double() * weights[:, None]).sum(0) / weights.sum().clamp_min(1e-12)
-        return {name: mean + self.again for name, mean in zip(names, means.tolist(), strict=True)}
-
-    @property
-    def again(self) -> float:
-        """Share of the weight that was run a second time in full."""
-        weights = self.weights.double()
-        return float((self.looked.double() * weights).sum() / weights.sum().clamp_min(1e-12))
-
-    def cost(self, names: Sequence[str], costs: CostModel) -> float:
-        """Mean cost as a fraction of dense; a router counts where it ran."""
-        active = {name: rate - self.again for name, rate in self.active(names).items()}
-        total = costs.fixed
-        for index, name in enumerate(names):
-            site = costs.sites[name]
-            total += (
-                active[name] * site.branch + (1 - active[name]) * site.skip + bool(self.routed[index]) * site.router
-            )
-        return total / costs.dense + self.again
+    return costs.cost({name: float(name in kept) for name in costs.sites}, routed=())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +17,10 @@ class SiteCost:
     branch: float
     skip: float
     router: float
+
+    def at(self, rate: float, *, routed: bool) -> float:
+        """What it costs at an active rate, with its router where that runs."""
+        return rate * self.branch + (1 - rate) * self.skip + routed * self.router
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +39,13 @@ class CostModel:
         """What runs whatever is decided."""
         return self.dense - sum(site.branch for site in self.sites.values())
 
-    def cost(self, rates: dict[str, float]) -> float:
-        """Fraction of the dense model's cost at the given active rates (sites that are missing count as open)."""
-        total = self.fixed
-        for name, site in self.sites.items():
-            rate = rates.get(name, 1.0)
-            total += site.router + rate * site.branch + (1 - rate) * site.skip
-        return total / self.dense
+    def cost(self, rates: Mapping[str, float], routed: Collection[str] | None = None) -> float:
+        """Fraction of the dense model's cost at the given active rates (sites that are missing count as open), where the
+        routers of the sites in `routed` run; by default all do.
+        """
+        asked = self.sites if routed is None else routed
+        each = (site.at(rates.get(name, 1.0), routed=name in asked) for name, site in self.sites.items())
+        return (self.fixed + sum(each)) / self.dense
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from surgery.state import CostModel
 
 
 @dataclass(slots=True)
-class Decided:
+class SoftDecision:
     """What one gate decided for one batch.
 
     Args:
@@ -61,7 +61,7 @@ class SoftGates:
     noise: float
     seed: int
     watched: frozenset[str] = frozenset()
-    decided: list[Decided] = field(default_factory=list)
+    decided: list[SoftDecision] = field(default_factory=list)
     streams: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
@@ -85,7 +85,7 @@ class SoftGates:
             gradient_only = gate.expand(probability - probability.detach(), value).to(value.dtype)
             term = term + gradient_only * (value - skipped).detach()
         padding = gate.padding(residual) if gate.per_token else None
-        self.decided.append(Decided(gate, scores, leaf, probability.detach(), active, padding))
+        self.decided.append(SoftDecision(gate, scores, leaf, probability.detach(), active, padding))
         result = term if left is None else left + term
         self._watch(gate, left, result)
         return (result, *escaped) if branch.escapes else result
@@ -118,7 +118,7 @@ class OpenGates:
         return result
 
 
-def prices(decided: Sequence[Decided], costs: CostModel) -> tuple[list[Tensor], Tensor, Tensor]:
+def prices(decided: Sequence[SoftDecision], costs: CostModel) -> tuple[list[Tensor], Tensor, Tensor]:
     """What decisions cost.
 
     Returns:
@@ -178,7 +178,7 @@ def watched_sites(names: Sequence[str], count: int = 5) -> frozenset[str]:
 
 
 def router_gradients(
-    decided: Sequence[Decided], upstream: Sequence[Tensor], routers: Sequence[nn.Parameter]
+    decided: Sequence[SoftDecision], upstream: Sequence[Tensor], routers: Sequence[nn.Parameter]
 ) -> list[Tensor]:
     """Gradients of the routers' parameters, given those of the scores."""
     found = torch.autograd.grad(

@@ -168,12 +168,12 @@ def test_conversion_keeps_the_budget(tmp_path: Path) -> None:
     for budget in (0.7, 0.85, surgery.budgets.budget_range(gated)[0]):
         surgery.set_budget(gated, budget)
         usage = observe(gated, data[4::5])
-        assert float(usage.costs(state.costs).mean()) == pytest.approx(budget, abs=0.03)
-        assert all(usage.active_rate[name] == 1 for name in state.plan.always_on)
-        assert min(usage.active_rate.values()) >= 2 / 12 - 1e-6
+        assert usage.decided.cost(state.costs) == pytest.approx(budget, abs=0.03)
+        assert all(usage.decided.active_rate[name] == 1 for name in state.plan.always_on)
+        assert min(usage.decided.active_rate.values()) >= 2 / 12 - 1e-6
         with surgery.execution(gated, "static"):
             static = observe(gated, data[4::5])
-        assert all(static.active_rate[name] == 1 for name in state.plan.always_on)
+        assert all(static.decided.active_rate[name] == 1 for name in state.plan.always_on)
     report = surgery.measure(gated, data[4::5], speed=())
     rates = {peer.name: peer.cost for peer in report.peers}
     assert rates["random"] == pytest.approx(report.cost, abs=0.2) and set(rates) >= {"static", "shuffled"}

@@ -30,7 +30,7 @@ def spent(gated: nn.Module, data: Any) -> float:
     state = state_of(gated)
     with surgery.execution(gated, "skip"):
         usage = observe(gated, data, outputs=False)
-    return float((usage.costs(state.costs) * usage.weights).sum() / usage.weights.sum())
+    return usage.decided.cost(state.costs)
 
 
 def make_vit() -> tuple[nn.Module, list[Tensor]]:
@@ -75,7 +75,7 @@ def test_realised_cost_is_the_budget(calibrated: Calibrated, budget: float) -> N
     assert spent(gated, data) == pytest.approx(budget, abs=0.01)
     assert state_of(gated).budget == budget and state_of(gated).threshold == point.threshold
     with surgery.execution(gated, "skip"):
-        rates = observe(gated, data).active_rate
+        rates = observe(gated, data).decided.active_rate
     assert rates == pytest.approx(point.active_rate, abs=0.05)
 
 

@@ -119,7 +119,7 @@ def spent(gated: nn.Module, data: Any) -> float:
     """Mean realised cost as routed."""
     with surgery.execution(gated, "skip"):
         usage = observe(gated, data, outputs=False)
-    return float((usage.costs(state_of(gated).costs) * usage.weights).sum() / usage.weights.sum())
+    return usage.decided.cost(state_of(gated).costs)
 
 
 def held_out(data: list[Any]) -> list[Any]:

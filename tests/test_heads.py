@@ -239,9 +239,8 @@ def test_cost_is_what_runs(toy: tuple[nn.Module, Tensor, nn.Module]) -> None:
         usage = observe(gated, [x])
     with torch.no_grad(), surgery.force(gated, 0.5, seed=1, samples=[0, 1, 2]), flop_counter() as counter:
         gated(x)
-    routers = sum(site.router for site in state.costs.sites.values())
     counted = counter.get_total_flops() / 3
-    assert counted == pytest.approx(float(usage.costs(state.costs).mean()) * state.costs.dense - routers)
+    assert counted == pytest.approx(usage.decided.cost(state.costs) * state.costs.dense), "no router runs"
     assert counted < 0.8 * state.costs.dense
 
 
@@ -300,7 +299,7 @@ def test_convert_save_load_measure(tmp_path: Path) -> None:
     )
     state = state_of(gated)
     assert set(state.costs.sites) == set(state.units) and len(state.units) == 4
-    rates = observe(gated, data).costs(state.costs)
+    rates = observe(gated, data).decided.costs(state.costs)
     assert abs(float(rates.mean()) - 0.92) < 0.05
     report = surgery.measure(gated, data, speed=(), resamples=10)
     assert {peer.name for peer in report.peers} == {

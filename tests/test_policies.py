@@ -10,8 +10,9 @@ from torch.nn import functional as F
 import surgery
 from surgery import policies
 from surgery.context import handled, tape
+from surgery.costs import Decided
 from surgery.gates import iter_gates
-from surgery.policies import Cut, Decided, Importance, decided
+from surgery.policies import Cut, Importance, decided
 from surgery.state import CostModel, SiteCost
 
 # 100 in all, of which 20 are outside of branches
@@ -53,10 +54,11 @@ def test_cut_keeps_the_highest_ranks() -> None:
 def test_decided_counts_routers_only_where_they_ran() -> None:
     rates = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 0.0]])
     weights = torch.tensor([3.0, 1.0])
-    found = Decided(rates, weights, torch.tensor([True, False, False]), torch.zeros(len(rates), dtype=torch.bool))
-    assert found.active(("a", "b", "c")) == {"a": 0.75, "b": 0.5, "c": 0.0}
+    routed, looked = torch.tensor([True, False, False]), torch.zeros(len(rates), dtype=torch.bool)
+    found = Decided(("a", "b", "c"), rates, weights, routed, looked)
+    assert found.active_rate == {"a": 0.75, "b": 0.5, "c": 0.0}
     # 20 outside, a: 0.75*50 + 0.25*5 + 1, b: 0.5*20
-    assert found.cost(("a", "b", "c"), COSTS) == pytest.approx((20 + 38.75 + 1 + 10) / 100)
+    assert found.cost(COSTS) == pytest.approx((20 + 38.75 + 1 + 10) / 100)
 
 
 @pytest.mark.parametrize("name", ["timm/test_resnet", "timm/mixer", "transformers/bert"])

@@ -17,6 +17,7 @@ from surgery.context import state_of
 from surgery.costs import observe
 from surgery.errors import SurgeryError
 from surgery.peers import one_pass, static_only
+from surgery.policies import static_cost
 from surgery.second_look import margin_of
 from surgery.state import LookPoint
 
@@ -95,9 +96,9 @@ def test_uncertain_rows_are_dense_and_the_others_are_the_first_pass(
 def test_both_passes_count(looking: nn.Module, data: list[Tensor]) -> None:
     with torch.no_grad():
         usage = observe(looking, data)
-    cost = usage.costs(state_of(looking).costs)
+    cost, looked = usage.decided.costs(state_of(looking).costs), usage.decided.looked
     assert float(cost.mean()) == pytest.approx(0.7, abs=0.03)
-    assert bool((cost[usage.looked] > 1).all()) and bool((cost[~usage.looked] < 1.1).all())  # routers run too
+    assert bool((cost[looked] > 1).all()) and bool((cost[~looked] < 1.1).all())  # routers run too
     report = surgery.measure(looking, data, speed=())
     assert report.cost == pytest.approx(float(cost.mean()), abs=1e-6)
     assert any("second look" in note for note in report.notes)
@@ -166,9 +167,37 @@ def test_calibration_keeps_the_budget_and_brings_outputs_nearer(gated: nn.Module
     on = surgery.calibrate_second_look(gated, data, mode=True)
     with torch.no_grad():
         usage = observe(gated, data)
-    assert float(usage.costs(state_of(gated).costs).mean()) == pytest.approx(0.7, abs=0.01)
+    assert usage.decided.cost(state_of(gated).costs) == pytest.approx(0.7, abs=0.01)
     assert distance() <= before + 1e-6
-    assert on == bool(usage.looked.any())
+    assert on == bool(usage.decided.looked.any())
+
+
+@pytest.mark.parametrize("policy", ["routed", "static"])
+def test_a_router_counts_where_it_ran(gated: nn.Module, data: list[Tensor], policy: str) -> None:
+    state = state_of(gated)
+    state.policy = policy
+    found = observe(gated, data).decided
+    report = surgery.measure(gated, data, speed=(), peers=False)
+    routers = sum(site.router for site in state.costs.sites.values()) / state.costs.dense
+    expected = state.costs.cost(found.active_rate) - (policy == "static") * routers
+    assert routers > 0.01 and found.cost(state.costs) == pytest.approx(expected)
+    assert report.cost == pytest.approx(expected)
+    with surgery.execution(gated, "dense"):
+        assert observe(gated, data).decided.cost(state.costs) == pytest.approx(1)
+
+
+def test_a_static_policy_with_a_second_look_spends_its_budget(gated: nn.Module, data: list[Tensor]) -> None:
+    state = state_of(gated)
+    state.policy = "static"
+    assert surgery.calibrate_second_look(gated, data, mode=True)
+    for point in state.looks:
+        if point.cost < point.budget:
+            surgery.set_budget(gated, point.budget)
+            kept = [name for name in state.units if state.static[name]]
+            assert point.cost == pytest.approx(static_cost(state.costs, kept))
+            found = observe(gated, data).decided
+            assert point.cost + found.again == pytest.approx(point.budget, abs=0.01)
+            assert found.cost(state.costs) == pytest.approx(point.budget, abs=0.01)
 
 
 def test_what_a_budget_gets_does_not_depend_on_the_one_that_is_set(gated: nn.Module, data: list[Tensor]) -> None:
