@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from surgery.errors import BudgetError, CheckpointError
-from surgery.scripts import options, outputs
+from surgery.scripts import options
+from surgery.scripts import outputs as places
 from surgery.scripts.bars import progress_bars, waiting
 from surgery.scripts.loading import Machine
 from surgery.scripts.memory import keep_freed_memory
@@ -64,6 +65,14 @@ class Cost(str, Enum):
 
     flops = "flops"
     latency = "latency"
+
+
+class Outputs(str, Enum):
+    """What the model's outputs hold."""
+
+    auto = "auto"
+    logits = "logits"
+    values = "values"
 
 
 class Heal(str, Enum):
@@ -149,6 +158,10 @@ def convert(
         Heal | None,
         typer.Option("--heal", help="Also adapt the backbone a little: copies of its norms, or low-rank changes."),
     ] = None,
+    outputs: Annotated[
+        Outputs,
+        typer.Option("--outputs", help="values: what MODEL gives are numbers of a regression or an embedding."),
+    ] = Outputs.auto,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
     ] = False,
@@ -189,7 +202,7 @@ def convert(
             raise BudgetError(f"--lowest-budget {lowest_budget:g} is above --budget {budget:g}; give at most that")
         training = replace(training, budgets=(lowest_budget, max(HIGHEST, budget)))
     work = out.with_name(f"{out.name}.tuning")
-    outputs.check_conversion("--out", out, force=force)
+    places.check_conversion("--out", out, force=force)
     if resume and not _resumable(work, since=0):
         raise CheckpointError(f"--resume: {work} holds no interrupted run; start without --resume")
     keep_freed_memory()
@@ -226,6 +239,7 @@ def convert(
                 cost=cost.value,
                 options=training,
                 heal=None if heal is None else heal.value,
+                outputs=outputs.value,
                 seed=seed,
                 progress=progress,
                 output_dir=work,

@@ -153,7 +153,8 @@ def _train(
         with torch.no_grad():
             wanted = read_output(call(teacher, batch))
         with torch.enable_grad(), execution(gated, "static" if state_of(gated).policy == "static" else "mask"):
-            loss = divergence(read_output(run(gated, batch)), wanted, batch, options.temperature).mean()
+            output, values = read_output(run(gated, batch)), state_of(gated).gives_values
+            loss = divergence(output, wanted, batch, options.temperature, values=values).mean()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -262,7 +263,7 @@ class _Apart:
                 self.dense = observe(self.gated, self.data).outputs
         found = observe(self.gated, self.data).outputs
         parts = [
-            divergence(a, b, as_batch(batch).to("cpu"))
+            divergence(a, b, as_batch(batch).to("cpu"), values=state_of(self.gated).gives_values)
             for a, b, batch in zip(found, self.dense, self.data, strict=True)
         ]
         return float(torch.cat(parts).mean())

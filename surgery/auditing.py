@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery.audits import Audit, GroupAudit, Mistake, Observed, SiteAudit
-from surgery.calling import Batch, batches, call, call_dense, length_of, read_output
+from surgery.calling import Batch, batches, call, call_dense, is_logits, length_of, read_output
 from surgery.context import Event, runs_dense, state_of, tape
 from surgery.costs import Decided, place
 from surgery.errors import DataError
 from surgery.log_rows import input_hashes
 from surgery.progress import Progress, silent
 from surgery.rewriting import remove
-from surgery.scoring import is_logits
 
 NEAR = 0.1
 """Scores this close to the threshold are near it: they are logs, so 0.1 is a tenth of harm per cost saved."""
@@ -141,7 +140,7 @@ class _Run:
         reference = call_dense(self.reference, batch)
         with tape(self.gated) as events:
             output = call(self.gated, batch)
-        classes = is_logits(self.reference, batch, reference) and read_output(reference).dim() == 2
+        classes = is_logits(self.reference, batch, reference, self.state.outputs) and read_output(reference).dim() == 2
         labels = batch.labels if batch.labels is not None and batch.labels.dim() == 1 else None
         did = Decided.of(events, self.state.units, size)
         found = {

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from surgery.errors import DataError, SurgeryError
 
+Outputs = Literal["auto", "logits", "values"]
+"""What a model's outputs hold: logits, of which the largest counts, or values, as of a regression or an embedding."""
 PROMPT = 0.5
 """Share of every text that counts as its prompt in passes over data (fitting, calibration, scoring), where gates decide once
 per prompt."""
@@ -32,8 +35,8 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Number of samples `N`: the first axis of the first tensor."""
-        for value in (*self.args, *self.kwargs.values()):
+        """Number of samples `N`: the first axis of the first tensor, of those in lists and dicts only where there is no other."""
+        for value in (*self.args, *self.kwargs.values(), *self.tensors):
             if isinstance(value, Tensor) and value.dim() > 0:
                 return value.shape[0]
         raise DataError(f"a batch holds no tensor: got {_describe(self)}")
@@ -45,52 +48,54 @@ class Batch:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors among the arguments, in order."""
-        return tuple(v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+        """The tensors among the arguments, also those in tuples, lists and dicts, in order."""
+        found: list[Tensor] = []
+        self.mapped(lambda value: found.append(value) or value)  # type: ignore[func-returns-value]
+        return tuple(found)
 
     def filled(self, tensors: Sequence[Tensor]) -> Batch:
         """The same call with other `tensors`, in the order of `self.tensors`."""
         left = iter(tensors)
-        args = [next(left) if isinstance(v, Tensor) else v for v in self.args]
-        kwargs = {k: next(left) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()}
-        return Batch(tuple(args), kwargs, number=self.number)
+        return replace(self.mapped(lambda _: next(left)), labels=None)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same call with every tensor in it changed; labels stay."""
+        args = tuple(_mapped(change, value) for value in self.args)
+        return replace(self, args=args, kwargs={name: _mapped(change, value) for name, value in self.kwargs.items()})
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Move every tensor to `device`, floating-point inputs to `dtype`."""
-
-        def move(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return value.to(device, dtype if dtype is not None and value.is_floating_point() else None)
-
         labels = None if self.labels is None else self.labels.to(device)
-        return Batch(tuple(map(move, self.args)), {k: move(v) for k, v in self.kwargs.items()}, labels, self.number)
+        moved = self.mapped(lambda v: v.to(device, dtype if dtype is not None and v.is_floating_point() else None))
+        return replace(moved, labels=labels)
 
     @property
     def device(self) -> torch.device:
         """Where its first tensor is."""
-        return next(v.device for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+        return self.tensors[0].device
 
     def rows(self, index: Tensor) -> Batch:
         """The samples that `index` names; values without a batch axis stay."""
         n = self.size
 
-        def cut(value: Any) -> Any:
-            return value[index] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == n else value
+        def cut(value: Tensor) -> Tensor:
+            return value[index] if value.dim() > 0 and value.shape[0] == n else value
 
-        return Batch(
-            tuple(map(cut, self.args)),
-            {k: cut(v) for k, v in self.kwargs.items()},
-            None if self.labels is None else cut(self.labels),
-            self.number,
-        )
+        return replace(self.mapped(cut), labels=None if self.labels is None else cut(self.labels))
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with the tensors in it, and in its tuples, lists and dicts, changed."""
+    one = lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731  (short)
+    return tree_map(one, value, is_leaf=lambda node: not isinstance(node, (tuple, list, dict)))
 
 
 def as_batch(value: Any) -> Batch:
     """Read a tensor, a tuple `(inputs, labels)`, a dict of keyword arguments, or a `Batch`.
 
     A tuple or list whose second and last element is a 1-D integer tensor (or, for language models, None) is
-    `(inputs, labels)`; any other tuple is the positional arguments.
+    `(inputs, labels)`; any other tuple is the positional arguments. Inputs beside labels may be a tuple of positional
+    arguments as well.
 
     Raises:
         DataError: If it is none of these, holds NaN, or holds no sample.
@@ -104,7 +109,7 @@ def as_batch(value: Any) -> Batch:
         batch = Batch((), kwargs, value.get("labels", value.get("label")))
     elif isinstance(value, (tuple, list)) and value:
         if len(value) == 2 and _is_labels(value[1]):
-            inner = as_batch(value[0])
+            inner = Batch(tuple(value[0])) if isinstance(value[0], (tuple, list)) else as_batch(value[0])
             batch = Batch(inner.args, inner.kwargs, value[1])
         else:
             batch = Batch(tuple(value))
@@ -112,18 +117,28 @@ def as_batch(value: Any) -> Batch:
         raise DataError(
             f"a batch must be a tensor, a tuple (inputs, labels), or a dict of keyword arguments; got {type(value).__name__}"
         )
-    for name, item in (*enumerate(batch.args), *batch.kwargs.items()):
-        if isinstance(item, Tensor) and item.is_floating_point() and item.device.type != "meta":
-            finite = torch.isfinite(item)
-            if not finite.all():
-                raise DataError(
-                    f"input {name!r} of shape {tuple(item.shape)} holds NaN or infinity{_rows_without(finite)}; clean or "
-                    "leave out these samples"
-                )
-    first = next((v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0), None)
-    if first is not None and len(first) == 0:
-        raise DataError(f"a batch holds no sample: its first tensor has shape {tuple(first.shape)}")
+    size = next((len(v) for v in batch.tensors if v.dim() > 0), None)
+    if size == 0:
+        shape = next(tuple(v.shape) for v in batch.tensors if v.dim() > 0)
+        raise DataError(f"a batch holds no sample: its first tensor has shape {shape}")
+    named: list[tuple[int | str, Any]] = [*enumerate(batch.args), *batch.kwargs.items()]
+    for name, item in named:
+        for tensor in _tensors(item):
+            _check_finite(name, tensor, size)
     return batch
+
+
+def _check_finite(name: int | str, item: Tensor, size: int | None) -> None:
+    """Refuse NaN and infinity, but for the minus infinity that stands for "not seen" in masks and in what samples share."""
+    if not item.is_floating_point() or item.device.type == "meta":
+        return
+    masks = "mask" in str(name) or (item.dim() > 0 and len(item) != size)
+    finite = torch.isfinite(item) | (item == -torch.inf) if masks else torch.isfinite(item)
+    if not finite.all():
+        raise DataError(
+            f"input {name!r} of shape {tuple(item.shape)} holds NaN or infinity{_rows_without(finite)}; clean or leave out "
+            "these samples"
+        )
 
 
 def batches(data: Iterable[Any]) -> Iterator[Batch]:
@@ -193,7 +208,18 @@ def refusal(model: nn.Module, batch: Batch, error: Exception) -> DataError:
     )
     return DataError(
         f"{batch.where}{type(model).__name__} refuses what it is called with ({found}): {type(error).__name__}: {error}; "
-        "give what the dense model takes, in every batch: a tensor, a tuple, or a dict of keyword arguments"
+        f"give what the dense model takes, in every batch: a tensor, a tuple, or a dict of keyword arguments{_no_labels(batch)}"
+    )
+
+
+def _no_labels(batch: Batch) -> str:
+    """What counts as labels, where the second of two arguments may have been meant as such."""
+    last = batch.args[1] if len(batch.args) == 2 and not batch.kwargs else None
+    if not isinstance(last, Tensor) or last.dim() == 0 or len(last) != batch.size:
+        return ""
+    return (
+        "; of a pair (inputs, labels) labels are whole numbers of shape (N,), and the second one here is none such, so it was "
+        "passed to the model: give class numbers, or the inputs alone"
     )
 
 
@@ -238,6 +264,38 @@ def read_output(output: Any) -> Tensor:
             "it without labels, or give a module that returns its predictions"
         )
     raise DataError(f"cannot find a floating-point tensor in the model's output of type {type(output).__name__}")
+
+
+def is_logits(model: nn.Module, batch: Batch, output: Any, outputs: Outputs = "auto") -> bool:
+    """Whether the largest entry of an output's last axis means something; where nothing tells, that of `(N, K)` does."""
+    told = kind_of(model, batch, output, outputs)
+    return told == "logits" or (told == "auto" and isinstance(output, Tensor) and output.dim() == 2)
+
+
+def kind_of(model: nn.Module, batch: Batch, output: Any, outputs: Outputs = "auto") -> Outputs:
+    """What an output holds: what the user said in `outputs`, else what the model, its shape or its labels tell, if they do."""
+    if outputs != "auto":
+        return outputs
+    if getattr(getattr(model, "config", None), "problem_type", None) == "regression":  # transformers
+        return "values"
+    value = read_output(output)
+    if value.dim() not in (2, 3) or value.shape[-1] < 2:
+        return "values"
+    if any(getattr(output, name, None) is value for name in ("logits", "logits_per_image")):
+        return "logits"
+    classes = getattr(model, "num_classes", None)  # timm's models without a head have none
+    if classes == 0 or getattr(output, "last_hidden_state", None) is value:
+        return "values"
+    per_token = isinstance(output, Tensor) and value.dim() == 3
+    return "logits" if per_token and (batch.labels is not None or _is_vocabulary(batch, value)) else "auto"
+
+
+def _is_vocabulary(batch: Batch, output: Tensor) -> bool:
+    """Whether `(N, T, K)` may be logits over the ids that a model was called with, rather than hidden states."""
+    ids = batch.kwargs.get("input_ids", batch.args[0] if batch.args else None)
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape != output.shape[:2]:
+        return False
+    return int(ids.max()) < output.shape[-1]
 
 
 def tensors(value: Any) -> list[Tensor]:

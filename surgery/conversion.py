@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,7 +26,7 @@ from surgery.adaptation import check_healable
 from surgery.adaptation import heal as heal_backbone
 from surgery.budgets import check_budget, set_budget
 from surgery.calibration import calibrate, check_floor
-from surgery.calling import Batch, as_batch, batches
+from surgery.calling import Batch, Outputs, as_batch, batches
 from surgery.context import execution, state_of
 from surgery.costs import Usage, observe
 from surgery.cutting import cut_order
@@ -85,6 +86,7 @@ def convert(
     routers: Routers = "own",
     cost: Cost = "flops",
     heal: Literal["norms", "lora"] | None = None,
+    outputs: Outputs = "auto",
     options: Options | None = None,
     samples: int = 2048,
     seed: int = 0,
@@ -119,6 +121,8 @@ def convert(
         cost: What the budget counts: `flops`, or `latency` on this device.
         heal: Whether to adapt the backbone a little as well, as copies of its `norms` or by `lora` (docs/healing.md); the
             dense model stays within the result bit for bit.
+        outputs: Whether the model gives `logits`, of which the largest counts, or `values` (a regression, an embedding);
+            `auto` takes a plain `(N, K)` tensor for logits unless the model says otherwise (docs/quickstart.md).
         options: How to train.
         samples: Number of samples to fit routers on.
         seed: Seed of everything random.
@@ -138,8 +142,8 @@ def convert(
         AlreadyConverted: If the model carries gates.
         CheckpointError: If `resume` is set and `output_dir` holds nothing to resume.
         MissingDependency: If `heal` needs a library that is not installed.
-        SurgeryError: If `tune`, `cost`, `granularity`, `skip`, `routers`, `second_look` or `heal` is none of the above, or
-            healing is asked for without data.
+        SurgeryError: If `tune`, `cost`, `granularity`, `skip`, `routers`, `second_look`, `heal` or `outputs` is none of the
+            above, or healing is asked for without data.
     """
     check_budget(budget)
     check_convertible(model)
@@ -148,6 +152,7 @@ def convert(
     check_choice("cost", cost, get_args(Cost))
     check_choice("second_look", second_look, ("auto", True, False))
     check_choice("heal", heal, (None, *HEALING))
+    check_choice("outputs", outputs, get_args(Outputs))
     if heal is not None and data is None:
         raise SurgeryError("healing learns from the dense model's answers to your inputs: give data=… with heal=…")
     report = progress or silent
@@ -181,6 +186,8 @@ def convert(
         trained=trains and (options or Options()).skip_rate > 0,
     )
     gated = insert_gates(model, plan)
+    state = state_of(gated)
+    state.outputs = outputs
     note_dear_routers(gated)
     if cost == "flops":
         check_floor(gated, budget)
@@ -203,7 +210,6 @@ def convert(
         )
 
     fit_skip_paths(gated, fit, seed=seed, progress=report)
-    state = state_of(gated)
     per_sample = state.units == state.names and not any(gate.per_token for _, gate in iter_gates(gated))
     if budget < 1 and per_sample:  # refits skip paths on what static policies leave
         rounds = _ROUNDS if trains else 1
@@ -335,11 +341,11 @@ def vary(batch: Batch, seed: int) -> list[Batch]:
     """Batches like an example: its rows mixed and perturbed (floating-point inputs) or drawn again (token ids)."""
     generator = torch.Generator().manual_seed(seed)
 
-    def one(value: Any, index: Tensor) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != batch.size:
+    def one(value: Tensor, index: Tensor) -> Tensor:
+        if value.dim() == 0 or len(value) != batch.size:
             return value
         rows = value[index]
-        if rows.is_floating_point():
+        if rows.is_floating_point() and torch.isfinite(rows).all():  # minus infinity: a mask
             other = value[index.flip(0)]
             weight = torch.rand(len(index), generator=generator).view(-1, *(1,) * (rows.dim() - 1)).to(rows)
             mixed = weight * rows + (1 - weight) * other
@@ -349,9 +355,7 @@ def vary(batch: Batch, seed: int) -> list[Batch]:
     made = []
     for _ in range(max(5, _MADE_INPUTS // _MADE_BATCH)):
         index = torch.randint(batch.size, (_MADE_BATCH,), generator=generator)
-        made.append(
-            Batch(tuple(one(v, index) for v in batch.args), {k: one(v, index) for k, v in batch.kwargs.items()})
-        )
+        made.append(replace(batch.mapped(partial(one, index=index)), labels=None, number=None))
     return made
 
 
@@ -415,7 +419,7 @@ def distances(gated: nn.Module, data: Iterable[Any], usage: Usage) -> Tensor:
     with execution(gated, "dense"):
         dense = observe(gated, data)
     parts = [
-        divergence(a, b, as_batch(batch).to("cpu"))
+        divergence(a, b, as_batch(batch).to("cpu"), values=state_of(gated).gives_values)
         for a, b, batch in zip(usage.outputs, dense.outputs, data, strict=True)
     ]
     return torch.cat(parts)

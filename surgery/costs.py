@@ -12,7 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.calling import REFUSALS, Batch, batches, call, device_of, dtype_of, length_of, read_output, refusal
+from surgery.calling import (
+    REFUSALS,
+    Batch,
+    batches,
+    call,
+    device_of,
+    dtype_of,
+    kind_of,
+    length_of,
+    read_output,
+    refusal,
+)
 from surgery.context import Event, Tape, override, state_of, tape
 from surgery.errors import SurgeryError
 from surgery.progress import Progress, silent
@@ -145,23 +156,27 @@ def observe(
 
 
 def run(gated: nn.Module, batch: Batch) -> Any:
-    """Call a gated model on the user's data.
+    """Call a gated model on the user's data; the first output tells what all are (`GatedState.gives_values`).
 
     Raises:
         DataError: If the dense model refuses the batch as well; other errors are passed on.
     """
+    state = state_of(gated)
     try:
-        return call(gated, batch)
+        output = call(gated, batch)
     except (SurgeryError, torch.OutOfMemoryError):
         raise
     except REFUSALS as error:
         dense: dict[str, Any] = {"execution": "dense", "forced": None, "tape": None, "handler": None}
         try:
-            with torch.no_grad(), override(state_of(gated), **dense):
+            with torch.no_grad(), override(state, **dense):
                 call(gated, batch)
         except REFUSALS:
             raise refusal(gated, batch, error) from error
         raise
+    if state.saw_values is None:
+        state.saw_values = kind_of(gated, batch, output) == "values"
+    return output
 
 
 def looked_at(events: Sequence[Event], size: int) -> Tensor:

@@ -53,7 +53,10 @@ def cut_order(
 
     def harm(cut: Sequence[str]) -> float:
         with decided(gated, constant([name for name in state.units if name not in cut])):
-            apart = [divergence(read_output(run(gated, b)), d, b).double() for b, d in zip(given, dense, strict=True)]
+            apart = [
+                divergence(read_output(run(gated, b)), d, b, values=state.gives_values).double()
+                for b, d in zip(given, dense, strict=True)
+            ]
         return float(torch.cat(apart).mean())
 
     def price(name: str) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from surgery.branches import Branch, split_outputs
 from surgery.calling import Batch, read_output
-from surgery.context import handled
+from surgery.context import handled, state_of
 from surgery.costs import run
 from surgery.gates import Gate
 from surgery.head_gates import HeadGate
@@ -50,7 +50,8 @@ def label_harm(gated: nn.Module, batch: Batch, generator: torch.Generator | None
     collector = _Collector()
     with torch.enable_grad(), handled(gated, collector):
         output = read_output(run(gated, batch))
-        objective = margin(output, batch, generator or torch.Generator().manual_seed(0))
+        values = state_of(gated).gives_values
+        objective = margin(output, batch, generator or torch.Generator().manual_seed(0), values=values)
     sites = collector.sites
     gradients: Sequence[Tensor | None] = [None] * len(sites)
     if objective.requires_grad:  # else no branch reaches the output

@@ -76,7 +76,7 @@ class HeldOut:
                 break
             self.last[index] = curve.finish().solve(budget)
         parts = [
-            divergence(a, b, as_batch(batch).to("cpu"))
+            divergence(a, b, as_batch(batch).to("cpu"), values=state_of(self.gated).gives_values)
             for a, b, batch in zip(usage.outputs, self.dense, self.data, strict=True)
         ]
         return float(torch.cat(parts).mean()), cost

@@ -63,10 +63,11 @@ def calibrate_second_look(
         return False
     with execution(gated, "dense"):
         dense = observe(gated, data)
-    if any(output.dim() != 2 or output.shape[1] < 2 for output in dense.outputs):
+    if state.gives_values or any(output.dim() != 2 or output.shape[1] < 2 for output in dense.outputs):
         if mode is True:
+            kind = "values " if state.gives_values else ""
             raise SurgeryError(
-                f"a second look needs class logits (N, K); {type(gated).__name__} gives {tuple(dense.outputs[0].shape)}"
+                f"a second look needs class logits (N, K); {type(gated).__name__} gives {kind}{tuple(dense.outputs[0].shape)}"
             )
         return False
     if mode == "auto" and sum(len(output) for output in dense.outputs) < _FEWEST:
@@ -84,7 +85,7 @@ def calibrate_second_look(
         spent[base] = usage.decided.cost(state.costs)
         distances[base] = torch.cat(
             [
-                divergence(a, b, as_batch(x).to("cpu"))
+                divergence(a, b, as_batch(x).to("cpu"), values=state.gives_values)
                 for a, b, x in zip(usage.outputs, dense.outputs, data, strict=True)
             ]
         ).double()

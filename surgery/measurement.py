@@ -140,7 +140,7 @@ class _Run:
         self.gated, self.reference, self.data, self.seed, self.progress = gated, reference, data, seed, progress
         self.state = state_of(gated)
         self.names = self.state.units
-        self.judge = Judge(reference, self.names)
+        self.judge = Judge(reference, self.names, self.state.outputs)
         self.ours, self.shuffled, self.dense = Parts(), Parts(), Parts()
         self.importance = Importance()
         self.distinct: set[bytes] = set()

@@ -211,7 +211,7 @@ def _loss(
         dense = read_output(run(gated, batch))
     with handled(gated, student):
         output = read_output(run(gated, batch))
-    loss = divergence(output, dense, batch, temperature).mean()
+    loss = divergence(output, dense, batch, temperature, values=state_of(gated).gives_values).mean()
     known = OpenGates(watched, teacher.streams, teacher.masks)
     return loss + _STREAM * stream_error(student.streams, known, dict(layouts)).mean()
 
@@ -229,7 +229,8 @@ def _distance(gated: nn.Module, data: Iterable[Any] | None, levels: Sequence[int
             for share in _LOOKS:
                 cut = order[: levels[round(share * (len(levels) - 1))]]
                 with force(gated, {name: name not in cut for name in order}):
-                    parts.append(divergence(read_output(run(gated, batch)), dense, batch))
+                    output = read_output(run(gated, batch))
+                    parts.append(divergence(output, dense, batch, values=state_of(gated).gives_values))
     return float(torch.cat(parts).mean())
 
 

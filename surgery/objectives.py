@@ -13,20 +13,28 @@ from torch.nn import functional as F
 from surgery.calling import Batch
 
 
-def divergence(output: Tensor, dense: Tensor, batch: Batch | None = None, temperature: float = 1.0) -> Tensor:
+def divergence(
+    output: Tensor,
+    dense: Tensor,
+    batch: Batch | None = None,
+    temperature: float = 1.0,
+    *,
+    values: bool = False,
+) -> Tensor:
     """Distance of each sample's output from the dense model's, `(N,)`.
 
     Args:
-        output: `(N, K)` logits, `(N, T, K)` token logits, or an embedding of another shape.
+        output: `(N, K)` logits, `(N, T, K)` token logits, or values of any shape.
         dense: Same shape; constant.
-        batch: Where to find the attention mask for token logits.
+        batch: Where to find the attention mask for tokens.
         temperature: Softmax temperature; the result is multiplied by its square.
+        values: Whether they are values whatever their shape, as of a regression or an embedding.
 
     Returns:
-        KL(dense || output) for logits (mean over real tokens), mean squared error over the dense variance otherwise.
+        KL(dense || output) for logits, mean squared error over the dense mean square for values; padding does not count.
     """
     output, dense = output.float(), dense.float()
-    if output.dim() in (2, 3) and output.shape[-1] > 1:
+    if _are_logits(output, values):
         log_p = F.log_softmax(output / temperature, -1)
         log_q = F.log_softmax(dense / temperature, -1)
         kl = (log_q.exp() * (log_q - log_p)).sum(-1) * temperature**2  # N or N T
@@ -34,25 +42,28 @@ def divergence(output: Tensor, dense: Tensor, batch: Batch | None = None, temper
             return kl
         weights = token_weights(kl, batch)
         return (kl * weights).sum(1) / weights.sum(1).clamp_min(1)
-    scale = dense.square().mean().clamp_min(1e-12)
-    return (output - dense).square().flatten(1).mean(1) / scale
+    error, scale = _by_position(output - dense), _by_position(dense)
+    weights = token_weights(error, batch) if dense.dim() == 3 else torch.ones_like(error)
+    scale = ((scale * weights).sum() / weights.sum().clamp_min(1)).clamp_min(1e-12)
+    return (error * weights).sum(1) / weights.sum(1).clamp_min(1) / scale
 
 
-def margin(output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+def margin(output: Tensor, batch: Batch, generator: torch.Generator, *, values: bool = False) -> Tensor:
     """A scalar whose gradient tells what changes the result: see `surgery.harm`.
 
     Args:
         output: `(N, K)` logits: sum of the margins between the two largest. `(N, T, K)` token logits: sum of the
             negative log-likelihood of the next token, or of the most likely token where the inputs hold no ids. Else:
-            a random projection of the embedding.
+            a sum of the values with random signs.
         batch: The inputs.
-        generator: For the random projection.
+        generator: For the random signs.
+        values: As in `divergence`.
     """
     output = output.float()
-    if output.dim() == 2 and output.shape[1] > 1:
+    if output.dim() == 2 and _are_logits(output, values):
         top = output.topk(2, dim=1).values  # N 2
         return (top[:, 0] - top[:, 1]).sum()
-    if output.dim() == 3 and output.shape[-1] > 1:
+    if _are_logits(output, values):
         log_p = F.log_softmax(output, -1)
         ids = batch.kwargs.get("input_ids")
         # ids beyond the last axis tell hidden states from logits over the vocabulary
@@ -60,8 +71,20 @@ def margin(output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
             loss = -log_p[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)  # N T-1
             return (loss * token_weights(loss, batch, shift=1)).sum()
         return -(log_p.max(-1).values).sum()
-    direction = torch.randn(output.shape, generator=generator).to(output)
-    return (output * direction).sum()
+    signs = 2.0 * torch.randint(2, output.shape, generator=generator).to(output) - 1
+    if output.dim() == 3:
+        signs = signs * token_weights(output[..., 0], batch).unsqueeze(-1)
+    return (output * signs).sum()
+
+
+def _are_logits(output: Tensor, values: bool) -> bool:
+    return not values and output.dim() in (2, 3) and output.shape[-1] > 1
+
+
+def _by_position(value: Tensor) -> Tensor:
+    """Mean squares: `(N, T)` of `(N, T, C)`, else `(N, 1)`."""
+    mean = value.square().mean(-1) if value.dim() == 3 else value.square().reshape(len(value), -1).mean(1)
+    return mean.reshape(len(value), -1)
 
 
 def token_weights(values: Tensor, batch: Batch | None, shift: int = 0) -> Tensor:

@@ -115,7 +115,8 @@ def _distance(gated: nn.Module, held: Iterable[Any]) -> float:
                 dense = read_output(run(gated, batch))
             for kept, parts in policies.items():
                 with decided(gated, constant(kept)):
-                    parts.append(divergence(read_output(run(gated, batch)), dense, batch).double().cpu())
+                    output = read_output(run(gated, batch))
+                    parts.append(divergence(output, dense, batch, values=state.gives_values).double().cpu())
     means = {kept: float(torch.cat(parts).mean()) for kept, parts in policies.items()}
     mixed = [(1 - one.share) * means[one.lower] + one.share * means[one.upper] for one in around]
     return sum(math.log(max(value, 1e-12)) for value in mixed) / len(mixed)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from surgery import policies
 from surgery.budgets import at_point, current_point
-from surgery.calling import Batch, call, read_output
+from surgery.calling import Batch, Outputs, call, is_logits, read_output
 from surgery.context import Event, Tape, force, override, state_of, tape
 from surgery.costs import Decided
 from surgery.errors import DataError
@@ -24,7 +24,7 @@ from surgery.healing import unhealed
 from surgery.model_timing import Prepared
 from surgery.policies import decided
 from surgery.reports import Other, Peer
-from surgery.scoring import Scores, agreement_of, is_logits, metric_of
+from surgery.scoring import Scores, agreement_of, metric_of
 from surgery.second_look import given_to_others, least_certain, margin_of
 from surgery.timing import Ratio, Thunk
 
@@ -69,6 +69,7 @@ class Judge:
 
     reference: nn.Module
     names: Sequence[str]
+    outputs: Outputs = "auto"
     metric: str | None = None
     agreed: str = "argmax"
     started: bool = False
@@ -88,12 +89,12 @@ class Judge:
         if found is not None:
             parts.scores.append(found[1])
         if dense is not None:
-            self.agreed, agreement = agreement_of(self.reference, batch, output, dense)
+            self.agreed, agreement = agreement_of(self.reference, batch, output, dense, self.outputs)
             parts.agreements.append(agreement)
         if events is not None:
             parts.decisions.append(Decided.of(events, self.names, batch.size))
         logits = read_output(output)
-        if logits.dim() == 2 and is_logits(self.reference, batch, output):
+        if logits.dim() == 2 and is_logits(self.reference, batch, output, self.outputs):
             parts.margins.append(margin_of(logits).double().cpu())
             parts.top.append(logits.argmax(-1).cpu())
 

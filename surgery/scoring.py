@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.calling import Batch, read_output
+from surgery.calling import Batch, Outputs, is_logits, read_output
 from surgery.errors import DataError
 
 IGNORED = -100  # label of positions that do not count, as in torch's cross entropy
@@ -82,27 +82,20 @@ def metric_of(model: nn.Module, batch: Batch, output: Any) -> tuple[str, Scores]
     return "accuracy" if labels.dim() == 1 else "token_accuracy", _per_input(right, counted)
 
 
-def agreement_of(model: nn.Module, batch: Batch, output: Any, dense: Any) -> tuple[str, Scores]:
-    """How far an output agrees with the dense model's: `argmax` (share of equal ones) or `cosine` (of embeddings)."""
+def agreement_of(
+    model: nn.Module, batch: Batch, output: Any, dense: Any, outputs: Outputs = "auto"
+) -> tuple[str, Scores]:
+    """How far an output agrees with the dense model's: `argmax` (share of equal ones) or `cosine` (of values)."""
     mine, reference = read_output(output), read_output(dense)
-    if is_logits(model, batch, dense):
+    if is_logits(model, batch, dense, outputs):
         same = mine.argmax(-1) == reference.argmax(-1)  # N or N T
         return "argmax", _per_input(same, _real(batch, same))
     mask = _real(batch, mine[..., 0]) if mine.dim() == 3 else None
     if mask is not None:
         mine, reference = mine * mask.unsqueeze(-1), reference * mask.unsqueeze(-1)
-    cosine = F.cosine_similarity(mine.double().flatten(1), reference.double().flatten(1), dim=1)
+    rows, others = (value.double().reshape(len(value), -1) for value in (mine, reference))
+    cosine = F.cosine_similarity(rows, others, dim=1)
     return "cosine", Scores(cosine.cpu(), torch.ones(len(cosine), dtype=torch.float64))
-
-
-def is_logits(model: nn.Module, batch: Batch, output: Any) -> bool:
-    """Whether the largest entry of an output's last axis means something; else it is an embedding."""
-    if any(isinstance(getattr(output, name, None), Tensor) for name in ("logits", "logits_per_image")):
-        return read_output(output).shape[-1] > 1
-    if not isinstance(output, Tensor) or output.dim() not in (2, 3) or output.shape[-1] < 2:
-        return False
-    classes = getattr(model, "num_classes", None)  # timm's models without a head have none
-    return classes != 0 and (output.dim() == 2 or batch.labels is not None)
 
 
 def next_tokens(model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:

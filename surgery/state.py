@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from surgery.calling import Outputs
 from surgery.sites import Plan
 
 
@@ -77,7 +78,7 @@ class LookPoint:
     margins: tuple[float, ...]
 
 
-IN_MEMORY = ("trainable",)
+IN_MEMORY = ("trainable", "saw_values")
 """Fields of `GatedState` that belong to a model in memory and are not saved."""
 
 
@@ -120,6 +121,9 @@ class GatedState:
     policy: str = "routed"
     """`routed`, or `static` where input-dependence did not pay and the frozen policy runs."""
     healing: Healing | None = None
+    outputs: Outputs = "auto"
+    saw_values: bool | None = None
+    """Whether the first output over data told that it holds values; None before."""
     padding_is_unread: bool = False
     """Whether nothing reads what becomes of padding, so that gates per token are closed there."""
 
@@ -127,6 +131,11 @@ class GatedState:
     def names(self) -> tuple[str, ...]:
         """Site names in order of execution."""
         return self.plan.names
+
+    @property
+    def gives_values(self) -> bool:
+        """Whether its outputs are values, which differ by their distance, and not logits, which differ by what they say."""
+        return self.outputs == "values" or (self.outputs == "auto" and bool(self.saw_values))
 
     @property
     def units(self) -> tuple[str, ...]:

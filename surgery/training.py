@@ -338,10 +338,11 @@ class _Run:
                 dense = read_output(run(self.gated, batch))
             with handled(self.gated, soft):
                 output = read_output(run(self.gated, batch))
-        distance = divergence(output, dense, batch, options.temperature).sum() / whole.size
+        values = state_of(self.gated).gives_values
+        distance = divergence(output, dense, batch, options.temperature, values=values).sum() / whole.size
         stream = stream_error(soft.streams, teacher, self.layouts).sum() / whole.size
         loss = distance + self.stream_weight * stream
-        if options.label_weight and batch.labels is not None and output.dim() == 2:
+        if options.label_weight and batch.labels is not None and output.dim() == 2 and not values:
             entropy = F.cross_entropy(output.float(), batch.labels, reduction="sum")
             loss = loss + options.label_weight * entropy / whole.size
         each, spent, weight = prices(soft.decided, self.state.costs)

@@ -118,3 +118,28 @@ def test_token_weights() -> None:
         Batch((), {"attention_mask": mask[:, :2]}),
     ):
         assert torch.equal(token_weights(values, other), torch.ones(2, 3))
+
+
+def test_values_differ_by_their_distance_whatever_their_shape() -> None:
+    dense = torch.tensor([[1.0, 3.0], [1.0, 1.0]])  # mean square 3
+    assert divergence(dense + 3, dense).abs().max() < 1e-6  # as logits they say the same
+    assert divergence(dense + 3, dense, values=True).tolist() == pytest.approx([3.0, 3.0])
+    numbers = torch.tensor([2.0, 4.0])
+    assert divergence(numbers + 1, numbers).tolist() == pytest.approx([0.1, 0.1])
+
+
+def test_padding_of_hidden_states_does_not_count() -> None:
+    dense = torch.ones(1, 3, 2)
+    output = dense + torch.tensor([3.0, 0.0, 100.0]).view(1, 3, 1)
+    dense[0, 2] = 50
+    batch = Batch((), {"attention_mask": torch.tensor([[1, 1, 0]])})
+    assert divergence(output, dense, batch, values=True).tolist() == pytest.approx([4.5])
+    probe = output.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(margin(probe, batch, GENERATOR, values=True), probe)
+    assert gradient.abs().tolist() == [[[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]]
+
+
+def test_margin_of_one_number_is_that_number_but_for_its_sign() -> None:
+    output = torch.randn(4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(margin(output, Batch(), GENERATOR), output)
+    assert gradient.abs().tolist() == [1.0] * 4
