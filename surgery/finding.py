@@ -465,18 +465,18 @@ def _pair(batch: Batch) -> Batch:
     pair = batch.rows(torch.zeros(2, dtype=torch.long, device=batch.device))
     generator = torch.Generator().manual_seed(0)
 
-    def vary(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != 2:
+    def vary(value: Tensor) -> Tensor:
+        if value.dim() == 0 or len(value) != 2 or not torch.isfinite(value).all():  # minus infinity: a mask
             return value
         value = value.clone()
         if value.is_floating_point():
             noise = torch.randn(value[1].shape, generator=generator).to(value)
-            value[1] += 0.1 * value[1].std() * noise
+            value[1] += 0.1 * value[1].std(correction=0) * noise
         elif value.dim() > 1 and not set(value.unique().tolist()) <= {0, 1}:
             value[1] = value[1].roll(1, 0)
         return value
 
-    return Batch(tuple(map(vary, pair.args)), {k: vary(v) for k, v in pair.kwargs.items()})
+    return replace(pair.mapped(vary), labels=None)
 
 
 def _equal(output: list[Tensor], reference: list[Tensor]) -> bool:

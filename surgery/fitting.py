@@ -213,11 +213,9 @@ def gather(data: Iterable[Any], samples: int) -> Batch:
             break
     if not found:
         raise DataError("the data yields no batch")
-    joined = Batch(
-        tuple(_join([b.args[i] for b in found]) for i in range(len(found[0].args))),
-        {k: _join([b.kwargs[k] for b in found]) for k in found[0].kwargs},
-        None,
-    )
+    sizes = [batch.size for batch in found]
+    columns = zip(*(batch.tensors for batch in found), strict=True)
+    joined = found[0].filled([_join(column, sizes) for column in columns])
     return joined.rows(torch.arange(min(samples, joined.size), device=joined.device))
 
 
@@ -239,19 +237,17 @@ def _weights(gate: Gate, branch: Branch, residual: Tensor, inputs: Sequence[Any]
 
 
 def _compatible(first: Batch, other: Batch) -> bool:
-    pairs = [
-        *zip(first.args, other.args, strict=False),
-        *((first.kwargs[k], other.kwargs.get(k)) for k in first.kwargs),
-    ]
-    same = all(not isinstance(a, Tensor) or (isinstance(b, Tensor) and a.shape[1:] == b.shape[1:]) for a, b in pairs)
-    return same or (
-        "attention_mask" in first.kwargs
-        and all(not isinstance(a, Tensor) or (isinstance(b, Tensor) and a.dim() == b.dim() == 2) for a, b in pairs)
-    )
+    if list(first.kwargs) != list(other.kwargs) or len(first.tensors) != len(other.tensors):
+        return False
+    pairs = list(zip(first.tensors, other.tensors, strict=True))
+    if all(a.shape[1:] == b.shape[1:] for a, b in pairs):
+        return True
+    return "attention_mask" in first.kwargs and all(a.dim() == b.dim() == 2 for a, b in pairs)
 
 
-def _join(values: list[Any]) -> Any:
-    if not isinstance(values[0], Tensor):
+def _join(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The samples of all batches; what the samples of a batch share stays as it is in the first one."""
+    if any(value.dim() == 0 or len(value) != size for value, size in zip(values, sizes, strict=True)):
         return values[0]
     length = max(v.shape[1] if v.dim() > 1 else 0 for v in values)
     return torch.cat([F.pad(v, (0, length - v.shape[1])) if v.dim() == 2 else v for v in values])

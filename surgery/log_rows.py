@@ -86,13 +86,11 @@ def input_hashes(batch: Batch) -> list[str]:
         DataError: If the batch holds no tensor.
     """
     size = batch.size
-    values = (*batch.args, *(batch.kwargs[k] for k in sorted(batch.kwargs)))
+    values = Batch((*batch.args, *(batch.kwargs[k] for k in sorted(batch.kwargs)))).tensors
     mask = batch.kwargs.get("attention_mask")
     real = mask.bool().cpu() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     tensors = [
-        v.detach().cpu()
-        for v in values
-        if isinstance(v, Tensor) and v.dim() > 0 and len(v) == size and not (real is not None and v is mask)
+        v.detach().cpu() for v in values if v.dim() > 0 and len(v) == size and not (real is not None and v is mask)
     ]
     found = []
     for row in range(size):

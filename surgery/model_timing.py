@@ -63,16 +63,11 @@ def _stepping(thunks: Sequence[Thunk]) -> Thunk:
 
 
 def _shapes(batch: Batch) -> list[Any]:
-    values = (*batch.args, *batch.kwargs.values())
-    return [value.shape if isinstance(value, Tensor) else None for value in values]
+    return [value.shape for value in batch.tensors]
 
 
 def _joined(rows: Sequence[Batch]) -> Batch:
-    def join(values: Sequence[Any]) -> Any:
-        first = values[0]
-        return torch.cat(list(values)) if isinstance(first, Tensor) and first.dim() and len(first) == 1 else first
+    def join(values: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(values)) if values[0].dim() and len(values[0]) == 1 else values[0]
 
-    return Batch(
-        tuple(join(column) for column in zip(*(row.args for row in rows), strict=True)),
-        {name: join([row.kwargs[name] for row in rows]) for name in rows[0].kwargs},
-    )
+    return rows[0].filled([join(column) for column in zip(*(row.tensors for row in rows), strict=True)])
