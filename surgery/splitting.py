@@ -58,10 +58,11 @@ class Head:
 def split(data: Iterable[Any], validation: Iterable[Any] | None) -> tuple[Iterable[Any], Iterable[Any]]:
     """Data to fit on, and data to calibrate on.
 
-    Fewer than five batches are split by rows: every fifth row is held out.
+    Fewer than five batches are split by rows: every fifth row is held out, and the last one of fewer. Batches of one row are
+    fitted on, but for the last one where nothing else is held out.
 
     Raises:
-        DataError: If `data` can be read only once or yields nothing.
+        DataError: If `data` can be read only once, yields nothing, or holds one sample only.
     """
     check_reiterable(data)
     if validation is not None:
@@ -80,12 +81,17 @@ def split(data: Iterable[Any], validation: Iterable[Any] | None) -> tuple[Iterab
 
 
 def check_reiterable(data: Iterable[Any]) -> None:
-    """Raise `DataError` for an iterator, which is empty when it is read again."""
+    """Raise `DataError` for an iterator, which is empty when it is read again, and for what is no batches."""
     if isinstance(data, Iterator):
         raise DataError(
             f"the data is a {type(data).__name__}, which can be read only once; it is read several times: "
             "pass a list, a DataLoader, or a dataset"
         )
+    check_batches(data)
+
+
+def check_batches(data: Iterable[Any]) -> None:
+    """Raise `DataError` for one batch in the place of many, and for what cannot be iterated over."""
     if isinstance(data, (torch.Tensor, dict, str)) or not isinstance(data, Iterable):
         raise DataError(f"data must be batches to iterate over, got {type(data).__name__}; for one batch pass [batch]")
 
@@ -93,14 +99,18 @@ def check_reiterable(data: Iterable[Any]) -> None:
 def _by_rows(data: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     fit, held = [], []
     for batch in batches(data):
-        index = torch.arange(batch.size)
-        last = index % EVERY == EVERY - 1
         if batch.size < 2:
             fit.append(batch)
-            held.append(batch)
             continue
+        index = torch.arange(batch.size)
+        last = index % EVERY == EVERY - 1
         if not last.any():
             last[-1] = True
         fit.append(batch.rows(index[~last]))
         held.append(batch.rows(index[last]))
-    return fit, held
+    if not held and len(fit) < 2:
+        raise DataError(
+            "the data holds one sample, and every fifth is held out to calibrate on: give at least two (some hundreds for "
+            "thresholds that hold), or validation=… as well"
+        )
+    return fit, held or [fit.pop()]

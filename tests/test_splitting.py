@@ -76,8 +76,19 @@ def test_small_batches_keep_their_last_row() -> None:
     fit, held = split([torch.arange(3.0)[:, None]], None)
     assert [b.args[0].flatten().tolist() for b in fit] == [[0, 1]]
     assert [b.args[0].flatten().tolist() for b in held] == [[2]]
-    fit, held = split([torch.zeros(1, 3)], None)  # one sample has to do for both
-    assert [b.size for b in fit] == [b.size for b in held] == [1]
+
+
+def test_no_row_is_both_fitted_on_and_held_out() -> None:
+    rows = [torch.full((1, 3), float(index)) for index in range(4)]
+    fit, held = split(rows, None)
+    assert [numbers([b.args[0] for b in part]) for part in (fit, held)] == [[0, 1, 2], [3]]
+    fit, held = split([torch.arange(3.0)[:, None], torch.full((1, 1), 7.0)], None)
+    assert [b.args[0].flatten().tolist() for b in fit] == [[0, 1], [7]]
+    assert [b.args[0].flatten().tolist() for b in held] == [[2]]
+    with pytest.raises(DataError, match="holds one sample, and every fifth is held out.*at least two"):
+        split([torch.zeros(1, 3)], None)
+    fit, held = split([torch.zeros(1, 3)], [torch.ones(1, 3)])
+    assert numbers(fit) == [0] and numbers(held) == [1]
 
 
 def test_validation_is_taken_as_it_is() -> None:
