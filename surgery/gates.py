@@ -217,7 +217,7 @@ class Gate(Executor):
         elif self.leads:
             asked = self.router.read(self.hidden_features(residual))
         else:
-            asked = self.router(residual, self._read(residual))
+            asked = self.router(residual, self.pooled_tokens(residual))
         scores: Tensor = asked - self.offset
         first = self.first_tokens(residual)
         return scores if first is None else scores.masked_fill(first, float("inf"))
@@ -232,7 +232,7 @@ class Gate(Executor):
             if seen.hidden is not None:
                 return seen.hidden
             residual = seen.residual
-        hidden: Tensor = self.router(residual, self._read(residual), hidden=True)
+        hidden: Tensor = self.router(residual, self.pooled_tokens(residual), hidden=True)
         if seen is not None:
             seen.hidden = hidden
         return hidden
@@ -242,7 +242,7 @@ class Gate(Executor):
         scope = context.scope()
         return {} if scope is None else scope.shared
 
-    def _read(self, residual: Tensor) -> Tensor | None:
+    def pooled_tokens(self, residual: Tensor) -> Tensor | None:
         """Which tokens the router pools, bool `(N, T)`, or None where all are or it pools none."""
         if self.per_token:
             return None

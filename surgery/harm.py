@@ -92,17 +92,17 @@ class _Collector:
                 difference = value.detach() - gate.skip_path(stream)
             value = value + probe
         with torch.no_grad():
-            padding = gate.padding(stream)
-            features = self._features(gate, stream, padding)
-        self.sites.append(_Seen(gate, probe, difference, features, padding if gate.per_token else None))
+            weights = gate.padding(stream) if gate.per_token else None
+            features = self._features(gate, stream)
+        self.sites.append(_Seen(gate, probe, difference, features, weights))
         result = value if left is None else left + value
         return (result, *escaped) if branch.escapes else result
 
-    def _features(self, gate: Gate, stream: Tensor, padding: Tensor | None) -> Tensor:
+    def _features(self, gate: Gate, stream: Tensor) -> Tensor:
         if gate.leader:
             return next(seen.features for seen in reversed(self.sites) if seen.gate is gate.leader[0])
         if isinstance(gate.router, SampleRouter):
-            return gate.router.pool(stream, padding)
+            return gate.router.pool(stream, gate.pooled_tokens(stream))
         assert isinstance(gate.router, Router)
         return gate.router.extract(stream)
 

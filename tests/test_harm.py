@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from decoders import decoder
 from subjects import subject
 from torch import Tensor, nn
 from toys import Masked, Residual, Stack, Times, gate_all, gates, mlp
 
 import surgery
-from surgery.calling import Batch, as_batch
+from surgery.calling import Batch, as_batch, call
+from surgery.context import handled
+from surgery.gates import Gate
 from surgery.harm import label_harm
 from surgery.skip_paths import AffineSkip
 
@@ -73,6 +78,29 @@ def test_per_token_by_hand() -> None:
     x = torch.tensor([[[3.0, 1.0], [4.0, 0.0]]])
     (label,) = label_harm(gated, Batch((x,))).values()
     assert label.harm.tolist() == [pytest.approx([0.25, 1.0])] and label.features.shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("length", [0.5, 3])
+def test_per_prompt_the_features_are_those_that_the_router_will_read(length: float) -> None:
+    pytest.importorskip("transformers")
+    ids = torch.randint(3, 100, (4, 8))
+    batch = as_batch({"input_ids": ids, "attention_mask": (torch.arange(8) >= torch.arange(4)[:, None]).long()})
+    model = decoder("llama", layers=2)
+    gated = surgery.insert_gates(model, surgery.find_sites(model, batch.kwargs).plan(granularity="prefill"))
+    read: dict[str, Tensor] = {}
+
+    def noted(gate: Gate, branch: Any, left: Any, residual: Tensor, inputs: Any) -> Any:
+        gate.router.register_forward_pre_hook(lambda router, args: read.update({gate.site.name: router.pool(*args)}))
+        gate.scores(residual)
+        return gate.open(branch, left, inputs)
+
+    with surgery.prompt_length(gated, length):
+        labels = label_harm(gated, batch)
+        with torch.no_grad(), handled(gated, noted):
+            call(gated, batch)
+    assert len(labels) == 4
+    for name, label in labels.items():
+        torch.testing.assert_close(label.features, read[name], rtol=0, atol=0)
 
 
 class Unused(nn.Module):
