@@ -9,6 +9,7 @@ Axis letters: `N` samples, `T` tokens, `C` channels, `K` active rows.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from surgery import context
 from surgery.branches import Branch, Owners, Unfolded, unfold
+from surgery.budgets import first_pass
 from surgery.context import Event, Forced, Overrides, Scope, Shared
 from surgery.errors import ForceError, PromptError
 from surgery.executing import Executor
@@ -73,11 +75,11 @@ class Gate(Executor):
 
     @property
     def active_rate(self) -> float | None:
-        """Active rate on calibration data at the current budget, or None before calibration."""
-        for point in self.state.table:
-            if point.threshold == self.state.threshold:
-                return point.active_rate[self.site.name]
-        return None
+        """Active rate on calibration data at the current budget (of heads their mean), or None before calibration."""
+        if not self.state.table:
+            return None
+        rates = first_pass(self.state)[0].active_rate
+        return statistics.fmean(rates[unit] for unit in self.site.units)
 
     def forward(self, branch: Branch, left: Tensor | None, residual: Tensor, *inputs: Any) -> Any:
         """What the original sum gives where the branch is active, `left + skip_path(residual)` where it is not."""

@@ -67,6 +67,17 @@ def test_too_little_data_is_said_with_its_number(count: int, reason: str) -> Non
         calibrate(gated, [first[:1].repeat(count, 1, 1, 1)], 0.61, grid=())
 
 
+def test_gates_know_their_active_rate_at_every_budget(calibrated: Calibrated) -> None:
+    model, gated, data = calibrated
+    gated = copy.deepcopy(gated)
+    for budget in (0.6, 0.633, 1.0):  # of the table, between its points, dense
+        set_budget(gated, budget)
+        rates = current_point(state_of(gated)).active_rate
+        assert {name: gate.active_rate for name, gate in iter_gates(gated)} == rates
+        assert 0 < sum(rates.values()) < len(rates) or budget == 1
+    assert {gate.active_rate for gate in gates(gate_all(model, data[0][:2]))} == {None}
+
+
 @pytest.mark.parametrize("budget", [0.9, 0.37])
 def test_realised_cost_is_the_budget(calibrated: Calibrated, budget: float) -> None:
     _, gated, data = calibrated

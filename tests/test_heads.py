@@ -23,6 +23,7 @@ from surgery.gates import iter_gates
 from surgery.head_finding import find_heads
 from surgery.heads import ActiveHeads, HeadRoles, WeighedHeads, zeroed
 from surgery.scripts.zoo import find
+from surgery.state import BudgetPoint
 
 ZOO = (
     "timm/vit_pico",
@@ -242,6 +243,19 @@ def test_cost_is_what_runs(toy: tuple[nn.Module, Tensor, nn.Module]) -> None:
     counted = counter.get_total_flops() / 3
     assert counted == pytest.approx(usage.decided.cost(state.costs) * state.costs.dense), "no router runs"
     assert counted < 0.8 * state.costs.dense
+
+
+def test_a_gate_knows_the_mean_rate_of_its_heads(toy: tuple[nn.Module, Tensor, nn.Module]) -> None:
+    _, _, gated = toy
+    gated = copy.deepcopy(gated)
+    state = state_of(gated)
+    rates = {name: index / len(state.units) for index, name in enumerate(state.units)}
+    state.table = [BudgetPoint(0.5, 0.4, dict.fromkeys(rates, 0.0)), BudgetPoint(0.1, 0.8, rates)]
+    surgery.set_budget(gated, 0.6)
+    for _, gate in iter_gates(gated):
+        assert gate.active_rate == pytest.approx(
+            sum(rates[unit] for unit in gate.site.units) / len(gate.site.units) / 2
+        )
 
 
 def test_a_branch_gate_gives_way_to_its_heads(toy: tuple[nn.Module, Tensor, nn.Module]) -> None:
