@@ -82,9 +82,7 @@ def regress_routers(
         labels = label_harm(gated, batch, generator)
         for name in (name for name in labels if name in groups):
             rows, harm = _rows_of([labels[member] for member in groups[name]])
-            if len(rows) > _ROWS_PER_BATCH:
-                chosen = torch.randperm(len(rows), generator=generator)[:_ROWS_PER_BATCH].to(rows.device)
-                rows, harm = rows[chosen], harm[chosen]
+            rows, harm = _some(rows, harm, _ROWS_PER_BATCH, generator)
             features.setdefault(name, []).append(rows)
             harms.setdefault(name, []).append(harm)
         count += batch.size
@@ -96,10 +94,18 @@ def regress_routers(
     for index, (name, gate) in enumerate(gates.items()):
         set_offset(gate)
         if not gate.leader:
-            rows, harm = torch.cat(features[name])[:_ROWS], torch.cat(harms[name])[:_ROWS]
+            rows, harm = _some(torch.cat(features[name]), torch.cat(harms[name]), _ROWS, generator)
             result |= _fit_group([gates[member] for member in groups[name]], rows, harm, seed + index)
         report("fitting routers", index + 1, len(gates))
     return {name: result[name] for name in gates}
+
+
+def _some(rows: Tensor, harm: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """At most `count` of the rows, drawn at random."""
+    if len(rows) <= count:
+        return rows, harm
+    chosen = torch.randperm(len(rows), generator=generator)[:count].to(rows.device)
+    return rows[chosen], harm[chosen]
 
 
 def set_offset(gate: Gate) -> None:

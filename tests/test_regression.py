@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from toys import Masked, Noise, Stack, assert_same, frozen, gate_all, gates, mlp
 
+from surgery import regression
 from surgery.calling import Batch
 from surgery.context import state_of
 from surgery.errors import DataError
@@ -143,6 +144,23 @@ def test_reads_no_more_than_asked() -> None:
     regress_routers(gated, data(), samples=25, progress=lambda *row: seen.append(row))
     assert read == [0, 1, 2]
     assert seen == [*(("labelling harm", n, 25) for n in (10, 20, 25)), ("fitting routers", 1, 1)]
+
+
+def test_of_many_rows_all_batches_keep_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [torch.full((40, C), float(number)) for number in range(10)]
+    gated = gate_all(Stack(mlp(C)), data[0][:2])
+    kept: list[Tensor] = []
+    fit = regression._fit_group
+    monkeypatch.setattr(regression, "_ROWS", 100)
+    monkeypatch.setattr(
+        regression, "_fit_group", lambda gates, rows, *rest: (kept.append(rows), fit(gates, rows, *rest))[1]
+    )
+    for seed in (0, 0, 1):
+        (found,) = regress_routers(gated, data, seed=seed).values()
+        assert found.rows == 80
+    counts = kept[0][:, 0].long().bincount(minlength=10)
+    assert len(kept[0]) == 100 and counts.min() >= 4 and counts.max() <= 17
+    assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
 
 
 def test_same_seed_same_routers() -> None:
