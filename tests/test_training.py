@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import two_processes
 from subjects import subject
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from toys import Stack, Unsized, assert_same, frozen, gate_all, gates, interrupt_after_update, launched, mlp
+from toys import Masked, Stack, Unsized, assert_same, frozen, gate_all, gates, interrupt_after_update, launched, mlp
 
 import surgery
 from surgery.calibration import calibrate
@@ -22,6 +23,7 @@ from surgery.errors import BudgetError, CheckpointError, DataError, SurgeryError
 from surgery.fitting import fit_skip_paths
 from surgery.held_out import HeldOut
 from surgery.options import Options
+from surgery.pacing import Pace
 from surgery.regression import regress_routers
 from surgery.resuming import CHECKPOINT
 from surgery.training import History, train_routers, trainable
@@ -126,6 +128,31 @@ def test_every_step_draws_a_budget_and_meets_it(train: Callable[..., Trained]) -
     errors = [cost - target for cost, target in zip(columns["cost"], columns["target"], strict=True)]
     assert abs(sum(errors[100:])) / 100 < 0.02
     assert sum(map(abs, errors[100:])) / 100 < 0.08
+
+
+def test_thresholds_fall_with_the_budget_whatever_a_step_cost() -> None:
+    pace = Pace(0.5, 0.9, 0.0, 0)
+    pace.start([(0.4, 1.0), (1.0, -1.0)])
+    for target, cost in ((0.52, 0.1), (0.7, 1.0), (0.88, 0.9), (0.61, 0.2), (0.79, 1.0)):
+        before = pace.threshold(target)
+        pace.correct(target, cost)
+        assert cost > target or pace.threshold(target) < before
+        assert all(low >= high for low, high in itertools.pairwise(pace.thresholds)), (target, cost)
+
+
+def test_streams_are_not_compared_at_padding() -> None:
+    mask = torch.arange(6) < torch.tensor([[6], [4], [2], [5]])
+    x = torch.randn(4, 6, C)
+    batches = [
+        {"inputs_embeds": torch.where(mask[..., None], x, padding), "attention_mask": mask.long()}
+        for padding in (x, 10 * torch.randn(4, 6, C))
+    ]
+    gated = gate_all(Masked(mlp(C), mlp(C), mlp(C)), batches[0])
+    options = Options(steps=1, stream_weight=1.0)
+    one, other = (
+        train_routers(copy.deepcopy(gated), [batch], budget=0.7, options=options).rows[0]["stream"] for batch in batches
+    )
+    assert one > 0 and one == pytest.approx(other, rel=1e-5)
 
 
 def test_opening_everywhere_neither_helps_nor_harms(fitted: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
