@@ -177,10 +177,10 @@ def convert(
     debug: options.Debug = False,
 ) -> None:
     """Convert MODEL into one that runs BUDGET of the dense compute, and write what was added to a directory."""
-    from surgery.budgets import check_budget
     from surgery.checkpoints import save
     from surgery.conversion import UnmeasuredQuality
     from surgery.conversion import convert as convert_model
+    from surgery.errors import check_budget
     from surgery.options import HIGHEST, Options
     from surgery.overview import status
 

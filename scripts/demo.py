@@ -72,8 +72,8 @@ def demo(
     debug: options.Debug = False,
 ) -> None:
     """See it work: scikit-learn's digits, a small timm network, no download, a few minutes on two cores."""
-    from surgery.budgets import check_budget
     from surgery.checkpoints import save
+    from surgery.errors import check_budget
     from surgery.scripts import digits_model
 
     check_budget(budget)

@@ -103,7 +103,7 @@ def budgets(text: str) -> list[float]:
         typer.BadParameter: If one is no number.
         BudgetError: If one is outside (0, 1].
     """
-    from surgery.budgets import check_budget
+    from surgery.errors import check_budget
 
     found = numbers("--budgets", text)
     for budget in found:

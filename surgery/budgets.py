@@ -16,7 +16,7 @@ from dataclasses import replace
 from torch import nn
 
 from surgery.context import override, state_of
-from surgery.errors import BudgetError
+from surgery.errors import BudgetError, check_budget
 from surgery.state import BudgetPoint, CostModel, GatedState, LookPoint
 
 TOLERANCE = 0.01
@@ -112,12 +112,6 @@ def first_pass(state: GatedState) -> tuple[BudgetPoint, float]:
         return current_point(state), 0.0
     look = look_at(state.looks, state.budget)
     return _point(state, look.base), max(state.budget - look.cost, 0.0)
-
-
-def check_budget(budget: float) -> None:
-    """Raise `BudgetError` unless `budget` is a number in (0, 1]."""
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
-        raise BudgetError(f"budget is the mean cost as a fraction of the dense model's, in (0, 1]; got {budget!r}")
 
 
 def static_policy(costs: CostModel, ranks: dict[str, float], budget: float) -> tuple[str, ...]:

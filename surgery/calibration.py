@@ -13,12 +13,12 @@ from typing import Any, get_args
 
 from torch import nn
 
-from surgery.budgets import TOLERANCE, check_budget, current_point, mixed, set_budget, static_policy
+from surgery.budgets import TOLERANCE, current_point, mixed, set_budget, static_policy
 from surgery.calling import Batch, batches
 from surgery.context import execution, override, state_of
 from surgery.cost_curves import CostCurve
 from surgery.costs import observe
-from surgery.errors import BudgetError, DataError, check_choice
+from surgery.errors import BudgetError, DataError, check_budget, check_choice
 from surgery.padding import is_unread
 from surgery.progress import Progress, silent
 from surgery.sites import Cost

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from surgery.adaptation import KINDS as HEALING
 from surgery.adaptation import check_healable
 from surgery.adaptation import heal as heal_backbone
-from surgery.budgets import check_budget, set_budget
+from surgery.budgets import set_budget
 from surgery.calibration import calibrate, check_floor
 from surgery.calling import Batch, Outputs, as_batch, batches
 from surgery.context import execution, state_of
 from surgery.costs import Usage, observe
 from surgery.cutting import cut_order
-from surgery.errors import SurgeryError, check_choice
+from surgery.errors import SurgeryError, check_budget, check_choice
 from surgery.finding import check_weights, find_sites
 from surgery.fitting import fit_skip_paths
 from surgery.gates import iter_gates

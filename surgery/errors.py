@@ -5,8 +5,11 @@ Each message says what happened, where, what was expected and found, and the nex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from numbers import Real
+from typing import TypeGuard
 
 
 class SurgeryError(Exception):
@@ -116,3 +119,20 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise `SurgeryError` unless `value`, given for the argument `name`, is one of `choices`."""
     if value not in choices:
         raise SurgeryError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def check_budget(budget: float) -> None:
+    """Raise `BudgetError` unless `budget` is a number in (0, 1]."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+        raise BudgetError(f"budget is the mean cost as a fraction of the dense model's, in (0, 1]; got {budget!r}")
+
+
+def check_count(name: str, value: object, smallest: int) -> None:
+    """Raise `SurgeryError` unless `value`, given for the argument `name`, is a whole number of at least `smallest`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+        raise SurgeryError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number that is neither infinite nor none (NaN)."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

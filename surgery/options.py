@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, is_number
 
 LOWEST, HIGHEST = 0.45, 0.9  # budgets that a checkpoint serves beside its own
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -70,18 +69,22 @@ class Options:
         rates = ("router_rate", "skip_rate", "nested_rate", "heal_rate")
         for name in (*rates, "noise", "stream_weight", "anneal", "label_weight"):
             value = getattr(self, name)
-            if not (value is None and name == "stream_weight") and not 0 <= value < math.inf:
+            if not (value is None and name == "stream_weight") and not (is_number(value) and value >= 0):
                 raise SurgeryError(f"Options.{name} must be a number that is not negative, got {value!r}")
-        if not 0 < self.temperature < math.inf:
+        if not is_number(self.temperature) or self.temperature <= 0:
             raise SurgeryError(f"Options.temperature must be a positive number, got {self.temperature!r}")
         if self.budgets is not None:
-            low, high = self.budgets
-            if not 0 < low <= high <= 1:
-                raise SurgeryError(
-                    f"Options.budgets must be two fractions of dense, the smaller one first, got {self.budgets!r}"
-                )
-            self.budgets = (float(low), float(high))
-        if self.mixed_precision not in PRECISIONS:
+            self.budgets = _range(self.budgets)
+        if self.mixed_precision not in tuple(PRECISIONS):
             raise SurgeryError(
                 f"Options.mixed_precision must be one of {', '.join(PRECISIONS)}, got {self.mixed_precision!r}"
             )
+
+
+def _range(budgets: object) -> tuple[float, float]:
+    """The smallest and the largest budget of a training."""
+    if isinstance(budgets, (tuple, list)) and len(budgets) == 2 and all(map(is_number, budgets)):
+        low, high = float(budgets[0]), float(budgets[1])
+        if 0 < low <= high <= 1:
+            return low, high
+    raise SurgeryError(f"Options.budgets must be two fractions of dense, the smaller one first, got {budgets!r}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
-from surgery.errors import PlanMismatch, SurgeryError, check_choice
+from surgery.errors import PlanMismatch, SurgeryError, check_budget, check_choice, check_count
 from surgery.routers import router_features
 from surgery.sites import Cost, Granularity, Plan, Routers, Site, SitePlan, Sites, SkipKind, is_in_first
 
@@ -59,6 +59,11 @@ def choose(
     check_choice("granularity", granularity, ("auto", *get_args(Granularity)))
     check_choice("skip", skip, ("auto", *get_args(SkipKind)))
     check_choice("routers", routers, get_args(Routers))
+    check_count("rank", rank, 1)
+    if hidden != "auto":
+        check_count("hidden", hidden, 1)
+    if budget is not None:
+        check_budget(budget)
     if width != "auto" and (isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < 1):
         raise SurgeryError(f"width must be a number between 0 and 1, or 'auto', got {width!r}")
     layers = _number("first_layers", first_layers, 0)

@@ -298,7 +298,7 @@ class Sites(Sequence[Site]):
 
         Raises:
             NoSites: If there is nothing to plan.
-            SurgeryError: If `granularity`, `skip`, `routers` or `cost` is none of the kinds above, or a number is negative.
+            SurgeryError: If `granularity`, `skip`, `routers` or `cost` is none of the kinds above, or a number is out of range.
         """
         from surgery.planning import choose
 

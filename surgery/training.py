@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.budgets import check_budget
 from surgery.calling import Batch, batches, device_of, length_of, read_output
 from surgery.context import handled, state_of
 from surgery.costs import place, run
-from surgery.errors import CheckpointError, DataError, SurgeryError
+from surgery.errors import CheckpointError, DataError, SurgeryError, check_budget
 from surgery.gates import iter_gates
 from surgery.held_out import HeldOut
 from surgery.objectives import divergence

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from subjects import assert_equal, outputs, subject
@@ -186,3 +188,37 @@ def test_flags_of_gradients_come_back() -> None:
     dense = surgery.remove(gated)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     assert {name: p.requires_grad for name, p in dense.named_parameters()} == flags and len(set(flags.values())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budgets": 0.5}, "budgets must be two fractions of dense"),
+        ({"budgets": (0.5,)}, "budgets must be two fractions"),
+        ({"budgets": ("low", "high")}, "budgets must be two fractions"),
+        ({"temperature": "hot"}, "temperature must be a positive number, got 'hot'"),
+        ({"noise": None}, "noise must be a number that is not negative, got None"),
+        ({"router_rate": float("nan")}, "router_rate must be a number"),
+        ({"mixed_precision": ["no"]}, "mixed_precision must be one of no, fp16"),
+    ],
+    ids=str,
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(errors.SurgeryError, match=rf"Options\.{message}"):
+        surgery.Options(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden": -3}, "hidden must be a whole number of at least 1, got -3"),
+        ({"hidden": "wide"}, "hidden must be a whole number"),
+        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"rank": 2.5, "skip": "low-rank"}, "rank must be a whole number"),
+        ({"budget": 7}, r"budget is the mean cost .* in \(0, 1\]; got 7"),
+    ],
+    ids=str,
+)
+def test_plans_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(errors.SurgeryError, match=message):
+        subject("timm/vit_pico").sites.plan(**options)
