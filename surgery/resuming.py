@@ -46,7 +46,11 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(
-    path: Path, parameters: Mapping[str, nn.Parameter], total: int, held: Iterable[str]
+    path: Path,
+    parameters: Mapping[str, nn.Parameter],
+    total: int,
+    held: Iterable[str],
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What the training of routers wrote.
 
@@ -55,12 +59,14 @@ def read_checkpoint(
         parameters: What is trained, by name.
         total: Number of steps.
         held: What is kept of the looks at held-out data.
+        options: How this training is to go.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged, or of another model, plan or length.
+        CheckpointError: If the checkpoint is damaged, or of another model, plan or length, or of other options.
     """
     with undamaged(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["options"] = dict(saved["options"])
         shapes = {name: tuple(tensor.shape) for name, tensor in saved["parameters"].items()}
         saved["best"] = {key: saved["best"][key] for key in held}  # an older version kept something else
     ours = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -71,6 +77,12 @@ def read_checkpoint(
         raise CheckpointError(
             f"{path} is of a training over {saved['total']} steps, this one has {total}; resume with the same "
             "data and options"
+        )
+    other = next((name for name in options if saved["options"].get(name, options[name]) != options[name]), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{path} is of a training with {other}={saved['options'][other]!r}, this one has {options[other]!r}; resume with the "
+            "same data and options, or train from the start"
         )
     return saved
 

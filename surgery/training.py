@@ -42,6 +42,7 @@ _CLIP = 1.0
 _ABOVE_CLOSED = 0.02  # nothing can be learnt where every gate is closed
 _LOOKS = 5  # how often a training looks at held-out data
 _APART = 0.05  # budgets that are nearer to each other are one
+_FREE = ("epochs", "steps", "save_every")  # options that may change when a training goes on
 
 
 @dataclass(slots=True)
@@ -98,7 +99,7 @@ def train_routers(
     Raises:
         BudgetError: If the budget is outside (0, 1].
         DataError: If the data yields nothing, or its length is unknown and `options.steps` is not given.
-        CheckpointError: If `resume` is set and there is no checkpoint, or it is of another model.
+        CheckpointError: If `resume` is set and there is no checkpoint, or it is of another model or of other options.
     """
     check_budget(budget)
     training = _Run(gated, data, budget, options or Options(), seed, validation, output_dir, tracker)
@@ -245,8 +246,13 @@ class _Run:
             "thresholds": copy.deepcopy(self.pace.thresholds),
             "best": self.held.state(),
             "offsets": {name: gate.offset for name, gate in iter_gates(self.gated)},
-            "options": asdict(self.options),
+            "options": self._settings(),
         }
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be as it was to go on; the number of steps is compared by itself."""
+        options = {name: value for name, value in asdict(self.options).items() if name not in _FREE}
+        return {"budget": self.budget, "seed": self.seed, **options}
 
     def save(self) -> None:
         """Write what was kept atomically, from the main process."""
@@ -260,7 +266,7 @@ class _Run:
             CheckpointError: If there is none, or it is of another model.
         """
         path = find_checkpoint(None if self.path is None else self.path.parent)
-        saved = read_checkpoint(path, self.parameters, self.total, self.held.state())
+        saved = read_checkpoint(path, self.parameters, self.total, self.held.state(), self._settings())
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved["parameters"][name])

@@ -270,6 +270,21 @@ def test_epochs_and_accumulation_count_steps(train: Callable[..., Trained]) -> N
     assert len(train(epochs=1, steps=3)[1].rows) == 3
 
 
+def test_it_goes_on_with_the_same_options_only(train: Callable[..., Trained], tmp_path: Path) -> None:
+    first, _ = train(steps=2, output_dir=tmp_path)
+    again, _ = train(steps=2, output_dir=tmp_path, resume=True, save_every=7)  # which changes no weight
+    assert_same(again, first)
+    for change, message in (
+        ({"noise": 0.1}, r"noise=0\.3, this one has 0\.1"),
+        ({"budgets": [0.5, 0.9]}, r"budgets=None, this one has \(0\.5, 0\.9\)"),
+        ({"accumulate": 2}, "accumulate=1"),
+        ({"budget": 0.7}, r"budget=0\.6"),
+        ({"seed": 1}, "seed=0"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(**{"steps": 2, **change}, output_dir=tmp_path, resume=True)
+
+
 def test_interrupted_and_resumed_is_uninterrupted(train: Callable[..., Trained], tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 14, "router_rate": 1e-2, "save_every": 4}
     expected, history = train(**options)
