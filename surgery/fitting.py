@@ -25,7 +25,7 @@ from surgery.chain_reading import read_chain
 from surgery.chains import Weights
 from surgery.context import handled, scope, state_of
 from surgery.costs import place, run
-from surgery.errors import DataError, SurgeryError
+from surgery.errors import DataError, SurgeryError, check_choice
 from surgery.gates import Gate, iter_gates
 from surgery.head_gates import HeadGate
 from surgery.lockstep import Lockstep
@@ -68,8 +68,14 @@ def fit_skip_paths(
 
     Raises:
         DataError: If the data yields nothing.
+        SurgeryError: If `decisions` is none of these, or `nested` where no cut order of its sites was measured.
     """
+    check_choice("decisions", decisions, ("random", "routed", "nested"))
     state = state_of(gated)
+    if decisions == "nested" and {p.site.name for p in state.plan.sites if not p.always_on} - set(state.order):
+        raise SurgeryError(
+            "decisions='nested' needs the order in which static policies cut sites, which surgery.convert measures"
+        )
     if all(gate.skip_path.is_identity for _, gate in iter_gates(gated)):
         return {}
     widest = max(p.site.channels * p.site.positions for p in state.plan.sites)

@@ -28,7 +28,7 @@ from toys import (
 import surgery
 from surgery.calling import Batch
 from surgery.context import state_of
-from surgery.errors import DataError
+from surgery.errors import DataError, SurgeryError
 from surgery.fitting import fit_skip_paths, gather
 from surgery.gates import iter_gates
 from surgery.skip_paths import LinearSkip
@@ -238,6 +238,14 @@ def test_progress_counts_sites() -> None:
     seen: list[tuple[int, int | None]] = []
     fit_skip_paths(gated, [torch.randn(64, C)], progress=lambda _, done, total: seen.append((done, total)))
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_what_decides_is_checked() -> None:
+    gated = gate_all(Stack(mlp(C)), torch.randn(2, C), skip="affine")
+    with pytest.raises(SurgeryError, match="decisions must be one of random, routed, nested; got 'bogus'"):
+        fit_skip_paths(gated, [torch.randn(64, C)], decisions="bogus")  # type: ignore[arg-type]
+    with pytest.raises(SurgeryError, match="needs the order"):
+        fit_skip_paths(gated, [torch.randn(64, C)], decisions="nested")
 
 
 def test_no_data() -> None:
