@@ -23,7 +23,7 @@ from surgery.budgets import at_point, budget_range, passes_at, point_at
 from surgery.calling import Batch, call, is_logits, read_output
 from surgery.context import Event, Execution, draw_unit, execution, override, state_of, tape
 from surgery.costs import Decided
-from surgery.errors import BudgetError, MissingDependency, SurgeryError
+from surgery.errors import BudgetError, MissingDependency, SurgeryError, check_budget
 
 _LOG = logging.getLogger(__name__)
 _Z = 1.96
@@ -186,8 +186,9 @@ class Guard:
         """Set the budget by hand, and forget what was seen at the former one.
 
         Raises:
-            BudgetError: If it is outside the calibrated range.
+            BudgetError: If it is outside the calibrated range and is not 1.
         """
+        check_budget(budget)
         if budget < 1:
             point_at(self.state, budget)
         with self._lock:

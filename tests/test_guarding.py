@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import threading
 from typing import Any
 
@@ -93,6 +94,23 @@ def test_disagreement_raises_the_budget_step_by_step_to_dense(
     assert (state_of(gated).budget, state_of(gated).threshold) == before, "the model itself is left as it is"
     guard.reset(0.6)
     assert guard.budget == 0.6 and guard.health().steps[-1].reason == "set by hand"
+
+
+def test_a_call_that_began_before_a_change_of_the_budget_is_not_counted_towards_the_new_one(
+    converted: nn.Module,
+) -> None:
+    gated = copy.deepcopy(converted)
+    guard = surgery.Guard(gated, dense_fraction=1.0, max_disagreement=1.0, max_drift=1e9)
+    x = torch.randn(40, 8)
+    handle = gated.head.register_forward_pre_hook(lambda *_: guard.reset(0.7) if guard.budget != 0.7 else None)
+    with torch.no_grad():
+        guard(x)
+        handle.remove()
+        health = guard.health()
+        assert (health.calls, health.inputs, health.budget, len(health.steps)) == (1, 40, 0.7, 1)
+        assert (health.compared, health.active_rate, health.cost) == (0, {}, None)
+        guard(x)
+    assert guard.health().compared == 40
 
 
 def test_drift_raises_the_budget_and_names_the_site(converted: nn.Module) -> None:
@@ -209,5 +227,10 @@ def test_refusals(converted: nn.Module) -> None:
     model = Net().eval()
     with pytest.raises(BudgetError, match="never calibrated"):
         surgery.Guard(surgery.insert_gates(model, surgery.find_sites(model, torch.randn(2, 8))))
+    guard = surgery.Guard(converted)
     with pytest.raises(BudgetError, match="outside the calibrated range"):
-        surgery.Guard(converted).reset(0.001)
+        guard.reset(0.001)
+    for budget in (2.0, 1.5, math.nan, math.inf, 0.0, -1.0):
+        with pytest.raises(BudgetError, match=r"in \(0, 1\]; got"):
+            guard.reset(budget)
+    assert guard.budget == 0.6 and guard.steps == ()
