@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from surgery.counting import flop_counter
+from surgery.counting import flop_counter, uncounted
 
 N, T, C, F = 2, 5, 8, 12
 
@@ -43,3 +43,14 @@ def test_fused_encoder_layer() -> None:
 
 def test_other_kernels_are_counted_as_torch_counts_them() -> None:
     assert counted(nn.Linear(C, F), torch.randn(N, T, C)) == 2 * N * T * C * F
+
+
+def test_what_is_run_to_check_costs_nothing() -> None:
+    model, x = nn.Linear(C, F), torch.randn(N, T, C)
+    with torch.no_grad(), flop_counter() as counter:
+        model(x)
+        with uncounted():
+            model(x)
+        assert counter.get_total_flops() == 2 * N * T * C * F
+        model(x)
+    assert counter.get_total_flops() == 2 * 2 * N * T * C * F

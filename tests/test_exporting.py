@@ -107,6 +107,18 @@ def test_gathered_tokens_at_batch_two(tmp_path: Path, restored: Any) -> None:
     state_of(one.gated).threshold = threshold
 
 
+def test_weights_lie_in_the_branch_that_uses_them(tmp_path: Path) -> None:
+    network = toys.Stack(toys.mlp(32), toys.mlp(32), head=torch.nn.Linear(32, 5), pool=True)
+    gated = toys.gate_all(network, torch.randn(2, 4, 32), granularity="sample", skip="identity")
+    graph = onnx.load(export(gated, tmp_path / "m.onnx", torch.randn(1, 4, 32), execution="cond").path).graph
+    ifs = [node for node in graph.node if node.op_type == "If"]
+    inside = [tuple(one.dims) for node in ifs for branch in node.attribute for one in branch.g.initializer]
+    outside = [tuple(one.dims) for one in graph.initializer]
+    for shape in ((32, 128), (128, 32)):
+        assert inside.count(shape) == 2 and shape not in outside
+    assert (5, 32) in outside
+
+
 def test_batches_are_masked_only_when_asked(tmp_path: Path) -> None:
     one = subject("timm/vit_pico@sample")
     with pytest.raises(ExportError, match="decide once per sample.*execution='mask'"):

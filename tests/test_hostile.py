@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from surgery.context import state_of
 from surgery.errors import CheckpointError, PlanMismatch, SurgeryError
 from surgery.scripts.cli import app
 from surgery.state import BudgetPoint
+from surgery.vetting import vet
 
 EXAMPLES = int(os.environ.get("SURGERY_FUZZ_EXAMPLES", "40"))
 FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -191,6 +193,15 @@ def test_hostile_site_names(network: nn.Module, files: Any, tmp_path: Path, name
             load(network, tmp_path / "made", change_site({**config, "tensors_sha256": None}, host=host), tensors)
             is None
         )
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\0b", "a\nb", "a\u202eb", "/a", "~a", "a..b"])
+def test_names_that_no_module_has(network: nn.Module, name: str) -> None:
+    plan = surgery.find_sites(network, torch.randn(2, 4, 8)).plan()
+    vet(plan)
+    first, *others = plan.sites
+    with pytest.raises(CheckpointError, match="is no name of a module or tensor"):
+        vet(replace(plan, sites=(replace(first, site=replace(first.site, name=name)), *others)))
 
 
 @pytest.mark.parametrize("key", ["x():pass", f"a={CODE}", "lambda", "a b", "1"])

@@ -47,15 +47,18 @@ def test_what_matters_least_is_cut_first() -> None:
     assert cut_order(gated, [torch.randn(64, 4)]) == tuple(names[i] for i in (1, 3, 0, 2)) == state_of(gated).order
 
 
-def test_equal_harm_is_cut_where_it_saves_more() -> None:
+@pytest.mark.parametrize("large_first", [False, True])
+def test_equal_harm_is_cut_where_it_saves_more(large_first: bool) -> None:
     small, large = scaled(0.1, 16), mlp(4, 64)
     with torch.no_grad():  # the same function, with 48 units that do nothing
         for index in (1, 3):
             large[index].weight.zero_()
         large[1].weight[:16], large[1].bias[:16] = small[1].weight, small[1].bias
         large[3].weight[:, :16], large[3].bias[:] = small[3].weight, small[3].bias
-    gated = gate_all(Stack(small, large, head=nn.Linear(4, 3)), torch.randn(2, 4), skip="identity")
-    assert cut_order(gated, [torch.randn(64, 4)]) == state_of(gated).names[::-1]
+    branches = (large, small) if large_first else (small, large)
+    gated = gate_all(Stack(*branches, head=nn.Linear(4, 3)), torch.randn(2, 4), skip="identity")
+    names = state_of(gated).names
+    assert cut_order(gated, [torch.randn(64, 4)]) == (names if large_first else names[::-1])
 
 
 def test_of_several_orders_the_best_is_kept_with_its_skip_paths(

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from surgery.errors import SurgeryError
 from surgery.peers import one_pass, static_only
 from surgery.policies import static_cost
 from surgery.second_look import margin_of
-from surgery.state import LookPoint
+from surgery.state import BudgetPoint, CostModel, LookPoint, SiteCost
 
 
 class Block(nn.Module):
@@ -198,6 +199,71 @@ def test_a_static_policy_with_a_second_look_spends_its_budget(gated: nn.Module, 
             found = observe(gated, data).decided
             assert point.cost + found.again == pytest.approx(point.budget, abs=0.01)
             assert found.cost(state.costs) == pytest.approx(point.budget, abs=0.01)
+
+
+class Useless(nn.Module):
+    """A branch that adds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.map(x) - 1e6)
+
+
+class Rare(nn.Module):
+    """A branch that changes an input only where the first column says so, and then its class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(3, 3, bias=False)
+        self.map.weight.data = torch.tensor([[0.0, 0.0, 0.0], [4.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.map(x))
+
+
+class Scores(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Useless(), Rare())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)[:, 1:]
+
+
+def rare(flagged: int) -> tuple[nn.Module, list[Tensor]]:
+    """A model whose static policy is wrong about `flagged` of 100 inputs, which are those it is not sure of: it costs 0.3
+    without branches and 0.5 with one that adds nothing.
+    """
+    model = Scores().eval()
+    gated = surgery.insert_gates(model, surgery.find_sites(model, torch.randn(2, 3)).plan(skip="identity"))
+    state = state_of(gated)
+    first, second = state.names
+    state.costs = CostModel("flops", 100.0, {first: SiteCost(20.0, 0.0, 0.0), second: SiteCost(50.0, 0.0, 0.0)})
+    rates = {first: 1.0, second: 0.0}
+    state.table = [BudgetPoint(0.0, 0.3, dict.fromkeys(rates, 0.0)), BudgetPoint(-1.0, 0.5, rates, (first,))]
+    state.table.append(BudgetPoint(-2.0, 0.95, rates, (first,)))
+    state.policy = "static"
+    x = torch.tensor([[-1.0, 0.0, 5.0]]).repeat(100, 1)
+    x[:flagged] = torch.tensor([1.0, 0.0, 0.1])
+    surgery.set_budget(gated, 0.95)
+    return gated, [x]
+
+
+@pytest.mark.parametrize(("flagged", "mode", "on"), [(2, "auto", False), (2, True, True), (10, "auto", True)])
+def test_what_two_inputs_gain_may_be_chance(flagged: int, mode: Any, on: bool) -> None:
+    gated, data = rare(flagged)
+    assert surgery.calibrate_second_look(gated, data, mode=mode) == on
+
+
+def test_no_more_than_six_in_ten_are_looked_at_again() -> None:
+    gated, data = rare(100)
+    assert surgery.calibrate_second_look(gated, data, mode=True)
+    shares = {point.budget: point.budget - point.cost for point in state_of(gated).looks}
+    assert shares[0.85] == pytest.approx(0.55), "the cheapest first pass leaves that much"
+    assert shares[0.95] == pytest.approx(0.45), "it would leave 0.65, so the next one is taken"
 
 
 def test_what_a_budget_gets_does_not_depend_on_the_one_that_is_set(gated: nn.Module, data: list[Tensor]) -> None:
