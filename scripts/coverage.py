@@ -41,7 +41,6 @@ class Row:
         queries: Of these, attentions that then run for some query tokens only.
         heads: Attentions whose heads can be decided.
         heads_agree: Whether `skip` gives what `mask` gives for forced decisions of heads; None where there are none.
-        restricted: Sites that run all-or-nothing on a batch.
         bit_equal: Whether open gates give the original's bits.
         agrees: Whether `skip` gives what `mask` gives for forced decisions.
         generates: Whether tokens generated with a cache are those generated without; None where nothing is generated.
@@ -59,7 +58,6 @@ class Row:
     queries: int = 0
     heads: int = 0
     heads_agree: bool | None = None
-    restricted: int = 0
     bit_equal: bool | None = None
     agrees: bool | None = None
     generates: bool | None = None
@@ -107,7 +105,6 @@ def _convert_and_check(model: Any, example: Any, other: Any) -> dict[str, Any]:
         "kinds": dict(Counter(site.kind for site in sites)),
         "per_token": sum("token" in site.granularities for site in sites),
         "queries": sum(site.query is not None for site in sites),
-        "restricted": sum(bool(site.restriction) for site in sites),
         "rejected": dict(Counter(rejection.reason for rejection in sites.rejections))
         | dict(Counter(f"heads: {rejection.reason}" for rejection in sites.heads_rejections)),
         "heads": len(sites.heads),
@@ -300,8 +297,6 @@ def _table(rows: list[Row]) -> list[str]:
 def _words(row: Row) -> str:
     words = [f"**{row.error}**"] if row.error else []
     words += [f"{reason} ({count})" for reason, count in (row.rejected or {}).items()]
-    if row.restricted:
-        words.append(f"all-or-nothing per batch ({row.restricted})")
     return "; ".join(words)
 
 

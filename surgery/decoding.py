@@ -2,7 +2,8 @@
 
 What a checkpoint says was written by somebody else. Nothing is built from it before every value has the type that its
 field declares, and an unknown, missing or malformed key is refused by its path, as in `plan.sites[3].site.channels`. A field
-that is added to a dataclass is read without a change here; one with a default may be missing, as it is in older files.
+that is added to a dataclass is read without a change here; one with a default may be missing, as it is in older files. What
+older files hold and no version reads any more is named by the dataclass, in `RETIRED`, and skipped.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def hints(cls: type) -> dict[str, Any]:
 
 
 def _fields(cls: Any, value: Any, where: str) -> Any:
-    given = _a(dict, value, where)
+    retired = getattr(cls, "RETIRED", ())
+    given = {key: item for key, item in _a(dict, value, where).items() if key not in retired}
     check_keys(given, [f.name for f in dataclasses.fields(cls)], required_fields(cls), where)
     types_ = hints(cls)
     return cls(**{name: read(types_[name], item, f"{where}.{name}") for name, item in given.items()})

@@ -55,7 +55,7 @@ class Marked:
     site: str
     key: str
     anchor: tuple[str, ...]
-    axes: Mapping[str, RegionInput] | None
+    axes: Mapping[str, RegionInput]
     shared: bool = False
     leader: str = ""
     attention: str = ""
@@ -226,7 +226,7 @@ def _match(regions: list[Region], marked: Iterable[Marked]) -> list[tuple[Marked
 
 
 def _axes(mark: Marked, region: Region) -> tuple[RegionInput, ...] | None:
-    if mark.axes is None or any(node.name not in mark.axes for node in region.inputs):
+    if any(node.name not in mark.axes for node in region.inputs):
         return None
     return tuple(mark.axes[node.name] for node in region.inputs)
 

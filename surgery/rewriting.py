@@ -197,7 +197,7 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
     for one in planned:
         key = gates.hang(one, host, _owners(gated, one))
         gates._modules[key].cache_layer = _cache_layer(gated, one.site)  # type: ignore[union-attr]
-        axes = {i.name: i for i in one.site.inputs} if not one.site.restriction else None
+        axes = {i.name: i for i in one.site.inputs}
         anchor = tuple(a[len(prefix) :] for a in one.site.anchor)
         attention = _attention(one).removeprefix(prefix)
         marked.append(Marked(one.site.name, key, anchor, axes, one.site.shared, one.leader, attention))

@@ -12,7 +12,7 @@ import fnmatch
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 from surgery import decoding
 from surgery.chains import Chain
@@ -60,7 +60,6 @@ class Site:
         channels: Width `C` of the residual stream here.
         positions: Tokens (or spatial positions) per sample at the example's shape.
         inputs: What the branch reads, in call order.
-        restriction: Why `skip` runs all rows or none here, or "" when it is not restricted.
         modules: Names of the modules that the branch calls.
         anchor: Names of the modules and tensors that it uses, which identify it in another trace.
         query: How attention runs for some query tokens only, or None.
@@ -82,7 +81,6 @@ class Site:
     channels: int
     positions: int
     inputs: tuple[RegionInput, ...] = ()
-    restriction: str = ""
     modules: tuple[str, ...] = ()
     anchor: tuple[str, ...] = ()
     query: QueryRoles | None = None
@@ -90,6 +88,9 @@ class Site:
     folded: bool = False
     heads: HeadRoles | None = None
     chain: Chain | None = None
+
+    RETIRED: ClassVar[tuple[str, ...]] = ("restriction",)
+    """Keys of older files."""
 
     @property
     def units(self) -> tuple[str, ...]:

@@ -56,16 +56,13 @@ def render(renderable: RenderableType, *, width: int | None = None) -> str:
 
 
 def sites_table(sites: Sites) -> RenderableType:
-    """Found sites, a line of totals, then what was restricted or left alone, and why."""
+    """Found sites, a line of totals, then what was left alone, and why."""
     table = _table(("site", "kind", "granularity", ">FLOPs", ">share", ">parameters"))
     for site in sites:
         numbers = (quantity(site.flops), percent(site.share), quantity(site.parameters))
         _row(table, site.name, site.kind, ", ".join(site.granularities), *numbers)
     title = f"Sites of {sites.model_name}" if sites.model_name else "Sites"
     parts: list[RenderableType] = [_titled(title, table), Text(_totals(sites))]
-    restricted = [(site.name, site.restriction) for site in sites if site.restriction]
-    if restricted:
-        parts.append(_reasons("Restricted", restricted))
     offered = [site for site in sites.heads if site.name not in sites.names]
     if offered:
         heads = sum(len(site.units) for site in offered)

@@ -22,6 +22,7 @@ from surgery.context import state_of, tape
 from surgery.errors import BaseMismatch, CheckpointError, NotConverted, OutputExists
 from surgery.fingerprints import fingerprint
 from surgery.gates import iter_gates
+from surgery.sites import Plan
 from surgery.state import BudgetPoint
 
 NAMES = ("timm/test_resnet", "timm/mixer", "transformers/bert", "transformers/llama", "plain/own_vit")
@@ -261,6 +262,20 @@ def test_truncated_files(made: Path, file: str, share: float) -> None:
 def test_damaged_config(made: Path, changes: dict[str, Any]) -> None:
     edit(made, **changes)
     with pytest.raises(CheckpointError, match="damaged"):
+        load(made)
+
+
+def test_what_only_older_files_hold_is_skipped(made: Path) -> None:
+    config = json.loads((made / configs.CONFIG).read_text())
+    for planned in config["plan"]["sites"]:
+        assert "restriction" not in planned["site"]
+        planned["site"]["restriction"] = ""
+    edit(made, plan=config["plan"])
+    plan = state_of(load(made)).plan
+    assert plan == state_of(subject("timm/test_resnet").gated).plan == Plan.from_dict(config["plan"])
+    config["plan"]["sites"][0]["site"]["restrictions"] = ""
+    edit(made, plan=config["plan"])
+    with pytest.raises(CheckpointError, match=r"unknown in plan\.sites\[0\]\.site: restrictions"):
         load(made)
 
 

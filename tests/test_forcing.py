@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -129,13 +130,25 @@ def test_blocks_nest_and_end() -> None:
 
 def test_threads_do_not_see_each_other() -> None:
     one = subject("timm/vit_pico")
+    rates, ids = (0.0, 1.0, 0.5), range(len(one.example))
+    expected = []
+    for rate in rates:
+        with surgery.force(one.gated, rate, samples=ids):
+            expected.append(outputs(one.gated, one.example))
     plain = outputs(one.gated, one.example)
-    seen: list[Any] = []
-    with surgery.force(one.gated, 0.0):
-        thread = threading.Thread(target=lambda: seen.append(outputs(one.gated, one.example)))
-        thread.start()
-        thread.join()
-    assert_equal(seen[0], plain)
+    inside = threading.Barrier(len(rates))
+
+    def work(rate: float) -> list[Any]:
+        with surgery.force(one.gated, rate, samples=ids):
+            inside.wait(60)  # all blocks are open at once
+            return [outputs(one.gated, one.example) for _ in range(5)]
+
+    with surgery.force(one.gated, 0.25), ThreadPoolExecutor(len(rates)) as pool:
+        found = list(pool.map(work, rates))
+        assert_equal(pool.submit(outputs, one.gated, one.example).result(), plain)
+    for several, one_of in zip(found, expected, strict=True):
+        for output in several:
+            assert_equal(output, one_of)
 
 
 def test_draws_of_few_and_of_many_samples_are_the_same() -> None:

@@ -66,7 +66,7 @@ def test_percent() -> None:
 
 
 def test_sites_table_names_sites_totals_and_reasons() -> None:
-    inner = dataclasses.replace(SITE, name="blocks.0.mlp.inner", restriction="shares a mask")
+    inner = dataclasses.replace(SITE, name="blocks.0.mlp.inner")
     text = render(
         sites_table(
             Sites(
@@ -82,7 +82,7 @@ def test_sites_table_names_sites_totals_and_reasons() -> None:
     assert "blocks.0.mlp" in text and "sample, token" in text and "12.3 M" in text and "25.0 %" in text
     assert "2 sites hold 25.0 % of 50.0 MFLOPs per sample" in text, "a site inside another is not counted twice"
     assert "1.00 M parameters in the model" in text
-    assert "blocks.0.mlp.inner  shares a mask" in text
+    assert "blocks.0.mlp.inner" in text
     assert "head, (the model itself)  no residual" in text, "places with the same reason share a line"
     assert "a[0]" in text, "brackets in names are no markup"
     assert max(map(len, text.splitlines())) <= 120

@@ -78,19 +78,10 @@ class AcrossSamples(nn.Module):
         return x + self.map(x - x.mean(0))
 
 
-def test_branch_that_mixes_samples_is_restricted_or_rejected() -> None:
-    x, toy = tokens(), AcrossSamples().eval()
-    sites = surgery.find_sites(toy, x)
-    if not len(sites):
-        assert any("sample" in rejection.reason for rejection in sites.rejections)
-        return
-    assert "sample" in sites[0].restriction
-    gated = surgery.insert_gates(toy, sites.plan(skip="identity"))
-    decisions = torch.tensor([True, False, True])
-    expected = torch.where(decisions[:, None, None], toy(x), x).detach()
-    for mode in ("skip", "mask"):
-        with surgery.execution(gated, mode), surgery.force(gated, {sites[0].name: decisions}):  # type: ignore[arg-type]
-            assert_close(outputs(gated, x), [expected], 1e-6)
+def test_branch_that_mixes_samples_is_rejected() -> None:
+    sites = surgery.find_sites(AcrossSamples().eval(), tokens())
+    assert len(sites) == 0
+    assert [rejection.reason for rejection in sites.rejections] == ["a sample's result depends on its batch mates"]
 
 
 class TokenMixing(nn.Module):
@@ -132,8 +123,21 @@ def test_branch_that_needs_all_tokens_is_not_per_token(toy: type[nn.Module]) -> 
     assert sites[0].granularities == ("sample",)
 
 
-class Conditional(nn.Module):
+class Checked(nn.Module):
     """`forward` reads a value, so it cannot be traced; the module around it can still skip it as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.abs().max()) > 1e6:
+            raise ValueError("too large")
+        return self.map(x)
+
+
+class Conditional(nn.Module):
+    """Its sign depends on the whole batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,25 +148,30 @@ class Conditional(nn.Module):
 
 
 class Around(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, odd: nn.Module) -> None:
         super().__init__()
-        self.odd = Conditional()
+        self.odd = odd
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.odd(x)
 
 
 def test_untraceable_child_is_a_leaf() -> None:
-    """Its sign depends on the whole batch, so it may not run on a part of it."""
-    x, toy = tokens(), Around().eval()
+    x, toy = tokens(), Around(Checked()).eval()
     sites = surgery.find_sites(toy, x)
-    if not len(sites):
-        assert sites.rejections
-        return
-    gated = surgery.insert_gates(toy, sites.plan(skip="identity"))
-    for example in (x, -x):
-        with surgery.force(gated, 1.0):
-            assert_equal(outputs(gated, example), outputs(toy, example))
+    assert sites.names == ("odd",)
+    gated = surgery.insert_gates(toy, sites.plan(skip="identity", granularity="sample"))
+    decisions = torch.arange(len(x)) % 2 == 0
+    expected = torch.where(decisions[:, None, None], toy(x), x)
+    for mode in ("skip", "mask"):
+        with surgery.execution(gated, mode), surgery.force(gated, {"odd": decisions}):  # type: ignore[arg-type]
+            assert_close(outputs(gated, x), [expected.detach()], 1e-6)
+
+
+def test_untraceable_child_that_mixes_samples_is_rejected() -> None:
+    sites = surgery.find_sites(Around(Conditional()).eval(), tokens())
+    assert len(sites) == 0
+    assert [rejection.reason for rejection in sites.rejections] == ["a sample's result depends on its batch mates"]
 
 
 class Untraceable(nn.Module):
