@@ -40,6 +40,7 @@ LOWEST, HIGHEST = 0.45, 0.9
 _CLIP = 1.0
 
 
+@torch.inference_mode(False)
 def heal(
     gated: nn.Module,
     data: Iterable[Any],

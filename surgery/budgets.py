@@ -31,7 +31,7 @@ def set_budget(gated: nn.Module, budget: float) -> None:
         BudgetError: If the budget is outside (0, 1] or outside the table; names the attainable range.
         NotConverted: If the model has no gates.
     """
-    check_budget(budget)
+    budget = check_budget(budget)
     state = state_of(gated)
     state.margin = None
     if budget == 1:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from torch import nn
 
 from surgery.budgets import TOLERANCE, current_point, mixed, set_budget, static_policy
-from surgery.calling import Batch, batches
+from surgery.calling import Batch, batches, check_batches
 from surgery.context import execution, override, state_of
 from surgery.cost_curves import CostCurve
 from surgery.costs import observe
@@ -58,11 +58,25 @@ def calibrate(
 
     Raises:
         BudgetError: If the budget is outside (0, 1] or cannot be reached; names the attainable range, or how many samples
-            there were where these are too few.
+            there were where these are too few. The calibration before it stays in force.
         DataError: If the data yields nothing, or can be read only once.
     """
-    check_budget(budget)
+    budget = check_budget(budget)
     check_choice("cost", cost, get_args(Cost))
+    state = state_of(gated)
+    with state.restored_on_error():
+        _calibrate(gated, data, budget, cost, grid, progress)
+    return current_point(state)
+
+
+def _calibrate(
+    gated: nn.Module,
+    data: Iterable[Any],
+    budget: float,
+    cost: Cost,
+    grid: Sequence[float],
+    progress: Progress | None,
+) -> None:
     state = state_of(gated)
     state.looks = []  # they belong to the thresholds that are replaced
     stored = _Repeatable(data)
@@ -88,13 +102,13 @@ def calibrate(
 
         correct_table(gated, stored, budget, progress=progress)
     set_budget(gated, budget)
-    return current_point(state)
 
 
 class _Repeatable:
     """Data that was seen to give the same number of batches twice."""
 
     def __init__(self, data: Iterable[Any]) -> None:
+        check_batches(data)
         self.data = data
         self.count: int | None = None
 
@@ -152,6 +166,7 @@ class _Search:
         """Find a threshold whose realised cost is near `goal`: by the nearest pass's curve, then by bisection."""
         if not self.curves:
             self.evaluate(-math.inf)
+        goal = max(goal, self.range[0])  # a budget may lie below by rounding
         for attempt in range(tries):
             below = max((p for p in self.seen if p.cost <= goal), key=lambda p: (p.cost, -p.threshold))
             above = min((p for p in self.seen if p.cost >= goal), key=lambda p: (p.cost, -p.threshold))

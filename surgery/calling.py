@@ -125,7 +125,12 @@ def as_batch(value: Any) -> Batch:
     for name, item in named:
         for tensor in _tensors(item):
             _check_finite(name, tensor, size)
-    return batch
+    return batch.mapped(_tracked) if any(v.is_inference() for v in batch.tensors) else batch
+
+
+def _tracked(value: Tensor) -> Tensor:
+    """The tensor, or a copy of one made in `torch.inference_mode()` that gradients may pass."""
+    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 
 def _check_finite(name: int | str, item: Tensor, size: int | None) -> None:
@@ -145,8 +150,9 @@ def batches(data: Iterable[Any]) -> Iterator[Batch]:
     """Read every element of `data` with `as_batch`.
 
     Raises:
-        DataError: If there is none, or one is none; its number counts from 0.
+        DataError: If there is none, one is none (its number counts from 0), or `data` is itself one batch.
     """
+    check_batches(data)
     empty = True
     for number, value in numbered(data):
         empty = False
@@ -160,6 +166,12 @@ def batches(data: Iterable[Any]) -> Iterator[Batch]:
             "the data yields no batch: it is empty, or it is an iterator that was already read to its end; pass a list, a "
             "DataLoader, or a dataset"
         )
+
+
+def check_batches(data: Iterable[Any]) -> None:
+    """Raise `DataError` for one batch in the place of many, and for what cannot be iterated over."""
+    if isinstance(data, (Tensor, dict, str)) or not isinstance(data, Iterable):
+        raise DataError(f"data must be batches to iterate over, got {type(data).__name__}; for one batch pass [batch]")
 
 
 def numbered(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:

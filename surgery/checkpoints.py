@@ -108,6 +108,7 @@ def write(gated: nn.Module, place: Path, *, base: bool = False, native: bool = F
     (place / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+@torch.inference_mode(False)
 def load(
     source: str | Path,
     *,

@@ -9,6 +9,7 @@ Axis letters: `N` samples, `T` tokens.
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -279,12 +280,22 @@ def force(
                 )
         forced = Forced(None, dict(decisions), seed, ids)
     else:
-        rate = float(decisions)
-        if not 0 <= rate <= 1:
-            raise ForceError(f"the forced active rate must be in [0, 1], got {rate}")
+        rate = _rate(decisions)
         forced = Forced(rate, {}, seed, ids)
     with override(state, forced=forced):
         yield
+
+
+def _rate(value: Any) -> float:
+    try:
+        rate = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not 0 <= rate <= 1:
+        raise ForceError(
+            f"the forced active rate must be in [0, 1], got {value!r}; for single sites give {{name: decisions}}"
+        )
+    return rate
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from surgery.calling import Batch, Outputs, as_batch, batches
 from surgery.context import execution, state_of
 from surgery.costs import Usage, observe
 from surgery.cutting import cut_order
-from surgery.errors import SurgeryError, check_budget, check_choice
+from surgery.errors import SurgeryError, check_budget, check_choice, check_count
 from surgery.finding import check_weights, find_sites
 from surgery.fitting import fit_skip_paths
 from surgery.gates import iter_gates
@@ -68,6 +68,7 @@ class UnmeasuredQuality(UserWarning):
     """The model was converted without data, so nobody knows how much accuracy it keeps."""
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     budget: float,
@@ -143,9 +144,9 @@ def convert(
         CheckpointError: If `resume` is set and `output_dir` holds nothing to resume.
         MissingDependency: If `heal` needs a library that is not installed.
         SurgeryError: If `tune`, `cost`, `granularity`, `skip`, `routers`, `second_look`, `heal` or `outputs` is none of the
-            above, or healing is asked for without data.
+            above, `samples` or `seed` is no number, or healing is asked for without data.
     """
-    check_budget(budget)
+    budget = check_budget(budget)
     check_convertible(model)
     check_weights(model)
     check_choice("tune", tune, ("auto", "oneshot", "routers", "train"))
@@ -153,6 +154,8 @@ def convert(
     check_choice("second_look", second_look, ("auto", True, False))
     check_choice("heal", heal, (None, *HEALING))
     check_choice("outputs", outputs, get_args(Outputs))
+    check_count("samples", samples, 1)
+    check_count("seed", seed)
     if heal is not None and data is None:
         raise SurgeryError("healing learns from the dense model's answers to your inputs: give data=… with heal=…")
     report = progress or silent
@@ -211,7 +214,7 @@ def convert(
 
     fit_skip_paths(gated, fit, seed=seed, progress=report)
     per_sample = state.units == state.names and not any(gate.per_token for _, gate in iter_gates(gated))
-    if budget < 1 and per_sample:  # refits skip paths on what static policies leave
+    if per_sample and (trains or budget < 1):  # refits skip paths on what static policies leave
         rounds = _ROUNDS if trains else 1
         settle_order(gated, fit, held, rounds=rounds, samples=_CUT_SAMPLES, seed=seed, progress=report)
     elif budget < 1:
@@ -282,6 +285,7 @@ def note_dear_routers(gated: nn.Module) -> None:
         )
 
 
+@torch.inference_mode(False)
 def heal_converted(
     gated: nn.Module,
     data: Iterable[Any],

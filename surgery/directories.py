@@ -40,7 +40,7 @@ def written_directory(
             _give_modes(temporary)
             _check_free(place, target, marker, overwrite)
             _move(temporary, place)
-        except FileExistsError:
+        except OutputExists:
             raise
         except OSError as error:
             raise CheckpointError(f"cannot write {target}: {error}; nothing was written") from error

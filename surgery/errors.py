@@ -121,16 +121,22 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise SurgeryError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
-def check_budget(budget: float) -> None:
-    """Raise `BudgetError` unless `budget` is a number in (0, 1]."""
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+def check_budget(budget: float) -> float:
+    """The budget as a plain float; raise `BudgetError` unless it is a number in (0, 1], numpy's or a tensor of one included."""
+    number: object = budget
+    if not isinstance(budget, Real) and getattr(budget, "ndim", None) == 0 and hasattr(budget, "item"):
+        number = budget.item()
+    if not is_number(number) or not 0 < number <= 1:
         raise BudgetError(f"budget is the mean cost as a fraction of the dense model's, in (0, 1]; got {budget!r}")
+    return float(number)
 
 
-def check_count(name: str, value: object, smallest: int) -> None:
-    """Raise `SurgeryError` unless `value`, given for the argument `name`, is a whole number of at least `smallest`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-        raise SurgeryError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
+def check_count(name: str, value: object, smallest: int | None = None) -> None:
+    """Raise `SurgeryError` unless `value`, given for the argument `name`, is a whole number, of at least `smallest`."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or (smallest is not None and isinstance(value, int) and value < smallest):
+        least = "" if smallest is None else f" of at least {smallest}"
+        raise SurgeryError(f"{name} must be a whole number{least}, got {value!r}")
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -51,6 +51,7 @@ class Host:
         return f"{self.name}." if self.name else ""
 
 
+@torch.inference_mode(False)
 def find_sites(model: nn.Module, example: Any) -> Sites:
     """Find what can be skipped.
 
@@ -105,11 +106,16 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse a model without real weights.
+    """Refuse a model without real weights, or with such as no gradient can pass.
 
     Raises:
-        UnsupportedModel: If a parameter or buffer is on the meta device.
+        UnsupportedModel: If a parameter or buffer is on the meta device, or was made in `torch.inference_mode()`.
     """
+    if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
+        raise UnsupportedModel(
+            f"{type(model).__name__} was made inside torch.inference_mode(), and no gradient passes such weights; make, load "
+            "or copy.deepcopy it outside of that block"
+        )
     if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
         raise UnsupportedModel(
             f"{type(model).__name__} is on the meta device; finding sites runs it, so it needs real weights: load them first "

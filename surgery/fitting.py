@@ -25,7 +25,7 @@ from surgery.chain_reading import read_chain
 from surgery.chains import Weights
 from surgery.context import handled, scope, state_of
 from surgery.costs import place, run
-from surgery.errors import DataError, SurgeryError, check_choice
+from surgery.errors import DataError, SurgeryError, check_choice, check_count
 from surgery.gates import Gate, iter_gates
 from surgery.head_gates import HeadGate
 from surgery.lockstep import Lockstep
@@ -38,6 +38,7 @@ _ELEMENTS = 2**26  # largest residual stream of the twin pass; bounds memory
 _PART = 32  # samples that run from one site to the next at once; bounds that of what branches make
 
 
+@torch.inference_mode(False)
 def fit_skip_paths(
     gated: nn.Module,
     data: Iterable[Any],
@@ -71,10 +72,12 @@ def fit_skip_paths(
         SurgeryError: If `decisions` is none of these, or `nested` where no cut order of its sites was measured.
     """
     check_choice("decisions", decisions, ("random", "routed", "nested"))
+    check_count("samples", samples, 1)
     state = state_of(gated)
-    if decisions == "nested" and {p.site.name for p in state.plan.sites if not p.always_on} - set(state.order):
+    if decisions == "nested" and not set(state.names) <= {*state.order, *state.plan.always_on}:
         raise SurgeryError(
-            "decisions='nested' needs the order in which static policies cut sites, which surgery.convert measures"
+            "decisions 'nested' go by a cut order of whole sites; measure one first (surgery.cut_order), and convert "
+            "without heads, which are cut one by one"
         )
     if all(gate.skip_path.is_identity for _, gate in iter_gates(gated)):
         return {}
@@ -126,7 +129,8 @@ class _Twins:
             if self.decisions == "nested":
                 # sites that are cut late see streams where nearly everything before is cut, the first ones all kinds
                 levels = torch.rand(self.count, generator=torch.Generator().manual_seed(0)) * len(self.order)
-                self.drawn.append(levels <= self.order.index(site))
+                kept = (levels <= self.order.index(site)).view(-1, *(1,) * (len(shape) - 1))
+                self.drawn.append(kept.expand(self.count, *shape[1:]))
             else:
                 if self.levels is None:
                     self.levels = 0.2 + 0.8 * torch.rand(self.count, generator=self.generator)

@@ -52,11 +52,16 @@ def calibrate_second_look(
         SurgeryError: If the model is no classifier (its output is not `(N, K)` logits) and `mode` is True.
         BudgetError: If the model was never calibrated.
     """
-    state, report = state_of(gated), progress or silent
-    if not state.table:
+    if not state_of(gated).table:
         raise BudgetError(
             "this model was never calibrated, so there is no budget to share; run surgery.calibrate first"
         )
+    with state_of(gated).restored_on_error():
+        return _calibrate(gated, data, mode, progress or silent)
+
+
+def _calibrate(gated: nn.Module, data: Iterable[Any], mode: Literal["auto", True], report: Progress) -> bool:
+    state = state_of(gated)
     budget = state.budget
     state.looks, state.margin = [], None
     if budget is None or budget >= 1:

@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from surgery import policies
-from surgery.calling import Batch, batches, call, call_dense, device_of, dtype_of, is_causal, length_of, read_output
+from surgery.calling import (
+    Batch,
+    batches,
+    call,
+    call_dense,
+    check_batches,
+    device_of,
+    dtype_of,
+    is_causal,
+    length_of,
+    read_output,
+)
 from surgery.context import Event, execution, handled, state_of, tape
 from surgery.costs import place
 from surgery.errors import BaseMismatch, DataError
@@ -82,6 +93,7 @@ def measure(
         BaseMismatch: If the outputs of `dense` have another shape.
         NotConverted: If the model has no gates.
     """
+    check_batches(data)
     if iter(data) is data:
         raise DataError("the data is an iterator that can be read once; pass a list or a DataLoader")
     state, progress = state_of(gated), progress or silent

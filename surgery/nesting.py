@@ -41,6 +41,7 @@ _CLIP = 5.0
 _LOOKS = (0.25, 0.75)  # which of the trained policies are looked at before and after
 
 
+@torch.inference_mode(False)
 def train_skip_paths(
     gated: nn.Module,
     data: Iterable[Any],

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from surgery.calling import batches
 from surgery.costs import place
+from surgery.errors import check_count
 from surgery.gates import Gate, iter_gates
 from surgery.harm import HarmLabels, label_harm
 from surgery.progress import Progress, silent
@@ -46,6 +47,7 @@ class Predictability:
     rows: int
 
 
+@torch.inference_mode(False)
 def regress_routers(
     gated: nn.Module,
     data: Iterable[Any],
@@ -68,6 +70,7 @@ def regress_routers(
     Returns:
         Per site that is not always on, how predictable harm was on held-out rows.
     """
+    check_count("samples", samples, 1)
     report = progress or silent
     groups = {name: [name] for name, gate in iter_gates(gated) if not gate.leader}
     for name, gate in iter_gates(gated):

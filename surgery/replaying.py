@@ -9,6 +9,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from surgery.errors import ForceError, LogError, shortened
 from surgery.gates import Gate
 from surgery.log_format import describe
 from surgery.log_rows import input_hashes, output_hash
-from surgery.logs import Log, Row
+from surgery.logs import Log, Row, read_log
 from surgery.sites import Plan
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Replay:
 
 def replay(
     gated: nn.Module,
-    log: Log,
+    log: Log | str | Path,
     data: Iterable[Any],
     *,
     opened: Sequence[str] = (),
@@ -150,7 +151,7 @@ def replay(
 
     Args:
         gated: The model that the log was recorded from.
-        log: What `surgery.read_log` gave.
+        log: What `surgery.read_log` gave, or the directory of the log.
         data: Batches; best the recorded ones, in any order.
         opened: Sites to force open.
         closed: Sites to force closed.
@@ -163,6 +164,7 @@ def replay(
         DataError: If the data yields nothing.
     """
     state = state_of(gated)
+    log = log if isinstance(log, Log) else read_log(log)
     if log.sites != state.names:
         raise LogError(
             f"{log.path} was recorded from a model with the sites {', '.join(log.sites)}; this one has "

@@ -14,13 +14,21 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from surgery import roots
 from surgery.branches import Owners
 from surgery.context import state_of
 from surgery.copying import share
-from surgery.errors import AlreadyConverted, PlanMismatch, UnknownSite, UnsupportedModel, near, shortened
+from surgery.errors import (
+    AlreadyConverted,
+    CheckpointError,
+    PlanMismatch,
+    UnknownSite,
+    UnsupportedModel,
+    near,
+    shortened,
+)
 from surgery.gates import Gate
 from surgery.head_gates import HeadGate
 from surgery.patterns import Pattern, signature_of
@@ -48,6 +56,7 @@ class Gates(nn.Module):
         return key
 
 
+@torch.inference_mode(False)
 def insert_gates(model: nn.Module, plan: Plan | Sites) -> nn.Module:
     """Put gates into a copy of `model` that shares its weights; all of them are open.
 
@@ -140,16 +149,30 @@ def check_convertible(model: nn.Module) -> None:
     """Refuse what is not a dense module.
 
     Raises:
-        UnsupportedModel: If it is not a module.
+        UnsupportedModel: If it is not a module, or one without the Python code that it was made from.
         AlreadyConverted: If it carries gates.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"expected a torch.nn.Module, got {type(model).__name__}")
+    how = _compiled_by(model)
+    if how:
+        raise UnsupportedModel(
+            f"this {type(model).__name__} was made by {how} and holds no Python code that gates could be put in; convert the "
+            "module that it was made from (and export the result: surgery.export)"
+        )
     if "_surgery_state" in model.__dict__ or any(isinstance(m, Gate) for m in model.modules()):
         raise AlreadyConverted(
             f"this {type(model).__name__} already has gates; use surgery.set_budget(model, budget), "
             "or surgery.remove(model) for the dense model"
         )
+
+
+def _compiled_by(model: nn.Module) -> str:
+    """What turned the module into a program, or one in it into a program that refuses `eval()`; "" where nothing did."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return "torch.jit"
+    exported = any(isinstance(module, fx.GraphModule) and "train" in vars(module) for module in model.modules())
+    return "torch.export" if exported else ""
 
 
 def flop_costs(plan: Plan) -> CostModel:
@@ -251,10 +274,37 @@ def subclass(base: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module
     cls = type(
         base.__name__,
         (base,),
-        {**namespace, "_surgery_base": base, "__module__": base.__module__, "__doc__": base.__doc__},
+        {
+            "__reduce_ex__": _reduce,
+            **namespace,
+            "_surgery_base": base,
+            "__module__": base.__module__,
+            "__doc__": base.__doc__,
+        },
     )
     cls.__qualname__ = base.__qualname__
     return cls
+
+
+class _Unpicklable:
+    """What `copy` calls to make an object, and what `pickle` cannot store, since generated classes have no importable name."""
+
+    def __init__(self, make: Callable[..., Any], name: str) -> None:
+        self.make, self.name = make, name
+
+    def __call__(self, *args: Any) -> Any:
+        return self.make(*args)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CheckpointError(
+            f"a gated {self.name} cannot be pickled, since the code in it was generated; write it with "
+            "surgery.save(gated, directory) and read it with surgery.load, or torch.save its state_dict()"
+        )
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    reduced: Any = base_class(self).__reduce_ex__(self, protocol)
+    return (_Unpicklable(reduced[0], type(self).__name__), *reduced[1:])
 
 
 def _dispatcher(base: type[nn.Module]) -> Callable[..., Any]:

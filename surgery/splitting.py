@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from surgery.calling import as_batch, batches, length_of, numbered
+from surgery.calling import as_batch, batches, check_batches, length_of, numbered
 from surgery.errors import DataError
 
 EVERY = 5
@@ -88,12 +88,6 @@ def check_reiterable(data: Iterable[Any]) -> None:
             "pass a list, a DataLoader, or a dataset"
         )
     check_batches(data)
-
-
-def check_batches(data: Iterable[Any]) -> None:
-    """Raise `DataError` for one batch in the place of many, and for what cannot be iterated over."""
-    if isinstance(data, (torch.Tensor, dict, str)) or not isinstance(data, Iterable):
-        raise DataError(f"data must be batches to iterate over, got {type(data).__name__}; for one batch pass [batch]")
 
 
 def _by_rows(data: Iterable[Any]) -> tuple[list[Any], list[Any]]:

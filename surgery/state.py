@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from surgery.calling import Outputs
@@ -126,6 +127,17 @@ class GatedState:
     """Whether the first output over data told that it holds values; None before."""
     padding_is_unread: bool = False
     """Whether nothing reads what becomes of padding, so that gates per token are closed there."""
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Every field as it was, if the block fails: nothing is left half done."""
+        before = {one.name: getattr(self, one.name) for one in fields(self)}
+        try:
+            yield
+        except BaseException:
+            for name, value in before.items():
+                setattr(self, name, value)
+            raise
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.calling import Batch, batches, device_of, length_of, read_output
+from surgery.calling import Batch, batches, check_batches, device_of, length_of, read_output
 from surgery.context import handled, state_of
 from surgery.costs import place, run
 from surgery.errors import CheckpointError, DataError, SurgeryError, check_budget
@@ -64,6 +64,7 @@ class History:
         return dict.fromkeys(key for row in self.rows for key in row)
 
 
+@torch.inference_mode(False)
 def train_routers(
     gated: nn.Module,
     data: Iterable[Any],
@@ -101,7 +102,7 @@ def train_routers(
         DataError: If the data yields nothing, or its length is unknown and `options.steps` is not given.
         CheckpointError: If `resume` is set and there is no checkpoint, or it is of another model or of other options.
     """
-    check_budget(budget)
+    budget = check_budget(budget)
     training = _Run(gated, data, budget, options or Options(), seed, validation, output_dir, tracker)
     if resume:
         training.load()
@@ -391,6 +392,7 @@ def count_steps(data: Iterable[Any], options: Options) -> int:
     """
     if options.steps is not None:
         return options.steps
+    check_batches(data)
     count = length_of(data)
     if count is None:
         raise DataError(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import fields, replace
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from subjects import assert_equal, enliven
@@ -18,9 +21,9 @@ from surgery.budgets import budget_range, current_point, set_budget, static_poli
 from surgery.calibration import _monotone, calibrate
 from surgery.context import state_of
 from surgery.costs import observe
-from surgery.errors import BudgetError, DataError, NotConverted
+from surgery.errors import BudgetError, DataError, NotConverted, SurgeryError
 from surgery.gates import iter_gates
-from surgery.state import BudgetPoint, CostModel, SiteCost
+from surgery.state import BudgetPoint, CostModel, LookPoint, SiteCost
 
 Calibrated = tuple[nn.Module, nn.Module, list[Tensor]]
 
@@ -291,3 +294,76 @@ def test_progress_is_reported(calibrated: Calibrated) -> None:
     seen: list[tuple[str, int, int | None]] = []
     calibrate(copy.deepcopy(gated), data, 0.6, grid=(), progress=lambda *row: seen.append(row))
     assert [done for _, done, _ in seen] == list(range(1, len(seen) + 1)) and {s for s, _, _ in seen} == {"calibrating"}
+
+
+@pytest.mark.parametrize("case", ["out of reach", "no data"])
+def test_a_refused_calibration_changes_nothing(calibrated: Calibrated, case: str) -> None:
+    _, gated, data = calibrated
+    gated = copy.deepcopy(gated)
+    state = state_of(gated)
+    state.looks, state.margin, state.report = [LookPoint(0.6, 0.5, 0.5, (0.0,))], 0.1, {"0.6": {}}
+    state.costs = replace(state.costs, unit="seconds")
+    before = copy.deepcopy([getattr(state, one.name) for one in fields(state)])
+    with pytest.raises((BudgetError, DataError)):
+        calibrate(gated, *((data, 0.01) if case == "out of reach" else ([], 0.6)))
+    assert [getattr(state, one.name) for one in fields(state)] == before
+
+
+def test_a_refused_second_look_changes_nothing() -> None:
+    model = Stack(mlp(8), mlp(8)).eval()
+    data = [torch.randn(16, 5, 8) for _ in range(6)]
+    gated = enliven(gate_all(model, data[0]))
+    calibrate(gated, data, 0.6)
+    state = state_of(gated)
+    state.looks, state.margin = [LookPoint(0.6, 0.5, 0.5, (0.0,))], 0.1
+    with pytest.raises(SurgeryError, match="a second look needs class logits"):
+        surgery.calibrate_second_look(gated, data, mode=True)
+    assert state.looks and state.margin == 0.1 and state.budget == 0.6
+
+
+@pytest.mark.parametrize("below", [0.0, 5e-10])
+def test_the_floor_itself_can_be_calibrated_for(calibrated: Calibrated, below: float) -> None:
+    _, gated, data = calibrated
+    gated = copy.deepcopy(gated)
+    state = state_of(gated)
+    floor = state.costs.cost(state.constant_rates(0.0))
+    assert calibrate(gated, data, floor - below, grid=()).cost == pytest.approx(floor)
+
+
+@pytest.mark.parametrize(
+    "budget", [np.float32(0.75), np.float64(0.75), torch.tensor(0.75), torch.tensor([0.75]), Fraction(3, 4)]
+)
+def test_budgets_are_any_real_number(calibrated: Calibrated, budget: Any) -> None:
+    _, gated, data = calibrated
+    gated = copy.deepcopy(gated)
+    set_budget(gated, budget)
+    assert type(state_of(gated).budget) is float and state_of(gated).budget == 0.75
+    assert type(calibrate(gated, data, budget, grid=()).cost) is float
+    assert type(state_of(gated).budget) is float
+
+
+@pytest.mark.parametrize(
+    "budget", [torch.tensor(True), torch.tensor([0.5, 0.6]), 1j, np.float32("nan"), np.bool_(True)]
+)
+def test_what_is_no_real_number(calibrated: Calibrated, budget: Any) -> None:
+    with pytest.raises(BudgetError, match="fraction of the dense model's"):
+        set_budget(copy.deepcopy(calibrated[1]), budget)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda gated, data: calibrate(gated, data, 0.6),
+        surgery.measure,
+        surgery.audit,
+        surgery.fit_skip_paths,
+        surgery.regress_routers,
+        lambda gated, data: surgery.train_routers(gated, data, budget=0.6),
+    ],
+    ids=["calibrate", "measure", "audit", "fit_skip_paths", "regress_routers", "train_routers"],
+)
+def test_one_tensor_is_no_data(use: Any) -> None:
+    gated = gate_all(make_cnn()[0], torch.randn(2, 8, 6, 6), skip="affine")
+    for data in (torch.randn(4, 2, 8, 6, 6), {"x": torch.randn(2, 8, 6, 6)}, 3):
+        with pytest.raises(DataError, match=rf"got {type(data).__name__}; for one batch pass \[batch\]"):
+            use(gated, data)

@@ -424,6 +424,16 @@ def refuses(vit: nn.Module) -> Iterator[Callable[..., None]]:
         yield check
 
 
+@pytest.mark.parametrize("granularity", ["sample", "token"])
+def test_a_dense_budget_can_be_trained_for_lower_ones(granularity: Any) -> None:
+    model = Stack(*(mlp(8) for _ in range(4)), head=nn.Linear(8, 3)).eval()
+    data = [torch.randn(16, 5, 8) for _ in range(8)]
+    gated = surgery.convert(model, 1.0, data=data, tune="train", granularity=granularity)
+    assert state_of(gated).budget == 1 and torch.equal(gated(data[0]), model(data[0]))
+    surgery.set_budget(gated, 0.7)
+    assert spent(gated, data) < 0.9
+
+
 @pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, float("nan"), "0.5", True])
 def test_budgets_out_of_range(refuses: Callable[..., None], images: list[Tensor], budget: Any) -> None:
     refuses(BudgetError, r"in \(0, 1\]; got", budget=budget, data=images)

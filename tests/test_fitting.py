@@ -28,6 +28,7 @@ from toys import (
 import surgery
 from surgery.calling import Batch
 from surgery.context import state_of
+from surgery.cutting import cut_order
 from surgery.errors import DataError, SurgeryError
 from surgery.fitting import fit_skip_paths, gather
 from surgery.gates import iter_gates
@@ -287,3 +288,34 @@ def test_gather_stops_where_batches_cannot_be_joined() -> None:
 
 def test_residual_toy_is_what_it_says() -> None:
     assert torch.equal(Residual(nn.Identity())(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_what_is_decided_is_named() -> None:
+    data = [torch.randn(16, 5, C) for _ in range(4)]
+    gated = gate_all(Stack(mlp(C), mlp(C), head=nn.Linear(C, 3)), data[0], skip="affine")
+    before = frozen(gated)
+    with pytest.raises(SurgeryError, match="decisions must be one of random, routed, nested; got 'bogus'"):
+        fit_skip_paths(gated, data, decisions="bogus")  # type: ignore[arg-type]
+    with pytest.raises(SurgeryError, match="'nested' go by a cut order of whole sites; measure one first"):
+        fit_skip_paths(gated, data, decisions="nested")
+    assert_same(frozen(gated), before)
+
+
+@pytest.mark.parametrize("granularity", ["sample", "token"])
+def test_nested_cuts_of_samples_and_of_all_their_tokens(granularity: str) -> None:
+    data = [torch.randn(16, 5, C) for _ in range(4)]
+    gated = gate_all(Stack(weak(2), weak(2), head=nn.Linear(C, 3)), data[0], skip="linear", granularity=granularity)
+    cut_order(gated, data)
+    assert max(fit_skip_paths(gated, data, decisions="nested").values()) < 1e-3
+
+
+def test_nested_cuts_know_no_heads() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    model, data = timm.create_model("test_vit", num_classes=5).eval(), [torch.randn(4, 3, 160, 160)]
+    sites = surgery.find_sites(model, data[0]).filter(kind=["heads", "mlp"])
+    gated = surgery.insert_gates(model, sites.plan(granularity="sample", skip="affine"))
+    cut_order(gated, data, samples=4)
+    with pytest.raises(SurgeryError, match="without heads, which are cut one by one"):
+        fit_skip_paths(gated, data, decisions="nested")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from subjects import assert_equal, outputs, subject
 from torch import nn
-from toys import Residual
+from toys import Residual, Stack, gate_all, mlp
 
 import surgery
 from surgery import errors
@@ -222,3 +227,100 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 def test_plans_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(errors.SurgeryError, match=message):
         subject("timm/vit_pico").sites.plan(**options)
+
+
+def toy() -> tuple[nn.Module, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    model = Stack(*(mlp(8) for _ in range(4)), head=nn.Linear(8, 3)).eval()
+    return model, [torch.randn(16, 8) for _ in range(8)]
+
+
+def test_gated_models_are_not_pickled_but_copied() -> None:
+    model, data = toy()
+    gated = gate_all(model, data[0])
+    for write in (pickle.dumps, lambda one: torch.save(one, io.BytesIO())):
+        for one in (gated, gated.blocks[0]):
+            with pytest.raises(errors.CheckpointError, match=r"cannot be pickled.*surgery\.save\(gated, directory\)"):
+                write(one)  # type: ignore[operator]
+    for copied in (copy.deepcopy(gated), copy.copy(gated)):
+        assert type(copied) is type(gated) and torch.equal(copied(data[0]), gated(data[0]))
+    pickle.loads(pickle.dumps(surgery.remove(gated)))
+
+
+def test_a_file_where_a_directory_should_be(tmp_path: Path) -> None:
+    model, data = toy()
+    (tmp_path / "file").write_text("mine")
+    for place in ("file/checkpoint", "file/in/checkpoint"):
+        with pytest.raises(errors.CheckpointError, match=r"cannot write .*checkpoint: .*nothing was written"):
+            surgery.save(gate_all(model, data[0]), tmp_path / place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_weights_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model, data = toy()
+    with pytest.raises(
+        errors.UnsupportedModel, match=r"made inside torch\.inference_mode\(\).*copy\.deepcopy it outside"
+    ):
+        surgery.find_sites(model, torch.randn(2, 8))
+    assert len(surgery.find_sites(copy.deepcopy(model), data[0])) == 4
+
+
+def test_work_inside_inference_mode() -> None:
+    model, outside = toy()
+    options = surgery.Options(steps=2)
+    with torch.inference_mode():
+        data = [batch.clone() for batch in outside]
+        gated = surgery.convert(model, 0.6, data=data, options=options, granularity="sample")
+        assert not any(p.is_inference() for p in gated.parameters())
+        surgery.train_routers(gated, data, budget=0.6, options=options)
+    surgery.train_routers(gated, data, budget=0.6, options=options)  # tensors that were made in there
+
+
+def test_programs_are_no_modules() -> None:
+    model, data = toy()
+    exported = torch.export.export(model, (data[0],)).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        programs = [torch.jit.trace(model, data[0]), torch.jit.script(nn.Linear(8, 8))]
+    for program, by in ((exported, "export"), (nn.Sequential(exported), "export"), *((one, "jit") for one in programs)):
+        with pytest.raises(
+            errors.UnsupportedModel, match=rf"was made by torch\.{by}.*convert the module that it was made from"
+        ):
+            surgery.convert(program, 0.6, data=data)
+
+
+@pytest.mark.parametrize("options", [{"seed": "a"}, {"seed": 0.5}, {"samples": 0}, {"samples": True}], ids=str)
+def test_numbers_that_are_none(options: dict[str, Any]) -> None:
+    model, data = toy()
+    (name,) = options
+    with pytest.raises(errors.SurgeryError, match=rf"{name} must be a whole number.*got {options[name]!r}"):
+        surgery.convert(model, 0.6, data=data, **options)
+
+
+@pytest.mark.parametrize("samples", [0, -1])
+def test_no_samples(samples: int) -> None:
+    model, data = toy()
+    gated = gate_all(model, data[0], skip="affine")
+    for fit in (surgery.fit_skip_paths, surgery.regress_routers):
+        with pytest.raises(errors.SurgeryError, match="samples must be a whole number of at least 1"):
+            fit(gated, data, samples=samples)
+
+
+@pytest.mark.parametrize("rate", [None, "a", "0.5", [0.5, 0.5], float("nan")])
+def test_what_is_no_rate(rate: Any) -> None:
+    model, data = toy()
+    with (
+        pytest.raises(errors.ForceError, match=r"active rate must be in \[0, 1\], got"),
+        surgery.force(gate_all(model, data[0]), rate),
+    ):
+        pass
+
+
+def test_a_log_is_replayed_by_its_place(tmp_path: Path) -> None:
+    model, data = toy()
+    gated = gate_all(model, data[0])
+    with torch.no_grad(), surgery.record(gated, tmp_path / "log"), surgery.force(gated, 0.5):
+        gated(data[0])
+    for log in (tmp_path / "log", str(tmp_path / "log"), surgery.read_log(tmp_path / "log")):
+        assert surgery.replay(gated, log, data[:1]).rows == 16
