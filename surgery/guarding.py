@@ -188,7 +188,7 @@ class Guard:
         Raises:
             BudgetError: If it is outside the calibrated range and is not 1.
         """
-        check_budget(budget)
+        budget = check_budget(budget)
         if budget < 1:
             point_at(self.state, budget)
         with self._lock:

@@ -63,7 +63,7 @@ def choose(
     if hidden != "auto":
         check_count("hidden", hidden, 1)
     if budget is not None:
-        check_budget(budget)
+        budget = check_budget(budget)
     if width != "auto" and (isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < 1):
         raise SurgeryError(f"width must be a number between 0 and 1, or 'auto', got {width!r}")
     layers = _number("first_layers", first_layers, 0)

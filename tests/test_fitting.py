@@ -245,7 +245,7 @@ def test_what_decides_is_checked() -> None:
     gated = gate_all(Stack(mlp(C)), torch.randn(2, C), skip="affine")
     with pytest.raises(SurgeryError, match="decisions must be one of random, routed, nested; got 'bogus'"):
         fit_skip_paths(gated, [torch.randn(64, C)], decisions="bogus")  # type: ignore[arg-type]
-    with pytest.raises(SurgeryError, match="needs the order"):
+    with pytest.raises(SurgeryError, match="go by a cut order"):
         fit_skip_paths(gated, [torch.randn(64, C)], decisions="nested")
 
 
