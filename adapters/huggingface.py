@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,10 +22,10 @@ from surgery.adapters.base import (
     place,
     recorded_base,
 )
-from surgery.adapters.specs import Spec, did_you_mean, near_files, numbers, parse_spec
+from surgery.adapters.specs import Spec, near_files, numbers, parse_spec
 from surgery.calling import Batch
 from surgery.copying import align
-from surgery.errors import CheckpointError, UnknownModel
+from surgery.errors import CheckpointError, UnknownModel, did_you_mean, near
 from surgery.tracing import base_class
 
 library("transformers", "transformers")
@@ -145,11 +144,11 @@ def _model(spec: Spec, device: torch.device, dtype: torch.dtype | None, revision
             spec.rest, revision=revision, return_unused_kwargs=True, **options
         )
     except (OSError, ValueError, KeyError) as error:
-        near = did_you_mean(
+        hint = did_you_mean(
             near_files(Path(spec.rest), directories=True),
             "without a connection, give a directory that `save_pretrained` wrote",
         )
-        raise UnknownModel(f"{spec.text!r} cannot be read: {str(error).rstrip('. ')}{near}") from error
+        raise UnknownModel(f"{spec.text!r} cannot be read: {str(error).rstrip('. ')}{hint}") from error
     cls = class_of(spec.text, config, spec.options.get("class"))
     if dtype is None and device.type == "cpu" and getattr(config, "dtype", None) in HALF:
         dtype = torch.float32
@@ -187,8 +186,8 @@ def _check_directory(spec: Spec) -> None:
     """Refuse a path that leads nowhere, which the Hub's client would take for an id of its own."""
     if (spec.rest.startswith((".", "/", "~")) or spec.rest.count("/") > 1) and not Path(spec.rest).is_dir():
         path = Path(spec.rest).expanduser()
-        near = did_you_mean([path] if path.is_dir() else near_files(path, directories=True))
-        raise UnknownModel(f"{spec.text!r}: directory {spec.rest} does not exist{near}")
+        hint = did_you_mean([path] if path.is_dir() else near_files(path, directories=True))
+        raise UnknownModel(f"{spec.text!r}: directory {spec.rest} does not exist{hint}")
 
 
 @contextmanager
@@ -217,8 +216,7 @@ def class_of(text: str, config: Any, wanted: Any = None) -> Any:
     if wanted is not None:
         cls = getattr(transformers, str(wanted), None)
         if cls is None:
-            near = difflib.get_close_matches(str(wanted), dir(transformers))
-            raise UnknownModel(f"{text!r}: transformers has no class {wanted!r}{did_you_mean(near)}")
+            raise UnknownModel(f"{text!r}: transformers has no class {wanted!r}{near(str(wanted), dir(transformers))}")
         return cls
     for name in getattr(config, "architectures", None) or ():
         cls = getattr(transformers, name, None)

@@ -13,8 +13,8 @@ import torch
 from surgery import consent
 from surgery.adapters.base import Loaded
 from surgery.adapters.registry import get_adapter, table
-from surgery.adapters.specs import Spec, did_you_mean, near_files, parse_spec
-from surgery.errors import UnknownModel
+from surgery.adapters.specs import Spec, near_files, parse_spec
+from surgery.errors import UnknownModel, did_you_mean
 
 
 def load_model(

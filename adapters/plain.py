@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from surgery.adapters.base import BASE_ATTRIBUTE, Adapter, Loaded, Row, class_path, recorded_base, stack
 from surgery.adapters.images import ImagePreprocess, to_pil
-from surgery.adapters.specs import Spec, did_you_mean, near_files, numbers
+from surgery.adapters.specs import Spec, near_files, numbers
 from surgery.calling import Batch
-from surgery.errors import CheckpointError, DataError, UnknownModel
+from surgery.errors import CheckpointError, DataError, UnknownModel, did_you_mean
 from surgery.finding import check_weights
 
 PREPROCESSING = ("mean", "std", "size", "channels")

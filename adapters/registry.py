@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from typing import cast
 from torch import nn
 
 from surgery.adapters.base import Adapter
-from surgery.adapters.specs import did_you_mean
-from surgery.errors import SurgeryError, UnknownModel
+from surgery.errors import SurgeryError, UnknownModel, near
 
 GROUP = "surgery.adapters"
 
@@ -80,8 +78,7 @@ def get_adapter(name: str) -> Adapter:
             module, _, attribute = entry.target.partition(":")
             return cast(Adapter, getattr(importlib.import_module(module), attribute))
     known = [*entries, *(prefix for entry in entries.values() for prefix in entry.prefixes)]
-    near = difflib.get_close_matches(name, known)
-    raise UnknownModel(f"there is no adapter {name!r}" + did_you_mean(near, "known: " + ", ".join(entries)))
+    raise UnknownModel(f"there is no adapter {name!r}" + near(name, known, "known: " + ", ".join(entries)))
 
 
 def adapter_for(model: nn.Module) -> Adapter:

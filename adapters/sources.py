@@ -13,8 +13,8 @@ from torch import Tensor
 
 from surgery.adapters.base import library
 from surgery.adapters.digits import digits
-from surgery.adapters.specs import did_you_mean, near_files
-from surgery.errors import DataError
+from surgery.adapters.specs import near_files
+from surgery.errors import DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
 

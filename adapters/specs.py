@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,6 @@ def numbers(value: Any) -> tuple[float, ...]:
     if not values or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
         raise UnknownModel(f"expected a number or comma-separated numbers, got {value!r}")
     return tuple(float(v) for v in values)
-
-
-def did_you_mean(names: Iterable[object], otherwise: str = "") -> str:
-    """The end of an error message: near names, or `otherwise`."""
-    near = " or ".join(str(name) for name in names)
-    return f"; did you mean {near}?" if near else f"; {otherwise}" if otherwise else ""
 
 
 def near_files(path: Path, *, directories: bool = False) -> list[Path]:

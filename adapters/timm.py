@@ -24,9 +24,9 @@ from surgery.adapters.base import (
     stack,
 )
 from surgery.adapters.images import in_8_bits, natural_images, to_pil
-from surgery.adapters.specs import Spec, did_you_mean, numbers, parse_spec, with_option
+from surgery.adapters.specs import Spec, numbers, parse_spec, with_option
 from surgery.calling import Batch, dtype_of
-from surgery.errors import CheckpointError, UnknownModel
+from surgery.errors import CheckpointError, UnknownModel, did_you_mean
 from surgery.fingerprints import fingerprint
 
 library("timm", "timm")

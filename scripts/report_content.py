@@ -17,7 +17,7 @@ from surgery.scripts import report_figures as figures
 from surgery.scripts.bars import Report as Progress
 from surgery.scripts.report_gallery import gallery
 from surgery.scripts.report_inputs import inputs_of, viridis
-from surgery.scripts.report_measuring import Subject, sweep_of, times_of
+from surgery.scripts.report_measuring import Subject, sweep_of, times_by_budget
 from surgery.scripts.report_numbers import numbers_of, tables_of
 from surgery.scripts.report_page import data_uri, page
 
@@ -54,7 +54,7 @@ def write(
         gated, subject.rows, subject.dense, None, subject.loaded.label_names, texts, 0.05, seed, progress
     )
     sweep = sweep_of(subject, budgets, seed, progress, measured or {})
-    timed = times_of(subject, list(sweep), speed, progress)
+    timed = times_by_budget(subject, list(sweep), speed, progress)
     if budget is not None:
         set_budget(gated, budget)
     drawn = gallery(subject, found, seen, sweep, timed, speed, log)

@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from surgery import policies
 from surgery.adapters import Loaded
 from surgery.adapters.data import Loader
 from surgery.budgets import budget_range, point_at, set_budget
-from surgery.calling import batches, call, device_of
+from surgery.calling import call, device_of
 from surgery.context import state_of
 from surgery.costs import place
 from surgery.measurement import measure
+from surgery.model_timing import groups_of
 from surgery.policies import decided
 from surgery.reports import Report
 from surgery.scripts.bars import Report as Progress
@@ -65,7 +65,7 @@ def sweep_of(
     return result
 
 
-def times_of(
+def times_by_budget(
     subject: Subject, budgets: Sequence[float], size: int, progress: Progress
 ) -> dict[float, dict[str, float]]:
     """Time of gated, static and random by the dense model's, median over pairs of calls on the same inputs."""
@@ -109,10 +109,4 @@ def _decided(gated: nn.Module, choose: policies.Choose | None) -> Iterator[None]
 
 def _groups(subject: Subject, size: int) -> list[Any]:
     """Up to eight batches of exactly `size` inputs."""
-    found = []
-    for batch in itertools.islice(batches(subject.rows), 8):
-        for start in range(0, batch.size - size + 1, size):
-            found.append(place(batch.rows(torch.arange(start, start + size)), subject.gated))
-            if len(found) == 8:
-                return found
-    return found
+    return [place(one, subject.gated) for one in itertools.islice(groups_of(subject.rows, size), 8)]

@@ -99,10 +99,12 @@ def heal(
         set_budget(gated, budget)
     if before is not None and after is not None and not after < before:
         uninstall(gated)
-        _note(gated, f"healing ({kind}) did not improve on held-out data ({before:.4g} -> {after:.4g}) and was undone")
+        state_of(gated).note(
+            f"healing ({kind}) did not improve on held-out data ({before:.4g} -> {after:.4g}) and was undone"
+        )
     else:
         gain = "" if before is None else f": mean divergence on held-out data {before:.4g} -> {after:.4g}"
-        _note(gated, f"healed ({kind}){gain}")
+        state_of(gated).note(f"healed ({kind}){gain}")
     return losses
 
 
@@ -268,8 +270,3 @@ class _Apart:
             for a, b, batch in zip(found, self.dense, self.data, strict=True)
         ]
         return float(torch.cat(parts).mean())
-
-
-def _note(gated: nn.Module, text: str) -> None:
-    state_of(gated).notes.append(text)
-    logger.info(text)

@@ -199,16 +199,17 @@ def convert(
     if heal is not None and budget < 1:
         check_healable(gated, heal)
     if found.causal and any(planned.granularity == "sample" for planned in plan.sites):
-        note(gated, _WHOLE_TEXTS)
+        state_of(gated).note(_WHOLE_TEXTS)
     if width != "auto" and not any(planned.skip == "narrow" for planned in plan.sites):
-        note(gated, f"width {width:g} changes nothing: no site has a narrow skip path")
+        state_of(gated).note(f"width {width:g} changes nothing: no site has a narrow skip path")
     if routers == "shared" and not any(planned.leader for planned in plan.sites):
-        note(gated, "routers 'shared' change nothing: no MLP comes right after an attention whose router it could read")
+        state_of(gated).note(
+            "routers 'shared' change nothing: no MLP comes right after an attention whose router it could read"
+        )
     if apart := [planned for planned in plan.sites if granularity not in ("auto", planned.granularity)]:
         names = ", ".join(f"{planned.site.name} (per {planned.granularity})" for planned in apart[:3])
         more = f" and {len(apart) - 3} more" if len(apart) > 3 else ""
-        note(
-            gated,
+        state_of(gated).note(
             f"granularity {granularity!r} is not possible at {len(apart)} of {len(plan.sites)} sites: {names}{more}",
         )
 
@@ -250,8 +251,7 @@ def convert(
         calibrate(gated, held, budget, cost=cost, progress=report)
         if Checkpoint.of(gated, held).divergence > before.divergence:
             before.restore(gated, budget)
-            note(
-                gated,
+            state_of(gated).note(
                 "training did not improve on the one-shot conversion on held-out data; the one-shot result is kept",
             )
     if budget < 1:
@@ -263,7 +263,7 @@ def convert(
         if second_look:
             calibrate_second_look(gated, held, mode="auto" if second_look == "auto" else True, progress=report)
     if made:
-        note(gated, "converted without data: the quality is unmeasured")
+        state_of(gated).note("converted without data: the quality is unmeasured")
         warnings.warn(
             "converted without data: the budget holds on made-up inputs and the quality is unmeasured; "
             "pass data=..., or check with surgery.measure(gated, data)",
@@ -384,12 +384,6 @@ def first(data: Iterable[Any]) -> Batch:
     return replace(batch, labels=None).rows(torch.arange(min(8, batch.size)))
 
 
-def note(gated: nn.Module, text: str) -> None:
-    """Say something about the conversion that every report repeats."""
-    state_of(gated).notes.append(text)
-    logger.info(text)
-
-
 @dataclass(slots=True)
 class Checkpoint:
     """Routers, skip paths and table of a gated model, and how far the better of its two policies is from dense on held-out
@@ -453,9 +447,8 @@ def prefer_static_where_it_wins(gated: nn.Module, held: Iterable[Any], *, ties: 
     state.policy = "static"
     means = f"(mean divergence {float(routed.mean()):.4g} against {float(static.mean()):.4g})"
     found = "was farther from" if mean > chance else "was not closer beyond chance to"
-    note(
-        gated,
+    state_of(gated).note(
         f"input-dependent routing {found} the dense model than the static policy of the same cost on held-out data "
-        f"{means}, so the static policy runs",
+        f"{means}, so the static policy runs"
     )
     return True

@@ -103,10 +103,20 @@ class LogError(SurgeryError):
     """A log of decisions that cannot be written, is damaged, or is of another model."""
 
 
-def near(name: str, names: Iterable[str]) -> str:
-    """`; did you mean …?` where something like `name` is among `names`, else nothing."""
-    found = get_close_matches(name, list(dict.fromkeys(names)), 3)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+def near(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """The end of a message: `; did you mean …?` where something like `name` is among `names`, else `otherwise`."""
+    return did_you_mean(get_close_matches(name, list(dict.fromkeys(names)), 3), otherwise)
+
+
+def did_you_mean(names: Iterable[object], otherwise: str = "") -> str:
+    """The end of a message: `; did you mean …?` with all `names`, or `otherwise` where there are none."""
+    found = " or ".join(str(name) for name in names)
+    return f"; did you mean {found}?" if found else f"; {otherwise}" if otherwise else ""
+
+
+def first_line(error: BaseException, otherwise: str = "no message") -> str:
+    """What an error says first."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), otherwise)
 
 
 def shortened(names: Sequence[str], count: int = 12) -> str:

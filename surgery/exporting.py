@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from surgery import context
 from surgery.calling import Batch, as_batch, call, device_of, dtype_of, read_output
 from surgery.context import state_of
-from surgery.errors import ExportError, MissingDependency, OutputExists, SurgeryError, check_choice
+from surgery.errors import ExportError, MissingDependency, OutputExists, SurgeryError, check_choice, first_line
 from surgery.gates import iter_gates
 from surgery.patterns import signature_of
 from surgery.pinning import EXECUTIONS, TOKENS, Execution, Tokens, drop_unused, pin, running_of
@@ -227,7 +227,7 @@ def _export(program: Program, batch: Batch) -> torch.export.ExportedProgram:
         raise
     except Exception as error:  # torch.export raises many kinds, most of them private
         raise ExportError(
-            f"torch.export cannot capture {type(program.model).__name__}: {type(error).__name__}: {_first_line(error)}; "
+            f"torch.export cannot capture {type(program.model).__name__}: {type(error).__name__}: {first_line(error)}; "
             "export the dense model (surgery.remove) to see whether the gates or the model are the cause"
         ) from error
 
@@ -269,7 +269,7 @@ def _write_onnx(
         )
     except Exception as error:  # as for torch.export
         raise ExportError(
-            f"torch.onnx cannot translate the program: {type(error).__name__}: {_first_line(error)}; "
+            f"torch.onnx cannot translate the program: {type(error).__name__}: {first_line(error)}; "
             "write it as .pt2 instead"
         ) from error
     assert translated is not None
@@ -304,7 +304,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

@@ -170,7 +170,7 @@ def _roles(recorder: _Recorder, samples: int, names: Mapping[int, str], keep_key
     flops += 2 * _positions(output.x) // samples * width * len(output.weight)
     moves = all(moved) and _nothing_else(sources, rows)
     output_name = names[id(output.weight)]
-    return HeadRoles(count, query_rows, key_rows, value_rows, output_name, width, moves, whole=False, flops=flops)
+    return HeadRoles(count, query_rows, key_rows, value_rows, output_name, width, moves, flops)
 
 
 def _whole_roles(args: Any, kwargs: Mapping[str, Any], names: Mapping[int, str]) -> HeadRoles:
@@ -189,7 +189,7 @@ def _whole_roles(args: Any, kwargs: Mapping[str, Any], names: Mapping[int, str])
     )
     tokens, keys = query.shape[0], key.shape[0]
     flops = 2 * width * dim * (tokens + 2 * keys) + 4 * tokens * keys * dim + 2 * tokens * dim * width
-    return HeadRoles(heads, query_rows, key_rows, value_rows, names[id(output)], dim, True, True, int(flops))
+    return HeadRoles(heads, query_rows, key_rows, value_rows, names[id(output)], dim, True, int(flops))
 
 
 def _source(part: Tensor, before: Sequence[_Linear], what: str) -> tuple[_Linear, Tensor]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,6 @@ class HeadRoles:
         output: Parameter of the output projection; its columns are the heads one after the other.
         width: Columns per head there.
         moves: Whether queries, keys and values are only moved between their linear maps and the attention product.
-        whole: Whether the branch calls torch's `multi_head_attention_forward`, token first.
         flops: Cost of one head per sample; one multiply-add = 2.
     """
 
@@ -69,8 +68,10 @@ class HeadRoles:
     output: str
     width: int
     moves: bool
-    whole: bool
     flops: int
+
+    RETIRED: ClassVar[tuple[str, ...]] = ("whole",)
+    """Keys of older files."""
 
     @property
     def names(self) -> tuple[str, str, str, str]:

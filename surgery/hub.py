@@ -90,7 +90,8 @@ def push(
         raise HubError(f"{repository!r} is no name of a repository; expected user/name")
     place = Path(directory).expanduser()
     content = _published(place)
-    config = decode_of(place)
+    check_files(place)
+    config = read_config(place)
     if not (place / CARD).is_file():
         plot = rates_plot(config)
         if plot is not None:
@@ -148,12 +149,6 @@ def pull(
         shutil.rmtree(temporary / ".cache", ignore_errors=True)
         check_files(temporary)
     return Path(directory).expanduser()
-
-
-def decode_of(place: Path) -> dict[str, Any]:
-    """The configuration of a checked directory."""
-    check_files(place)
-    return read_config(place)
 
 
 def _published(place: Path) -> dict[str, Path | bytes]:

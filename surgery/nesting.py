@@ -28,7 +28,7 @@ from surgery.objectives import divergence
 from surgery.options import Options
 from surgery.policies import static_cost
 from surgery.progress import Progress, silent
-from surgery.rates import groups_of
+from surgery.rates import parameter_groups
 from surgery.resuming import undamaged, write_checkpoint
 from surgery.straight_through import OpenGates, stream_error, watched_sites
 from surgery.training import count_steps, stream_of
@@ -78,7 +78,7 @@ def train_skip_paths(
     options, state, report = options or Options(), state_of(gated), progress or silent
     if not state.order:
         raise SurgeryError("static policies have no order yet; measure it first: surgery.cut_order(gated, data)")
-    groups = groups_of([gate for _, gate in iter_gates(gated)], "skip_path", options.nested_rate, by_width=False)
+    groups = parameter_groups([gate for _, gate in iter_gates(gated)], "skip_path", options.nested_rate, by_width=False)
     parameters = [p for group in groups for p in group["params"]]
     levels = trained_levels(gated)
     if not parameters or not levels or options.nested_rate == 0:

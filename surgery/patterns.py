@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import keyword as words
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -177,7 +177,7 @@ def patterns_of_call(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[str
 
         return hook
 
-    for name, module in _named_modules(model):
+    for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(note(name), with_kwargs=True))
     try:
         result = run()
@@ -185,10 +185,6 @@ def patterns_of_call(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[str
         for handle in handles:
             handle.remove()
     return seen, result
-
-
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return iter(model.named_modules())
 
 
 def _signature_or_none(cls: type) -> Signature | None:

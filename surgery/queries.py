@@ -14,8 +14,8 @@ Axis letters: `N` samples, `T` tokens, `S` keys, `C` channels, `H` heads, `D` he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -72,15 +72,6 @@ class QueryRoles:
     output_rows: Rows
     flops: int
     core: int = 0
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> QueryRoles:
-        """Inverse of `to_dict`."""
-        return cls(**data)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready form."""
-        return asdict(self)
 
 
 class ActiveQueries(TorchFunctionMode):

@@ -21,7 +21,7 @@ NARROW, NARROW_GATED = 0.1, 0.5
 """What of a rate is used for narrow skip paths, and for those of gated MLPs (docs/lab/skip_paths.md)."""
 
 
-def groups_of(gates: Iterable[Gate], part: str, rate: float, *, by_width: bool = True) -> list[dict[str, Any]]:
+def parameter_groups(gates: Iterable[Gate], part: str, rate: float, *, by_width: bool = True) -> list[dict[str, Any]]:
     """Parameter groups of an optimiser for one part of all gates, `router` or `skip_path`, one for every rate; parts without
     parameters are left out.
     """

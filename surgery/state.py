@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any, Literal
 
 from surgery.calling import Outputs
 from surgery.sites import Plan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,11 @@ class GatedState:
             for name, value in before.items():
                 setattr(self, name, value)
             raise
+
+    def note(self, text: str) -> None:
+        """Say something about the conversion that every report repeats."""
+        self.notes.append(text)
+        logger.info(text)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from torch.fx.proxy import TraceError as FxTraceError
 from torch.nn import functional as F
 
 from surgery.containers import Guard, original_of
-from surgery.errors import TraceError
+from surgery.errors import TraceError, first_line
 from surgery.patterns import Pattern, signature_of
 
 DTYPE = "dtype"  # key in the metadata of an output node: the dtype that decided what `forward` does
@@ -121,7 +121,9 @@ def _traced(
         KeyError,
         IndexError,
     ) as error:
-        raise TraceError(f"{cls.__name__}.forward cannot be traced ({_where(error)}): {_first_line(error)}") from error
+        raise TraceError(
+            f"{cls.__name__}.forward cannot be traced ({_where(error)}): {first_line(error, type(error).__name__)}"
+        ) from error
     finally:
         tracer.check_unchanged()
     if tracer.asked:
@@ -501,7 +503,3 @@ def _where(error: BaseException) -> str:
             frames.append(f"{filename.rsplit('/', 1)[-1]}:{step.tb_lineno}")
         step = step.tb_next
     return frames[-1] if frames else "at its entry"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

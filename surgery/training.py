@@ -34,7 +34,7 @@ from surgery.objectives import divergence
 from surgery.options import HIGHEST, LOWEST, PRECISIONS, Options
 from surgery.pacing import Pace
 from surgery.progress import Progress, silent
-from surgery.rates import groups_of
+from surgery.rates import parameter_groups
 from surgery.resuming import CHECKPOINT, find_checkpoint, read_checkpoint, write_checkpoint
 from surgery.straight_through import OpenGates, SoftGates, prices, router_gradients, stream_error, watched_sites
 
@@ -156,7 +156,7 @@ class _Run:
         self.routers = [p for _, g in iter_gates(gated) for p in g.router.parameters()]
         gates = [gate for _, gate in iter_gates(gated)]
         rates = {"router": options.router_rate, "skip_path": options.skip_rate}
-        groups = [group for part, rate in rates.items() if rate > 0 for group in groups_of(gates, part, rate)]
+        groups = [group for part, rate in rates.items() if rate > 0 for group in parameter_groups(gates, part, rate)]
         if not groups:
             raise SurgeryError(
                 "nothing to train: router_rate is 0, and skip_rate is 0 or every skip path is the identity; give one of "

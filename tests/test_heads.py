@@ -210,7 +210,7 @@ def test_torch_multihead_attention(masked: bool) -> None:
             return attention(x, x, x, need_weights=False, **more)[0]
 
         roles = find_heads(run, run(), dict(attention.named_parameters()), keep_keys=False)
-        assert isinstance(roles, HeadRoles) and roles.whole, roles
+        assert isinstance(roles, HeadRoles) and roles.moves and roles.query.weight == "in_proj_weight", roles
         own = [dict(attention.named_parameters())[name] for name in roles.names]
         with WeighedHeads(roles, own, zeroed(decisions), 3):
             expected = run()

@@ -15,7 +15,7 @@ import surgery
 from surgery import narrowing
 from surgery.errors import SurgeryError
 from surgery.fitting import fit_skip_paths
-from surgery.rates import groups_of
+from surgery.rates import parameter_groups
 from surgery.skip_paths import NarrowSkip
 
 
@@ -169,11 +169,11 @@ def test_narrow_paths_learn_more_slowly() -> None:
     model = Stack(Inverted(), nn.Conv2d(C, C, 3, padding=1)).eval()
     gated = gate_all(model, torch.randn(2, *MAPS[1:]), skip="narrow")
     narrow, other = gates(gated)
-    groups = {g["lr"]: g["params"] for g in groups_of((narrow, other), "skip_path", 1.0, by_width=False)}
+    groups = {g["lr"]: g["params"] for g in parameter_groups((narrow, other), "skip_path", 1.0, by_width=False)}
     assert set(groups) == {0.1, 1.0}
     assert list(map(id, groups[0.1])) == list(map(id, narrow.skip_path.parameters()))
     gated = gate_all(Stack(Gated("gate first")).eval(), torch.randn(2, 5, C), skip="narrow")
-    assert [g["lr"] for g in groups_of(gates(gated), "skip_path", 1.0, by_width=False)] == [0.5]
+    assert [g["lr"] for g in parameter_groups(gates(gated), "skip_path", 1.0, by_width=False)] == [0.5]
 
 
 @pytest.mark.parametrize(("branch", "shape"), BRANCHES)
