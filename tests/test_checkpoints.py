@@ -83,6 +83,8 @@ def test_heads_go_through_checkpoint_and_card(tmp_path: Path) -> None:
     )
     file = tmp_path / "made" / configs.CONFIG
     config = json.loads(file.read_text())
+    config["plan"]["sites"][0]["site"]["heads"]["whole"] = False  # as in older files
+    assert Plan.from_dict(config["plan"]) == state.plan
     config["plan"]["sites"][0]["site"]["heads"]["count"] = 2**40
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="heads, expected 1 to"):
