@@ -279,9 +279,8 @@ def note_dear_routers(gated: nn.Module) -> None:
     limit = ROUTER_LIMIT["token" if any(gate.per_token for _, gate in iter_gates(gated)) else "sample"]
     share = sum(site.router for site in state.costs.sites.values()) / state.costs.dense
     if share > 1.05 * limit:  # widths come in steps
-        note(
-            gated,
-            f"routers cost {100 * share:.1f} % of the model, since even narrow ones are much for one of this width",
+        state.note(
+            f"routers cost {100 * share:.1f} % of the model, since even narrow ones are much for one of this width"
         )
 
 

@@ -3,12 +3,16 @@
 Under `no_grad` torch runs `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` as one kernel each, which its
 counter takes for free; until torch 2.14 it does the same with the CPU's fused attention product.
 
+Recurrent layers are one kernel per layer and direction on the CPU (LSTMs), one for all of them on GPUs; every weight matrix
+in it meets every position once. What torch runs step by step, as GRUs on the CPU and cells, is products that it counts.
+
 Axis letters: `N` samples, `T` tokens, `S` keys, `C` channels, `H` heads, `D` head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -63,8 +67,22 @@ def product_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) ->
     return 2 * samples * heads * tokens * key[2] * (width + value[3])
 
 
+def recurrent_layer_flops(inputs: Shape, weight: Shape, recurrent: Shape, *_: Any, **__: Any) -> int:
+    """Of one direction of one layer on `(T, N, C)`: its two weight matrices."""
+    return recurrent_flops(inputs, (weight, recurrent))
+
+
+def recurrent_flops(inputs: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    """Of all directions and layers at once, on `(T, N, C)`, or packed to one axis of positions; biases are not counted."""
+    positions = math.prod(inputs[:-1])
+    return 2 * positions * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+
+
 _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._native_multi_head_attention: attention_flops,
     torch.ops.aten._transformer_encoder_layer_fwd: encoder_layer_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: product_flops,
+    torch.ops.aten.mkldnn_rnn_layer: recurrent_layer_flops,
+    torch.ops.aten._cudnn_rnn: recurrent_flops,
+    torch.ops.aten.miopen_rnn: recurrent_flops,
 }
