@@ -1,7 +1,7 @@
 """A copy of a model that shares the original's storage and owns everything else.
 
-The copy has its own `Parameter` and buffer *objects* over the same memory, except for small buffers, which are
-copied. Sharing the objects would be a trap: `gated.half()` or `requires_grad_()` would then change the original.
+The copy has its own `Parameter` and buffer *objects* over the same memory. Sharing the objects would be a trap:
+`gated.half()` or `requires_grad_()` would then change the original.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from torch import Tensor, nn
 
 ALIGNMENT = 64
 """Bytes; what torch allocates at."""
-_STATE = 2**16  # numbers; larger buffers are tables and masks, or quantized weights
 
 
 def share(model: nn.Module) -> nn.Module:
-    """Copy `model`; parameters and large buffers are views of the original's memory, parameters frozen, ties kept.
-
-    Small buffers are copied: a `forward` that counts or averages in one must not change the original's.
+    """Copy `model`; parameters are frozen views of the original's memory, ties are kept.
 
     Loading a state dict into the copy gives it memory of its own first, so the original is never written.
     """
@@ -28,7 +25,7 @@ def share(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         memo[id(parameter)] = _alias(parameter)
     for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach() if buffer.numel() > _STATE else buffer.detach().clone()
+        memo[id(buffer)] = buffer.detach()
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         if module._parameters or module._buffers:

@@ -33,6 +33,7 @@ from surgery.tracing import CACHE_NAMES, trace
 logger = logging.getLogger(__name__)
 
 _OTHER = "a sum whose terms come from different places, none of which is the residual of the others"
+_STATE = 2**16  # numbers in a buffer
 
 
 @dataclass(slots=True)
@@ -513,15 +514,24 @@ def _plain_attention() -> Iterator[None]:
 
 
 class _eval_mode:
-    """Eval inside the block; every module's own mode back afterwards, on every path."""
+    """Eval inside the block; every module's own mode and what its buffers hold back afterwards, on every path."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __enter__(self) -> None:
         self.was = {module: module.training for module in self.model.modules()}
+        self.held = [(buffer, buffer._version, buffer.clone()) for buffer in self.model.buffers() if _is_state(buffer)]
         self.model.eval()
 
     def __exit__(self, *_: object) -> None:
         for module, training in self.was.items():
             module.training = training
+        for buffer, version, value in self.held:
+            if buffer._version != version:
+                buffer.copy_(value)
+
+
+def _is_state(buffer: Tensor) -> bool:
+    """Whether a `forward` may count or average in it; larger ones are tables and masks, or quantized weights."""
+    return type(buffer) is Tensor and not buffer.is_inference() and buffer.numel() <= _STATE
