@@ -174,7 +174,8 @@ def stream_error(student: dict[str, Tensor], teacher: OpenGates, layouts: dict[s
 
 def watched_sites(names: Sequence[str], count: int = 5) -> frozenset[str]:
     """Sites spread over the depth, none in the last part: what happens there is seen in the output."""
-    return frozenset(names[round(len(names) * k / (count + 1)) - 1] for k in range(1, count + 1) if len(names) > k)
+    places = (round(len(names) * k / (count + 1)) for k in range(1, count + 1) if len(names) > k)
+    return frozenset(names[max(place, 1) - 1] for place in places)
 
 
 def router_gradients(

@@ -26,6 +26,7 @@ from surgery.options import Options
 from surgery.pacing import Pace
 from surgery.regression import regress_routers
 from surgery.resuming import CHECKPOINT
+from surgery.straight_through import watched_sites
 from surgery.training import History, train_routers, trainable
 
 C = 8
@@ -504,3 +505,10 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     alone = two_processes.train()
     for name, value in alone.items():
         torch.testing.assert_close(first[name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 12, 27])
+def test_sites_whose_streams_are_compared_lie_before_the_last(count: int) -> None:
+    names = [str(index) for index in range(count)]
+    watched = sorted(map(int, watched_sites(names)))
+    assert 1 <= len(watched) <= 5 and watched[-1] < count - 1
