@@ -5,6 +5,7 @@ Axis letters: `N` samples, `T` tokens, `C` channels, `K` active rows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -83,10 +84,34 @@ def split_outputs(branch: Branch, output: Any) -> tuple[Tensor, tuple[Any, ...]]
     return output, ()
 
 
+def parts(value: Any) -> list[Any] | None:
+    """What a tuple, list, dict, named tuple or dataclass holds; None where a value is one piece."""
+    if isinstance(value, (tuple, list)):
+        return list(value)
+    if type(value) is dict:
+        return list(value.values())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value) if field.init]
+    return None
+
+
+def rebuilt(value: Any, held: Sequence[Any]) -> Any:
+    """A value like this one that holds something else."""
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(held)
+    if isinstance(value, (tuple, list)):
+        return type(value)(held)
+    if type(value) is dict:
+        return dict(zip(value, held, strict=True))
+    names = [field.name for field in dataclasses.fields(value) if field.init]
+    return dataclasses.replace(value, **dict(zip(names, held, strict=True)))
+
+
 def take_samples(value: Any, axes: RegionInput, index: Tensor | slice, size: int) -> Any:
     """The samples that `index` names, along the input's batch axis; what is shared (or has length 1 there) stays."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(take_samples(item, axes, index, size) for item in value)
+    held = parts(value)
+    if held is not None:
+        return rebuilt(value, [take_samples(item, axes, index, size) for item in held])
     if axes.batch_axis is None or not isinstance(value, Tensor) or value.shape[axes.batch_axis] != size:
         return value
     if isinstance(index, slice):

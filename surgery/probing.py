@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.branches import Branch, Unfolded, take_samples, take_tokens, unfold
+from surgery.branches import Branch, Unfolded, parts, take_samples, take_tokens, unfold
 from surgery.chain_reading import read_chain
 from surgery.chains import Chain
 from surgery.counting import flop_counter
@@ -317,9 +317,8 @@ def _first(branch: Branch, output: Any) -> Tensor:
 def _shape(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(value.shape)
-    if isinstance(value, (tuple, list)):
-        return [_shape(item) for item in value]
-    return None
+    held = parts(value)
+    return None if held is None else [_shape(item) for item in held]
 
 
 def _batch_axis(small: Any, large: Any, n: int, m: int) -> int | str | None:
@@ -350,6 +349,6 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, (tuple, list)):
-            found += _tensors(value)
+        else:
+            found += _tensors(parts(value) or ())
     return found

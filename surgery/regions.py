@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,6 +20,8 @@ from torch import fx, nn
 from surgery.tracing import CACHE_NAMES, GATES, has_side_effect
 
 _ADD_FUNCTIONS = frozenset({operator.add, operator.iadd, torch.add})
+_SUB_FUNCTIONS = frozenset({operator.sub, operator.isub, torch.sub, torch.subtract})
+PACKED = "its weights are packed (quantized) and cannot be read; convert the model first, and quantize afterwards"
 _SHAPE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 _SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "__len__"})
 _VIEW_NAMES = (
@@ -66,6 +69,8 @@ class Region:
     nodes: list[fx.Node]
     inputs: list[fx.Node]
     escapes: list[fx.Node] = field(default_factory=list)
+    direct: bool = True
+    """Whether the other terms depend on the residual; else it is only the lightest of them."""
 
     @property
     def calls(self) -> tuple[str, ...]:
@@ -91,8 +96,7 @@ def find_regions(graph: fx.Graph, module: nn.Module) -> Findings:
     """Find every residual branch in `graph`, a trace of `module`."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     ancestors = _ancestors(graph)
-    findings = Findings()
-    taken: set[fx.Node] = set()
+    findings = Findings(rejected=_other_sums(graph, module))
     for root in graph.nodes:
         if not is_add(root) or _feeds_add_alone(root):
             continue
@@ -109,20 +113,65 @@ def find_regions(graph: fx.Graph, module: nn.Module) -> Findings:
             )
             continue
         residual = resolved
+        direct = all(other is residual or residual in ancestors[other] for other in terms)
         for term in sorted((t for t in terms if t is not residual), key=order.__getitem__):
             add = _consumer(term)
             region = _cone(term, add, residual, ancestors, order)
             if not isinstance(region, str) and not _works(region, module):
+                if packed := _packed(region, module):
+                    findings.rejected.append((packed, PACKED))
                 continue  # an activation or a mask, nothing that anyone would expect in the table
             if isinstance(region, str):
                 findings.rejected.append((_label(term), region))
-            elif taken & region.own:
+                continue
+            region.direct = direct
+            shared = [one for one in findings.regions if one.own & region.own]
+            if direct and all(not one.direct and one.own | {one.add} <= region.own for one in shared):
+                findings.regions = [one for one in findings.regions if one not in shared]
+            elif shared:
                 findings.rejected.append((_label(term), "it shares work with another branch"))
-            else:
-                taken |= region.own
-                findings.regions.append(region)
+                continue
+            findings.regions.append(region)
     findings.regions.sort(key=lambda region: order[region.add])
     return findings
+
+
+def _other_sums(graph: fx.Graph, module: nn.Module) -> list[tuple[str, str]]:
+    """Branches that come to the stream by other means than a plain sum, with the reason why they are none here."""
+    found = []
+    for node in graph.nodes:
+        scaled = _is(node, _ADD_FUNCTIONS | _SUB_FUNCTIONS, "add", "add_", "sub", "sub_") and "alpha" in node.kwargs
+        if (scaled or _is(node, _SUB_FUNCTIONS, "sub", "sub_")) and _is_branch(graph, node, module):
+            how = "added with a factor (`alpha`)" if scaled else "subtracted"
+            found.append((_label(node.args[1]), f"its result is {how}; only what is added as it is can be skipped"))
+    return found
+
+
+def _is(node: fx.Node, functions: Collection[Any], *methods: str) -> bool:
+    if node.op == "call_method":
+        return node.target in methods
+    return node.op == "call_function" and node.target in functions
+
+
+def _is_branch(graph: fx.Graph, node: fx.Node, module: nn.Module) -> bool:
+    """Whether the right operand is work on the left one."""
+    if len(node.args) != 2 or not all(isinstance(operand, fx.Node) for operand in node.args):
+        return False
+    left, right = node.args
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    ancestors = _ancestors(graph)
+    if left not in ancestors[right]:
+        return False
+    region = _cone(right, node, left, ancestors, {node: index for index, node in enumerate(graph.nodes)})
+    return not isinstance(region, str) and _works(region, module)
+
+
+def _packed(region: Region, module: nn.Module) -> str:
+    """Name of a layer whose weights are packed, as those that torch's quantization makes; "" where there is none."""
+    for name in region.calls:
+        if any(hasattr(part, "_packed_params") for part in module.get_submodule(name).modules()):
+            return name
+    return ""
 
 
 def _works(region: Region, module: nn.Module) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from subjects import assert_close, outputs
+from subjects import assert_close, assert_equal, outputs
 from torch import Tensor, nn
 from tracing_toys import Base, C, N, Residual, T, check, convert, maps, mlp, tokens
 
@@ -317,3 +318,95 @@ class Hook(Base):
 def test_loops_over_containers() -> None:
     x, toy = tokens(), Hook().eval()
     check(toy, x, ["parts.a"], (x - toy.parts["b"](x)).detach())
+
+
+class Modulated(nn.Module):
+    """A feature map that is scaled and shifted inside the branch (FiLM): the shift is no residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(C, C, 3, padding=1), nn.Conv2d(C, C, 3, padding=1)
+        self.condition = nn.Linear(C, 2 * C)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        scale, shift = self.condition(t)[:, :, None, None].chunk(2, 1)
+        return x + self.second(torch.relu(self.first(x) * (1 + scale) + shift))
+
+
+def test_a_shift_inside_a_branch_is_no_residual() -> None:
+    toy, x, t = Modulated(), maps(), torch.randn(N, C)
+    sites, gated = convert(toy, x=x, t=t)
+    assert len(sites) == 1 and set(sites[0].modules) == {"first", "second", "condition"}
+    with surgery.force(gated, 1.0):
+        assert_equal([gated(x, t)], [toy(x, t)])
+    with surgery.force(gated, 0.0):
+        assert_equal([gated(x, t)], [x])
+
+
+class Pair(NamedTuple):
+    a: Tensor
+    b: Tensor
+
+
+@dataclass
+class Record:
+    a: Tensor
+    b: Tensor
+
+
+class OnPairs(Base):
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, pair: Any) -> Any:
+        return self.make(pair.a + self.mlp(pair.a), pair.b)
+
+
+class Pairs(nn.Module):
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.make, self.first, self.second = make, OnPairs(make), OnPairs(make)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(self.first(self.make(x, x))).a
+        return found
+
+
+@pytest.mark.parametrize("make", [Pair, Record])
+def test_streams_may_be_parts_of_what_is_passed_on(make: Any) -> None:
+    x = tokens()
+    check(Pairs(make), x, ["first.mlp", "second.mlp"], closed=x)
+
+
+class Subtracting(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.mlp(self.norm(x))
+
+
+class Weighted(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.mlp(self.norm(x)), alpha=0.5)
+
+
+class InPlace(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x.sub_(self.mlp(x))
+
+
+@pytest.mark.parametrize(
+    ("toy", "reason"), [(Weighted, "added with a factor"), (Subtracting, "subtracted"), (InPlace, "subtracted")]
+)
+def test_sums_of_another_kind_are_reported(toy: type[nn.Module], reason: str) -> None:
+    sites = surgery.find_sites(toy(), tokens())
+    assert len(sites) == 0 and [r.where for r in sites.rejections] == ["mlp"], sites.rejections
+    assert reason in sites.rejections[0].reason
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_packed_weights_are_reported() -> None:
+    toy = torch.ao.quantization.quantize_dynamic(Residual(), {nn.Linear}, dtype=torch.qint8)
+    sites = surgery.find_sites(toy, tokens())
+    assert len(sites) == 0 and "packed" in sites.rejections[0].reason
+    assert "no branch is added" not in str(sites)
