@@ -17,13 +17,12 @@ from torch import Tensor
 
 from surgery.errors import TraceError
 
-_CHANGES = frozenset(
-    (
-        "__setitem__ __delitem__ __iadd__ __imul__ __iand__ __ior__ __isub__ __ixor__ append appendleft extend "
-        "extendleft insert pop popleft popitem remove reverse rotate sort clear update setdefault add discard move_to_end "
-        "difference_update intersection_update symmetric_difference_update subtract"
-    ).split()
+_CHANGE_NAMES = (
+    "__setitem__ __delitem__ __iadd__ __imul__ __iand__ __ior__ __isub__ __ixor__ append appendleft extend extendleft insert "
+    "pop popleft popitem remove reverse rotate sort clear update setdefault add discard move_to_end difference_update "
+    "intersection_update symmetric_difference_update subtract"
 )
+_CHANGES = frozenset(_CHANGE_NAMES.split())
 _KINDS: tuple[type, ...] = (OrderedDict, dict, list, set, deque)
 _SMALL = 2**16
 _SHARED = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
@@ -72,8 +71,9 @@ class Guard:
             raise TraceError(changed[0])
 
     def _container(self, value: Any, where: str) -> Any:
-        kind = next(kind for kind in _KINDS if isinstance(value, kind))
-        guarded = self.copies[id(value)] = _refusing(type(value)).__new__(_refusing(type(value)))
+        kind: Any = next(kind for kind in _KINDS if isinstance(value, kind))
+        cls: Any = _refusing(type(value))  # type: ignore[arg-type]
+        guarded = self.copies[id(value)] = cls.__new__(cls)
         guarded.__dict__.update(getattr(value, "__dict__", {}), surgery_original=value, surgery_refusal=where)
         if isinstance(value, dict):
             for key in value:
@@ -108,7 +108,7 @@ def original_of(value: Any) -> Any:
 
 
 @functools.cache
-def _refusing(cls: type) -> type:
+def _refusing(cls: Any) -> type:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise TraceError(self.surgery_refusal)
 

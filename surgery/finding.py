@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from surgery.context import handled
 from surgery.copying import share
 from surgery.counting import flop_counter
 from surgery.errors import SurgeryError, TraceError, UnsupportedModel
+from surgery.first_calls import plain_attention
 from surgery.patterns import KINDS, Pattern, patterns_of_call, signature_of
 from surgery.probing import Claim, Probe
 from surgery.regions import Findings, Region, find_regions
@@ -72,7 +72,7 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
     check_convertible(model)
     check_weights(model)
     batch = _pair(as_batch(example))
-    with _eval_mode(model), _plain_attention(), torch.no_grad():
+    with _eval_mode(model), plain_attention(), torch.no_grad():
         try:
             with flop_counter() as counter:
                 twin = share(model)  # frozen: the FLOP counter fails on leaf tensors that require gradients
@@ -182,8 +182,8 @@ def _trace_all(model: nn.Module, patterns: Mapping[str, list[Pattern]]) -> tuple
 def _trace_one(
     module: nn.Module, patterns: list[Pattern], inlined: tuple[str, ...]
 ) -> tuple[list[Pattern], fx.Graph, Findings] | str:
-    """Trace with numbers and sizes as values, else with numbers held fixed, else with sizes as well; the reason if
-    none of these works.
+    """Trace with dtypes, numbers and sizes as values, else with dtypes held fixed, else with numbers, else with sizes as
+    well; the reason if none of these works.
     """
     reason = "it is never called"
     for held in KINDS:
@@ -500,17 +500,6 @@ def _signature(batch: Batch) -> dict[str, Any]:
         return None if value is None else type(value).__name__
 
     return {"args": [describe(v) for v in batch.args], "kwargs": {k: describe(v) for k, v in batch.kwargs.items()}}
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Switch off the fused inference path of torch's own TransformerEncoder, which rounds differently."""
-    was = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was)
 
 
 class _eval_mode:

@@ -1,7 +1,7 @@
 """Call patterns: how a module was called, as far as it decides what `forward` does.
 
 FX silently takes one side of `if argument is None`. Therefore a graph always belongs to a *call pattern*: which
-arguments are None, True, False, a string, a tensor, or another object. A host keeps one graph per pattern it meets.
+arguments are None, True, False, a string, a number, a tensor, or another object. A host keeps one graph per pattern it meets.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ import inspect
 import keyword as words
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 _RANKS = tuple(f"tensor:{rank}" for rank in range(65))
+_NUMBERS = {float: "float", int: "int"}
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
-Held = Literal["kinds", "numbers", "sizes"]
+Held = Literal["kinds", "dtypes", "numbers", "sizes"]
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """How a module was called: the kind of each named argument, of extra positional ones, and of extra keyword ones.
 
-    A kind is `none`, `true`, `false`, `str:<value>`, `tensor:<rank>`, `object`; where numbers are held fixed also
-    `int:<value>` and `ints:<values>`; where sizes are as well, `sized:<rank>:<all sizes but the first>`.
+    A kind is `none`, `true`, `false`, `str:<value>`, `enum:<class>.<name>`, `float`, `int`, `tensor:<rank>`, `object`; where
+    dtypes are held fixed `typed:<dtype>:<rank>`; where numbers are, `int:<value>` and `ints:<values>`; where sizes are as
+    well, `sized:<rank>:<all sizes but the first>`.
     """
 
     named: tuple[str, ...]
@@ -38,7 +41,9 @@ class Pattern:
         kinds = (*self.named, *self.extra, *(kind for _, kind in self.keywords))
         if any(kind.startswith("sized:") for kind in kinds):
             return "sizes"
-        return "numbers" if any(kind.startswith("int") for kind in kinds) else "kinds"
+        if any(kind.startswith(("int:", "ints:")) for kind in kinds):
+            return "numbers"
+        return "dtypes" if any(kind.startswith("typed:") for kind in kinds) else "kinds"
 
     def to_list(self) -> list[Any]:
         """JSON-ready form."""
@@ -68,9 +73,18 @@ def kind_of(value: Any) -> str:
         return "true"
     if value is False:
         return "false"
+    if isinstance(value, Enum):
+        return f"enum:{type(value).__qualname__}.{value.name}"
     if isinstance(value, str):
         return f"str:{value}"
-    return "object"
+    return _NUMBERS.get(type(value), "object")
+
+
+def kind_with_dtypes(value: Any) -> str:
+    """Like `kind_of`, with the dtypes of tensors held fixed."""
+    if isinstance(value, Tensor) and not value.is_nested:
+        return f"typed:{str(value.dtype).removeprefix('torch.')}:{value.dim()}"
+    return kind_of(value)
 
 
 def kind_with_numbers(value: Any) -> str:
@@ -91,6 +105,7 @@ def kind_with_sizes(value: Any) -> str:
 
 KINDS: Mapping[Held, Callable[[Any], str]] = {
     "kinds": kind_of,
+    "dtypes": kind_with_dtypes,
     "numbers": kind_with_numbers,
     "sizes": kind_with_sizes,
 }

@@ -215,7 +215,7 @@ def _rehearse(gated: nn.Module, example: Any) -> tuple[dict[str, Pattern], set[s
     nested: set[str] = set()
 
     def note(name: str, programs: Programs) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             pattern = programs.pattern(args, kwargs)
             if seen.setdefault(name, pattern) != pattern:
                 raise PinError(
@@ -237,7 +237,7 @@ def _rehearse(gated: nn.Module, example: Any) -> tuple[dict[str, Pattern], set[s
     for name, module in gated.named_modules():
         programs = getattr(type(module), "_surgery_programs", None)
         if programs is not None:
-            hooks.append(module.register_forward_pre_hook(note(name, programs), with_kwargs=True))
+            hooks.append(module.register_forward_hook(note(name, programs), with_kwargs=True))
     batch = as_batch(example)
     try:
         with torch.no_grad(), context.handled(gated, handler):
@@ -271,7 +271,7 @@ class _Tensors(nn.Module):
 def _pin_host(module: nn.Module, cls: type[nn.Module], pattern: Pattern | None) -> None:
     """Give the host the program of one pattern as its `forward`; one that was never called runs the original."""
     programs: Programs = cls._surgery_programs  # type: ignore[attr-defined]
-    program = None if pattern is None else programs.compiled.get(pattern)
+    program = None if pattern is None else programs.made(module, pattern)
     if pattern is not None and program is None:
         raise PinError(
             f"{programs.name or 'the model'} cannot be traced in the way in which the example calls it, so its sites would "

@@ -7,7 +7,8 @@
     def _forward_0(self, x):
         return self.surgery_gates.mlp(self._branch_mlp, x, x, x)
 
-Graphs are never stored; a host that meets a new call pattern (another argument is None) traces again, once.
+Graphs are never stored; a host that meets a new call pattern (another argument is None) traces again, once, and compares
+what it made with the original (`surgery.first_calls`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import logging
 import operator
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +24,10 @@ import torch
 from torch import fx, nn
 
 from surgery import context
+from surgery.attributes import Attributes
 from surgery.context import Scope, runs_dense
 from surgery.errors import PlanMismatch, TraceError
+from surgery.first_calls import difference, kind_of_object
 from surgery.generating import code_of, function_of, functions_of
 from surgery.key_values import KeyWriter
 from surgery.patterns import Held, Pattern, Signature, pattern_of
@@ -32,11 +35,13 @@ from surgery.query_rows import QueryRows
 from surgery.regions import Region, find_regions, is_rest, or_nothing
 from surgery.sites import RegionInput
 from surgery.tracing import (
+    ATTRIBUTES,
     CACHE_NAMES,
     DTYPE,
     GATES,
     INPLACE,
     is_autocast,
+    is_watched,
     new_graph,
     remove_dead_code,
     trace,
@@ -63,6 +68,28 @@ class Marked:
 
 
 @dataclass(slots=True)
+class Program:
+    """What a host does in calls of one pattern."""
+
+    run: Callable[..., Any] | None
+    """Takes the host and all arguments; None where the original runs."""
+    attributes: Attributes | None = None
+    """What it was made for."""
+    objects: tuple[int, ...] = ()
+    """Places of arguments that are neither tensors nor constants."""
+    trusted: bool = False
+    """Whether a call like its first one was compared with the original before."""
+    proved: dict[Any, bool] = field(default_factory=dict)
+    """Kinds of those arguments -> whether it may run."""
+    instead: Held = "kinds"
+    """What has to be held fixed for these calls, if it is more than for others of this host."""
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether the module still is what it was made for."""
+        return self.attributes is None or self.attributes.are_those_of(module)
+
+
+@dataclass(slots=True)
 class Programs:
     """The generated functions of one host, one `forward` per call pattern."""
 
@@ -73,8 +100,12 @@ class Programs:
     inlined: frozenset[str]
     held: Held = "kinds"
     full: bool = False
-    compiled: dict[Pattern, Callable[..., Any] | None] = field(default_factory=dict)
-    sources: dict[Pattern, str] = field(default_factory=dict)
+    compiled: dict[Pattern, list[Program]] = field(default_factory=dict)
+    """Programs of each pattern: one for every set of attributes that was met."""
+    traced: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    """Classes of the modules that were traced through."""
+    warned: set[str] = field(default_factory=set)
+    sources: list[str] = field(default_factory=list)
     dtype: torch.dtype | None = None
     """The weights' dtype that decided what some program does, or None."""
     leaders: tuple[str, ...] = field(init=False)
@@ -96,26 +127,91 @@ class Programs:
                 "%s: this call runs dense, since its weights were %s when gates were inserted", self.name, self.dtype
             )
             return self.base.forward(module, *args, **kwargs)
+        if self.traced and (changed := self._changed(module)):
+            self._warn_once(f"{changed} was changed after gates were inserted")
+            return self.base.forward(module, *args, **kwargs)
         values, extra, rest = self.signature.bind(args, kwargs)
         if not self.signature.fits(values, rest, args):
             return self.base.forward(module, *args, **kwargs)  # says what is missing or too much
-        names = sorted(rest)
-        pattern = pattern_of(values, extra, rest, self.held)
-        try:
-            program = self.compiled[pattern]
-        except KeyError:
-            with self.lock:
-                program = self._added(module, pattern)
-        if program is None:
+        program = self._program(module, values, extra, rest)
+        if program.run is None:
             return self.base.forward(module, *args, **kwargs)
-        inputs = (module, *values, *extra, *[rest[name] for name in names])
-        return self._share(program, inputs) if self.leaders else program(*inputs)
+        inputs = (module, *values, *extra, *[rest[name] for name in sorted(rest)])
+        if not self._may_run(program, inputs, lambda: self._original(values, extra, rest)):
+            return self.base.forward(module, *args, **kwargs)
+        return self._share(program.run, inputs) if self.leaders else program.run(*inputs)
 
-    def _added(self, module: nn.Module, pattern: Pattern) -> Callable[..., Any] | None:
-        """The program of a pattern that was not known a moment ago."""
-        if pattern in self.compiled:
-            return self.compiled[pattern]
-        return self.add(module, pattern, strict=False) if self._has_room() else None
+    def _program(
+        self, module: nn.Module, values: Sequence[Any], extra: Sequence[Any], rest: Mapping[str, Any]
+    ) -> Program:
+        program = self._of_pattern(module, pattern_of(values, extra, rest, self.held))
+        if program.instead != "kinds":
+            program = self._of_pattern(module, pattern_of(values, extra, rest, program.instead))
+        return program
+
+    def _of_pattern(self, module: nn.Module, pattern: Pattern) -> Program:
+        """The program of a pattern that fits the module's attributes; it is made where there is none."""
+        for program in self.compiled.get(pattern, ()):
+            if program.fits(module):
+                return program
+        with self.lock:
+            for program in self.compiled.get(pattern, ()):
+                if program.fits(module):
+                    return program
+            return self.add(module, pattern, strict=False) if self._has_room(pattern) else Program(None)
+
+    def _may_run(self, program: Program, inputs: tuple[Any, ...], original: Callable[[], Callable[..., Any]]) -> bool:
+        """Whether a program is right for calls like this one; compared with the original in the first of them."""
+        kinds = tuple([kind_of_object(inputs[place]) for place in program.objects])
+        known = program.proved.get(kinds)
+        if known is not None:
+            return known
+        if program.trusted and not program.proved:
+            program.proved[kinds] = True
+            return True
+        module = inputs[0]
+        assert program.run is not None
+        with self.lock:
+            if kinds in program.proved:
+                return program.proved[kinds]
+            state = module._modules[GATES].state
+            why = difference(program.run, original(), module, state, inputs[1:])
+            if why is not None:
+                program.proved[kinds] = not why
+        if why:
+            logger.warning(
+                "%s: calls like this one run dense, since traced code is wrong: %s", self.name or "model", why
+            )
+        return not why
+
+    def _original(self, values: Sequence[Any], extra: Sequence[Any], rest: Mapping[str, Any]) -> Callable[..., Any]:
+        """The original `forward`, called with the arguments of a program."""
+        named = [parameter.name for parameter in self.signature.named]
+        positional = self.signature.positional if extra else 0
+        names = sorted(rest)
+
+        def run(module: nn.Module, *call: Any) -> Any:
+            middle = len(named) + len(extra)
+            given = dict(zip(named[positional:], call[positional : len(named)], strict=True))
+            given |= zip(names, call[middle:], strict=True)
+            return self.base.forward(module, *call[:positional], *call[len(named) : middle], **given)
+
+        return run
+
+    def _changed(self, module: nn.Module) -> str:
+        """Name of a module that was traced through and is now watched, or another one; "" where there is none."""
+        for name, cls in self.traced.items():
+            inner: nn.Module | None = module
+            for part in name.split("."):
+                inner = inner._modules.get(part) if inner is not None else None
+            if inner is None or type(inner) is not cls or is_watched(inner):
+                return f"{self.name}.{name}" if self.name else name
+        return ""
+
+    def _warn_once(self, why: str) -> None:
+        if why not in self.warned:
+            self.warned.add(why)
+            logger.warning("%s: runs dense, since %s", self.name or "model", why)
 
     def _share(self, program: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         """Run a program; what its routers share is kept as long as it runs."""
@@ -129,26 +225,43 @@ class Programs:
             for name in self.leaders:
                 running.shared.pop(name, None)
 
-    def _has_room(self) -> bool:
-        """Whether one more program may be made: patterns that hold numbers or sizes fixed could be endless."""
-        room = self.held == "kinds" or len(self.compiled) < MOST
+    def _has_room(self, pattern: Pattern) -> bool:
+        """Whether one more program may be made: numbers, sizes and attributes that are held fixed could be endless."""
+        endless = self.held not in ("kinds", "dtypes")
+        room = len(self.compiled) < MOST or not endless
         if not room and not self.full:
             self.full = True
             logger.warning(
                 "%s: called with more than %d combinations of %s; further ones run dense", self.name, MOST, self.held
             )
+        if len(self.compiled.get(pattern, ())) >= MOST:
+            self._warn_once(f"its attributes were changed more than {MOST} times")
+            return False
         return room
 
     def pattern(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pattern:
         """The call pattern of one call."""
-        return self.signature.pattern(tuple(args), kwargs, self.held)
+        pattern = self.signature.pattern(tuple(args), kwargs, self.held)
+        finer: Held = next((program.instead for program in self.compiled.get(pattern, ())), "kinds")
+        return pattern if finer == "kinds" else self.signature.pattern(tuple(args), kwargs, finer)
 
-    def add(self, module: nn.Module, pattern: Pattern, *, strict: bool) -> Callable[..., Any] | None:
+    def made(self, module: nn.Module, pattern: Pattern) -> Callable[..., Any] | None:
+        """The program of a pattern that was met, or None where the original runs."""
+        return next((program.run for program in self.compiled.get(pattern, ()) if program.fits(module)), None)
+
+    def add(self, module: nn.Module, pattern: Pattern, *, strict: bool, trusted: bool = False) -> Program:
         """Generate the program of one pattern.
+
+        Args:
+            module: The host.
+            pattern: How it is called.
+            strict: Whether all sites have to be there.
+            trusted: Whether such calls were compared with the original before.
 
         Raises:
             PlanMismatch: If `strict`, and it cannot be traced or a site is not found again in the trace.
         """
+        kinds = (*pattern.named, *pattern.extra, *(kind for _, kind in pattern.keywords))
         try:
             graph = trace(module, pattern, self.inlined)
         except TraceError as error:
@@ -156,9 +269,10 @@ class Programs:
                 raise PlanMismatch(
                     f"{self.name or 'model'} is not called as in the plan: {error}; was the plan made for another model?"
                 ) from error
-            logger.warning("%s: this call runs dense, since it cannot be traced: %s", self.name or "model", error)
-            self.compiled[pattern] = None
-            return None
+            finer = pattern.holds == self.held == "kinds" and any(kind.startswith("tensor:") for kind in kinds)
+            if not finer:
+                logger.warning("%s: this call runs dense, since it cannot be traced: %s", self.name or "model", error)
+            return self._keep(pattern, Program(None, instead="dtypes" if finer else "kinds"))
         self.dtype = graph.output_node().meta.get(DTYPE, self.dtype)
         matched = _match(find_regions(graph, module).regions, self.marked)
         missing = [m.site for m in self.marked if m not in [mark for mark, _ in matched]]
@@ -169,10 +283,10 @@ class Programs:
             )
         if missing:
             logger.warning("%s: called in a new way in which %s cannot be skipped", self.name or "model", missing)
-        index = len(self.compiled)
+        index = len(self.sources)
         source, namespace = _generate(self, graph, pattern, matched, index)
         functions = functions_of(source, namespace, f"<surgery {self.name or 'model'} #{index}>")
-        program = functions.pop(f"_forward_{index}")
+        run = functions.pop(f"_forward_{index}")
         cls = type(module)
         for mark, region in matched:
             function: Any = functions[_branch_name(mark.key, index)]
@@ -183,8 +297,12 @@ class Programs:
             function.keys = self._key_writer(mark, region, index) if function.stateful else None
             function.rows = None if function.stateful else self._query_rows(mark, region, index)
             setattr(cls, function.__name__, function)
-        self.sources[pattern] = source
-        self.compiled[pattern] = program
+        self.sources.append(source)
+        objects = tuple(place for place, kind in enumerate(kinds, start=1) if kind == "object")
+        return self._keep(pattern, Program(run, graph.output_node().meta[ATTRIBUTES], objects, trusted))
+
+    def _keep(self, pattern: Pattern, program: Program) -> Program:
+        self.compiled[pattern] = [*self.compiled.get(pattern, ()), program]
         return program
 
     def _key_writer(self, mark: Marked, region: Region, index: int) -> KeyWriter | None:

@@ -142,7 +142,7 @@ def show(gated: nn.Module, name: str = "") -> str:
             f"{name!r} is neither a site of this {type(gated).__name__} nor a module that was rewritten"
             f"{near(name, (*state.names, *hosts))}; sites: {shortened(state.names)}; rewritten modules: {shortened(hosts)}"
         )
-    return "\n".join(programs.sources.values())
+    return "\n".join(programs.sources)
 
 
 def check_convertible(model: nn.Module) -> None:
@@ -227,11 +227,12 @@ def install(gated: nn.Module, host: str, planned: Iterable[SitePlan], plan: Plan
     base = base_class(module)
     inlined = frozenset(n[len(prefix) :] for n in plan.inlined if n.startswith(prefix))
     patterns = [Pattern.from_list(p) for p in plan.patterns[host]]
-    programs = Programs(host, base, signature_of(base), tuple(marked), inlined, patterns[0].holds)
+    traced = {name: type(one) for name, one in module.named_modules() if name in inlined}
+    programs = Programs(host, base, signature_of(base), tuple(marked), inlined, patterns[0].holds, traced=traced)
     module.add_module(GATES, gates)
     module.__class__ = subclass(base, {"forward": _dispatcher(base), "_surgery_programs": programs})
     for pattern in patterns:
-        programs.add(module, pattern, strict=pattern == patterns[0])
+        programs.add(module, pattern, strict=pattern == patterns[0], trusted=True)
 
 
 def _owners(gated: nn.Module, planned: SitePlan) -> Owners:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
@@ -23,11 +24,13 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError as FxTraceError
 from torch.nn import functional as F
 
+from surgery.attributes import Attributes, is_plain
 from surgery.containers import Guard, original_of
 from surgery.errors import TraceError, first_line
 from surgery.patterns import Pattern, signature_of
 
 DTYPE = "dtype"  # key in the metadata of an output node: the dtype that decided what `forward` does
+ATTRIBUTES = "attributes"  # key in the metadata of an output node: the plain attributes that `forward` read
 INPLACE = "inplace"  # key in the metadata of sums that were written `a += b`
 GATES = "surgery_gates"  # name of the child that holds a host's gates; invisible to tracing
 CACHE_NAMES = frozenset({"past_key_value", "past_key_values", "layer_past", "cache_params", "cache"})
@@ -126,6 +129,7 @@ def _traced(
         ) from error
     finally:
         tracer.check_unchanged()
+    tracer.graph.output_node().meta[ATTRIBUTES] = Attributes(tracer.read)
     if tracer.asked:
         tracer.graph.output_node().meta[DTYPE] = tracer.dtype
     _remove_dropout(tracer.graph)
@@ -163,7 +167,12 @@ def _remove_dropout(graph: fx.Graph) -> None:
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody else has a say in what the module's call does."""
     return bool(
-        GATES in module._modules or "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
+        GATES in module._modules
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
@@ -275,6 +284,7 @@ class _Tracer(fx.proxy.TracerBase):
         self._attributes: dict[str, fx.Proxy] = {}
         self.dtype = weights_dtype(module)
         self.asked = False
+        self.read: dict[str, Any] = {}
         self.guard = Guard()
         self.stand_ins: list[tuple[nn.Module, frozenset[str]]] = []
 
@@ -307,11 +317,19 @@ class _Tracer(fx.proxy.TracerBase):
         tag, _, text = kind.partition(":")
         if tag == "str":
             return text
-        if tag == "int":
+        if tag == "int" and text:
             return int(text)
         if tag == "ints":
             return tuple(map(int, text.split(",")))
         node = self.create_node("placeholder", name, (), {})
+        if kind in _CLASSES:
+            return _Number(node, self, _CLASSES[kind])
+        if tag == "typed":
+            name_of_dtype, _, rank = text.partition(":")
+            dtype = getattr(torch, name_of_dtype, None)
+            if not isinstance(dtype, torch.dtype):
+                raise TraceError(f"{name_of_dtype} is no dtype")
+            return _Typed(node, self, int(rank), dtype)
         if tag == "sized":
             rank, _, sizes = text.partition(":")
             return _Sized(node, self, int(rank), tuple(map(int, sizes.split(","))))
@@ -344,15 +362,54 @@ class _Argument(_Proxy):
     """A tensor argument, whose rank belongs to the call pattern and may therefore decide what `forward` does."""
 
     is_nested = False
+    _is_param = False
 
     def __init__(self, node: fx.Node, tracer: _Tracer, rank: int) -> None:
         super().__init__(node, tracer)
         self.ndim = rank
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # what `isinstance` asks for; torch's functions in C ask as well, and would take a proxy's memory for a tensor's
+        return Tensor if sys._getframe(1).f_code in _ONLY_ASK else type(self)
+
     def dim(self) -> int:
         return self.ndim
 
     ndimension = dim
+
+
+class _Typed(_Argument):
+    """A tensor argument whose dtype belongs to the call pattern."""
+
+    def __init__(self, node: fx.Node, tracer: _Tracer, rank: int, dtype: torch.dtype) -> None:
+        super().__init__(node, tracer, rank)
+        self._dtype = dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def is_floating_point(self) -> bool:
+        return self._dtype.is_floating_point
+
+    @classmethod
+    def __torch_function__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.is_floating_point, Tensor.is_floating_point) and type(args[0]) is _Typed:
+            return args[0].is_floating_point()
+        return super().__torch_function__(function, kinds, args, kwargs)
+
+
+class _Number(_Proxy):
+    """A number argument, whose class belongs to the call pattern."""
+
+    def __init__(self, node: fx.Node, tracer: _Tracer, kind: type) -> None:
+        super().__init__(node, tracer)
+        self._kind = kind
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return self._kind  # what `isinstance` asks for
 
 
 class _Ranked(_Argument):
@@ -397,6 +454,8 @@ class _Sized(_Argument):
         raise TraceError("the number of samples decides what is computed")
 
 
+_ONLY_ASK = (F._none_or_dtype.__code__, torch.is_tensor.__code__)
+_CLASSES: dict[str, type] = {"float": float, "int": int}
 _CONSTANTS: dict[str, Any] = {"none": None, "true": True, "false": False}
 
 
@@ -461,10 +520,18 @@ def _stand_in(
     def refuse(self: nn.Module, name: str, value: Any = None) -> None:
         raise TraceError(f"{cls.__name__}.forward sets self.{name}, a side effect that a graph would lose")
 
+    plain = {n: v for n, v in vars(module).items() if n != "training" and is_plain(v)}
+
+    def read(self: nn.Module, name: str) -> Any:
+        if name in plain:
+            tracer.read[prefix + name] = plain[name]
+        return cls.__getattribute__(self, name)
+
     def changes(name: str) -> str:
         return f"{cls.__name__}.forward changes what self.{name} holds, a side effect that a graph would lose"
 
     namespace: dict[str, Any] = {"__setattr__": refuse, "__delattr__": refuse, "__module__": cls.__module__}
+    namespace["__getattribute__"] = read
     namespace |= {name: tracer.guard.of(value, changes(name)) for name, value in _containers_of(cls).items()}
     if not root:
         namespace["__call__"] = record

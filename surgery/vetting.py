@@ -30,7 +30,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
 """Smallest and largest values; what is outside is no network."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 _KIND = re.compile(
-    r"none|true|false|object|tensor:\d{1,2}|str:.*|int:-?\d{1,18}|ints:-?\d{1,18}(,-?\d{1,18})*"
+    r"none|true|false|object|float|int|enum:.*|tensor:\d{1,2}|typed:[a-z0-9_]{1,20}:\d{1,2}|str:.*|int:-?\d{1,18}|ints:-?\d{1,18}(,-?\d{1,18})*"
     r"|sized:\d{1,2}:\d{1,18}(,\d{1,18})*",
     re.DOTALL,
 )
