@@ -146,6 +146,41 @@ class Shortcut(nn.Module):
         return torch.add(self.conv2(F.relu(self.norm1(self.conv1(x)))), self.project(x))
 
 
+class Waves(nn.Module):
+    """A user's own convolutional network on signals `(N, 1, T)`."""
+
+    def __init__(self, channels: int = 8, depth: int = 3, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(1, channels, 5)
+        self.blocks = nn.ModuleList(Wave(channels) for _ in range(depth))
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, signals: Tensor) -> Tensor:
+        """Logits `(N, classes)`."""
+        x = self.stem(signals)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(2))
+
+
+class Wave(nn.Module):
+    """A residual block of two convolutions along one axis."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convolve = nn.Sequential(
+            nn.BatchNorm1d(channels),
+            nn.ReLU(),
+            nn.Conv1d(channels, 4 * channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv1d(4 * channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, C, T)` to the same."""
+        return x + self.convolve(x)
+
+
 class Odd(nn.Module):
     """Many habits in one network: in-place sums, dual paths, None defaults, keyword-only calls, shape reads."""
 
@@ -212,6 +247,13 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("plain/own_vit", OwnViT, images(32), (("AttentionLayer", 2),), "written by hand, on nn.MultiheadAttention"),
     Entry(
         "plain/encoder", EncoderViT, images(32), (("TransformerEncoderLayer", 2),), "torch's own nn.TransformerEncoder"
+    ),
+    Entry(
+        "plain/waves",
+        Waves,
+        lambda samples: torch.randn(samples, 1, 44),
+        (("Wave", 1),),
+        "written by hand, convolutions along one axis",
     ),
     Entry(
         "plain/odd",

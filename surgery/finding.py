@@ -27,7 +27,7 @@ from surgery.patterns import KINDS, Pattern, patterns_of_call, signature_of
 from surgery.probing import Claim, Probe
 from surgery.regions import Findings, Region, find_regions
 from surgery.rewriting import check_convertible, insert_gates
-from surgery.sites import Granularity, Plan, Rejection, Site, SitePlan, Sites
+from surgery.sites import CHANNELS_FIRST, Granularity, Plan, Rejection, Site, SitePlan, Sites
 from surgery.tracing import CACHE_NAMES, trace
 
 logger = logging.getLogger(__name__)
@@ -359,7 +359,7 @@ def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module], onc
     ):
         granularities.append("prefill")
     shape = claim.residual
-    channels = shape[1] if claim.layout in ("NC", "NCHW") else shape[-1]
+    channels = shape[1] if claim.layout in ("NC", *CHANNELS_FIRST) else shape[-1]
     positions = int(torch.Size(shape[1:]).numel()) // channels
     axes = probe.axes[trial.name]
     assert not isinstance(axes, str)

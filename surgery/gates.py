@@ -266,9 +266,10 @@ class Gate(Executor):
     def padding(self, residual: Tensor) -> Tensor | None:
         """The call's attention mask, bool `(N, T)`, if it fits the residual stream here."""
         scope = self._scope()
-        if scope is None or scope.mask is None or residual.dim() != 3 or scope.mask.shape != residual.shape[:2]:
+        if scope is None or scope.mask is None or residual.dim() != 3:
             return None
-        return scope.mask
+        positions = residual.shape[::2] if self.site.layout == "NCT" else residual.shape[:2]
+        return scope.mask if scope.mask.shape == positions else None
 
     def _weights(self, residual: Tensor) -> Tensor | None:
         """How much each decision counts, for the tape."""

@@ -24,6 +24,7 @@ from surgery.gates import Gate
 from surgery.head_gates import HeadGate
 from surgery.objectives import margin
 from surgery.routers import Router, SampleRouter
+from surgery.sites import CHANNELS_FIRST
 
 
 @dataclass(slots=True)
@@ -120,7 +121,7 @@ def _harm(site: _Seen, gradient: Tensor | None) -> Tensor:
         shape = site.difference.shape[:-1] if site.gate.per_token else site.difference.shape[:1]
         return torch.zeros(shape, device=site.difference.device)
     product = gradient.float() * site.difference.float()
-    channels = 1 if site.gate.site.layout == "NCHW" else -1
+    channels = 1 if site.gate.site.layout in CHANNELS_FIRST else -1
     harm = product.sum(channels).abs()  # N *positions
     # effects of different positions cancel to first order but not when a whole branch goes, so they are added up
     # unsigned

@@ -19,6 +19,7 @@ from surgery.branches import Branch
 from surgery.context import Event, Tape, handled
 from surgery.gates import Gate
 from surgery.head_gates import HeadGate
+from surgery.sites import CHANNELS_FIRST
 from surgery.state import CostModel
 
 Choose = Callable[[Gate, Tensor], Tensor]
@@ -121,7 +122,7 @@ class Importance:
             result = gate.open(branch, left, inputs)
             value = result[0] if branch.escapes else result
         change = value if left is None else value - left
-        axis = 1 if gate.site.layout == "NCHW" else -1
+        axis = 1 if gate.site.layout in CHANNELS_FIRST else -1
         scores = 1 - F.cosine_similarity(residual.float(), (residual + change).float(), dim=axis)
         padding = gate.padding(residual)
         scores = scores if padding is None or padding.shape != scores.shape else scores[padding]

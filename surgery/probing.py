@@ -182,6 +182,8 @@ class Probe:
 
 def _chain(branch: Branch, residual: Tensor, inputs: Sequence[Any], layout: Layout) -> Chain | None:
     """The layers of a branch, where they are a chain over the channels of the stream."""
+    if layout == "NCT":
+        return None
     weights = read_chain(lambda: _first(branch, branch(*inputs)), residual)
     if weights is None:
         return None
@@ -229,11 +231,14 @@ def batch_axes(small: Claim, large: Claim) -> tuple[RegionInput, ...] | str:
 
 
 def layout_of(residual: Tensor, modules: Sequence[nn.Module]) -> Layout:
-    """Layout of the residual stream: feature maps are NCHW unless a module reads the last axis as channels."""
+    """Layout of the residual stream: feature maps are NCHW unless a module reads the last axis as channels, and three axes are
+    NTC unless the first module that reads one of them as channels reads the second.
+    """
     if residual.dim() == 2:
         return "NC"
     if residual.dim() == 3:
-        return "NTC"
+        parts = (part for module in modules for part in module.modules())
+        return next((layout for part in parts if (layout := _read_as(part, residual))), "NTC")
     if residual.dim() == 4:
         for module in modules:
             for part in module.modules():
@@ -243,6 +248,20 @@ def layout_of(residual: Tensor, modules: Sequence[nn.Module]) -> Layout:
                     return "NHWC"
         return "NCHW"
     return "other"
+
+
+def _read_as(part: nn.Module, residual: Tensor) -> Layout | None:
+    """The layout that a layer takes `(N, ?, ?)` for, if it could read it."""
+    _, second, last = residual.shape
+    if isinstance(part, nn.Conv1d):
+        return "NCT" if part.in_channels == second else None
+    if isinstance(part, nn.BatchNorm1d):
+        return "NCT" if part.num_features == second else None
+    if isinstance(part, nn.GroupNorm):
+        return "NCT" if part.num_channels == second else None
+    if isinstance(part, nn.Linear):
+        return "NTC" if part.in_features == last else None
+    return "NTC" if isinstance(part, nn.LayerNorm) and part.normalized_shape == (last,) else None
 
 
 def kind_of_site(operations: frozenset[str], modules: Sequence[tuple[str, nn.Module]], token: bool) -> Kind:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.sites import Layout, SitePlan
+from surgery.sites import CHANNELS_FIRST, Layout, SitePlan
 
 
 class Scorer(nn.Module):
@@ -90,7 +90,7 @@ class Router(Scorer):
         """Residual stream -> scores, or with `hidden` the features that they are read from.
 
         Args:
-            residual: `(N, *positions, C)` or `(N, C, H, W)`.
+            residual: `(N, *positions, C)`, `(N, C, H, W)` or `(N, C, T)`.
             mask: False at padding, `(N, T)`.
             hidden: Whether hidden features are wanted, `(N, hidden)` or `(N, *positions, hidden)`.
         """
@@ -137,7 +137,11 @@ class SampleRouter(Router):
         """Residual stream -> raw pooled features `(N, F)`, fp32."""
         if self.layout == "NC":
             return residual.float()
-        if self.layout == "NCHW":
+        if self.layout == "NCT" and mask is not None:
+            real = mask[:, None].bool()  # N 1 T
+            mean = residual.float().masked_fill(~real, 0).sum(2) / real.sum(2).clamp_min(1)
+            return torch.cat((mean, residual.float().masked_fill(~real, -torch.inf).amax(2).nan_to_num(neginf=0.0)), 1)
+        if self.layout in CHANNELS_FIRST:
             axes = tuple(range(2, residual.dim()))
             return torch.cat((residual.mean(axes), residual.amax(axes)), 1).float()
         flat = residual if residual.dim() == 3 else residual.flatten(1, -2)  # N T C

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.sites import Layout
+from surgery.sites import CHANNELS_FIRST, Layout
 
 _SAMPLES = 16  # whose channels are made at once
 
 
 def positions_shape(residual: Tensor, layout: Layout) -> torch.Size:
     """Shape of the positions of a residual stream, samples first."""
-    if layout == "NCHW":
+    if layout in CHANNELS_FIRST:
         return torch.Size([residual.shape[0], *residual.shape[2:]])
     return residual.shape[:-1]
 
@@ -64,7 +64,7 @@ def gathered(
 
 def _to_rows(value: Tensor, layout: Layout) -> Tensor:
     """Residual stream -> `(M, C)`."""
-    if layout == "NCHW":
+    if layout in CHANNELS_FIRST:
         return value.movedim(1, -1).flatten(0, -2)
     return value.flatten(0, -2)
 

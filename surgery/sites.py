@@ -22,7 +22,9 @@ from surgery.queries import QueryRoles
 
 Kind = Literal["block", "attention", "mlp", "heads"]
 Granularity = Literal["sample", "token", "prefill"]
-Layout = Literal["NC", "NTC", "NHWC", "NCHW", "other"]
+Layout = Literal["NC", "NTC", "NCT", "NHWC", "NCHW", "other"]
+CHANNELS_FIRST: tuple[Layout, ...] = ("NCHW", "NCT")
+"""Layouts of feature maps of convolutions, whose positions follow their channels."""
 SkipKind = Literal["identity", "affine", "low-rank", "linear", "depthwise", "narrow"]
 Routers = Literal["own", "shared"]
 Cost = Literal["flops", "latency"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery.chains import ACTIVATIONS, Chain, Weights
-from surgery.sites import Layout, SitePlan, SkipKind
+from surgery.sites import CHANNELS_FIRST, Layout, SitePlan, SkipKind
 
 _LARGE = 2**16
 """Numbers in a map from which a pass over it costs more than a change to the weights."""
@@ -80,7 +80,7 @@ class AffineSkip(SkipPath):
     def term(self, residual: Tensor) -> Tensor:
         """Residual stream -> same shape."""
         scale, shift = self.scale.to(residual.dtype), self.shift.to(residual.dtype)
-        if self.layout == "NCHW":
+        if self.layout in CHANNELS_FIRST:
             shape = (1, self.channels, *(1,) * (residual.dim() - 2))
             scale, shift = scale.view(shape), shift.view(shape)
         return torch.addcmul(shift, residual, scale)
@@ -89,7 +89,7 @@ class AffineSkip(SkipPath):
         """One pass over large maps and in graphs: `residual * (1 + scale) + shift`, which is what BatchNorm computes in eval."""
         if residual.numel() < _LARGE and not torch.compiler.is_compiling():
             return super().added(residual)
-        if self.layout != "NCHW":
+        if self.layout not in CHANNELS_FIRST:
             return torch.addcmul(self.shift.to(residual.dtype), residual, 1 + self.scale.to(residual.dtype))
         scale, shift = 1 + self.scale.to(residual.dtype), self.shift.to(residual.dtype)
         return F.batch_norm(residual, torch.zeros_like(shift), torch.ones_like(shift), scale, shift, eps=0.0)
@@ -115,7 +115,7 @@ class LinearSkip(SkipPath):
 
     def added(self, residual: Tensor) -> Tensor:
         """One pass over large maps: the identity is added to the weights."""
-        if self.layout != "NCHW" or not _is_product(residual) or residual.numel() < _LARGE:
+        if self.layout not in CHANNELS_FIRST or not _is_product(residual) or residual.numel() < _LARGE:
             return super().added(residual)
         weight = _like(self.weight, residual).clone()
         weight.diagonal().add_(1)
@@ -308,11 +308,12 @@ def _map(x: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
     weight, bias = _like(weight, x), None if bias is None else _like(bias, x)
-    if layout != "NCHW":
+    if layout not in CHANNELS_FIRST:
         return F.linear(x, weight, bias)
     if len(x) > 1 and bias is not None and _is_product(x):
         return _product(x, weight, bias)
-    return F.conv2d(x, weight.view(*weight.shape, 1, 1), bias)
+    convolve = F.conv2d if layout == "NCHW" else F.conv1d
+    return convolve(x, weight.view(*weight.shape, *(1,) * (x.dim() - 2)), bias)
 
 
 def _is_product(x: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from surgery import least_squares, narrowing
 from surgery.chains import Weights
 from surgery.rows import gathered, neighbours, rows_at
-from surgery.sites import Layout
+from surgery.sites import CHANNELS_FIRST, Layout
 from surgery.skip_paths import AffineSkip, DepthwiseSkip, LinearSkip, LowRankSkip, NarrowSkip, SkipPath, chain_features
 
 _ROWS = 2**16  # per least-squares problem; more change the maps by less than their noise
@@ -128,13 +128,14 @@ class _Rows:
             return F.linear(rows.flatten(1), last.flatten(1), bias)
         if rows.dim() == 4:
             return self.path(rows)[:, :, 1, 1]
-        if self.path.layout == "NCHW":
-            return self.path(rows[:, :, None, None])[:, :, 0, 0]
+        if self.path.layout in CHANNELS_FIRST:
+            ones = (1,) * (len(self.path.layout) - 2)
+            return self.path(rows.view(*rows.shape, *ones)).flatten(1)
         return self.path(rows)
 
 
 def _judge(stream: Tensor, target: Tensor, layout: Layout) -> float:
-    if layout != "NCHW":
+    if layout not in CHANNELS_FIRST:
         stream, target = (F.layer_norm(t.float(), t.shape[-1:]) for t in (stream, target))
     return float((stream.double() - target.double()).square().mean())
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from surgery.branches import Branch, split_outputs
 from surgery.gates import Gate
 from surgery.head_gates import HeadGate
-from surgery.sites import Layout
+from surgery.sites import CHANNELS_FIRST, Layout
 from surgery.state import CostModel
 
 
@@ -155,7 +155,7 @@ def stream_error(student: dict[str, Tensor], teacher: OpenGates, layouts: dict[s
     for name, target in teacher.streams.items():
         stream = student[name].float()
         target = target.float()
-        if layouts[name] == "NCHW":
+        if layouts[name] in CHANNELS_FIRST:
             errors.append(
                 (stream - target).square().flatten(1).sum(1) / target.square().flatten(1).sum(1).clamp_min(1e-12)
             )

@@ -167,6 +167,8 @@ def _is_chain(chain: Chain, layout: Layout) -> bool:
     """Whether there can be such layers over the channels of such a stream."""
     if len(chain.activations) != 1 + (chain.middle > 0) or (chain.rms and chain.norm is None):
         return False
+    if layout == "NCT":
+        return False
     if layout != "NCHW":
         plain = chain.first == chain.middle == chain.last == chain.inner == 0
         return plain and (chain.norm is None or (math.isfinite(chain.norm) and chain.norm >= 0))
