@@ -134,7 +134,7 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def check_budget(budget: float) -> float:
     """The budget as a plain float; raise `BudgetError` unless it is a number in (0, 1], numpy's or a tensor of one included."""
     number: object = budget
-    if not isinstance(budget, Real) and getattr(budget, "ndim", None) == 0 and hasattr(budget, "item"):
+    if not isinstance(budget, Real) and hasattr(budget, "item") and math.prod(getattr(budget, "shape", (0,))) == 1:
         number = budget.item()
     if not is_number(number) or not 0 < number <= 1:
         raise BudgetError(f"budget is the mean cost as a fraction of the dense model's, in (0, 1]; got {budget!r}")

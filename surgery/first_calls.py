@@ -136,9 +136,15 @@ def _same(ours: Any, theirs: Any, seen: set[int]) -> bool:
         return ours.keys() == theirs.keys() and all(_same(ours[key], theirs[key], seen) for key in ours)
     if isinstance(ours, (tuple, list)):
         return len(ours) == len(theirs) and all(_same(a, b, seen) for a, b in zip(ours, theirs, strict=True))
-    if dataclasses.is_dataclass(ours) or hasattr(ours, "__dict__"):
-        return _same(vars(ours), vars(theirs), seen)
+    if members := _members(ours):
+        return _same(members, _members(theirs), seen)
     return not isinstance(ours, (int, float, str)) or ours == theirs or ours != ours
+
+
+def _members(value: Any) -> dict[str, Any]:
+    """What an object holds, in fields with slots too; nothing for numbers and texts."""
+    named = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    return {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in named if hasattr(value, name)}}
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -44,6 +45,12 @@ class Gain:
     gain = 4.0
 
 
+@dataclass(slots=True)
+class Slotted:
+    gain: float
+    further: Tensor
+
+
 WAYS: dict[str, Any] = {
     "tensor": torch.rand(C),
     "float": 2.0,
@@ -52,6 +59,7 @@ WAYS: dict[str, Any] = {
     "enum": Mode.DOUBLE,
     "dict": {"m": 1},
     "has": Gain(),
+    "has, in slots": Slotted(5.0, torch.rand(2)),
     "has not": object(),
 }
 
