@@ -241,14 +241,6 @@ def test_progress_counts_sites() -> None:
     assert seen == [(1, 2), (2, 2)]
 
 
-def test_what_decides_is_checked() -> None:
-    gated = gate_all(Stack(mlp(C)), torch.randn(2, C), skip="affine")
-    with pytest.raises(SurgeryError, match="decisions must be one of random, routed, nested; got 'bogus'"):
-        fit_skip_paths(gated, [torch.randn(64, C)], decisions="bogus")  # type: ignore[arg-type]
-    with pytest.raises(SurgeryError, match="go by a cut order"):
-        fit_skip_paths(gated, [torch.randn(64, C)], decisions="nested")
-
-
 def test_no_data() -> None:
     gated = gate_all(Stack(mlp(C)), torch.randn(2, C))
     with pytest.raises(DataError, match="no batch"):
