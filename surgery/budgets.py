@@ -94,7 +94,7 @@ def look_at(looks: Sequence[LookPoint], budget: float) -> LookPoint:
 
 
 def budget_range(gated: nn.Module) -> tuple[float, float]:
-    """Smallest and largest budget below 1.0 that `set_budget` accepts."""
+    """Smallest and largest budget below 1.0 in the table (`set_budget` allows `TOLERANCE` more); 1.0 twice before calibration."""
     table = state_of(gated).table
     return (table[0].cost, table[-1].cost) if table else (1.0, 1.0)
 

@@ -208,9 +208,11 @@ def test_threads_may_meet_new_calls_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         thread.start()
     for thread in threads:
         thread.join()
-    with surgery.force(gated, 1.0):
-        for kwargs in ways:
+    for kwargs in ways:
+        with surgery.force(gated, 1.0):
             assert torch.equal(gated(x, **kwargs), toy(x, **kwargs))
+        with surgery.force(gated, 0.0):  # the calls do not run dense: the programs were right when they were compared
+            assert not torch.equal(gated(x, **kwargs), toy(x, **kwargs))
 
 
 def test_calls_that_python_refuses_are_refused() -> None:
