@@ -20,6 +20,7 @@ from surgery.counting import flop_counter
 from surgery.errors import BudgetError, MissingDependency, UnsupportedModel
 from surgery.objectives import divergence
 from surgery.progress import Progress
+from surgery.rates import one_cycle
 from surgery.training import stream_of
 
 NAME = "pruned channels"
@@ -93,10 +94,7 @@ def distil(
         stage: What it is called there.
     """
     parameters = [p.requires_grad_() for p in student.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, RATE, total_steps=steps + 1, pct_start=max(0.1, 2 / (steps + 1))
-    )
+    optimiser, schedule = one_cycle(parameters, steps, rate=RATE, weight_decay=1e-4)
     stream = stream_of(data)
     student.train()
     for step in range(steps):

@@ -102,6 +102,11 @@ RUNS = (
         lowest=0.3, second_look=False, texts=True,
     ),
     Run(
+        "minilm-sample", "MiniLM, SST-2, decided per text", "hf:{weights}/minilm-sst2", "sst2", None, 32, (1, 32),
+        (0.75, 0.6, 0.5, 0.4, 0.3), {0.75: "100 %", 0.6: "100 %", 0.5: "99.8 %", 0.4: "98.5 %", 0.3: "96 %"}, epochs=6,
+        lowest=0.3, granularity="sample", texts=True,
+    ),
+    Run(
         "agnews", "MiniLM features and a linear head, AG News", "hf:{out}/agnews-dense", "agnews", 5000, 32, (1, 32),
         (0.75, 0.6, 0.5, 0.4, 0.3), {0.75: "100 %", 0.6: "99.8 %", 0.5: "99.3 %", 0.4: "98.5 %", 0.3: "97 %"}, epochs=3,
         lowest=0.3, test_limit=1500, texts=True, prepare="agnews-dense",

@@ -98,8 +98,8 @@ def compare(
     import surgery
     from surgery.adapters import load_data, load_model
     from surgery.calibration import calibrate
+    from surgery.choosing import distances_from_dense
     from surgery.context import state_of
-    from surgery.conversion import distances
     from surgery.costs import observe
 
     limit, held, size = sizes
@@ -124,7 +124,7 @@ def compare(
             alike = [(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(usage.outputs, dense, strict=True)]
             same = float(torch.cat(alike).double().mean())
             cost = usage.decided.cost(state.costs)
-            yield Row(kind, seed, budget, cost, float(distances(gated, other, usage).mean()), same)
+            yield Row(kind, seed, budget, cost, float(distances_from_dense(gated, other, usage).mean()), same)
 
 
 # -- times ------------------------------------------------------------------------------------------------------------

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from surgery.budgets import budget_range, set_budget
-from surgery.calling import as_batch, call, read_output
+from surgery.calling import call, read_output
 from surgery.context import draw_unit, execution, state_of
 from surgery.costs import observe, place, run
 from surgery.errors import BudgetError, MissingDependency, SurgeryError, check_choice
 from surgery.gates import Gate
 from surgery.healing import DOWN, UP, install, uninstall
 from surgery.held_out import HeldOut
-from surgery.objectives import divergence
+from surgery.objectives import distances, divergence
 from surgery.options import Options
 from surgery.progress import Progress, silent
+from surgery.rates import one_cycle
 from surgery.rewriting import remove
 from surgery.state import Healing
 from surgery.tracing import GATES
@@ -144,10 +145,7 @@ def _train(
 ) -> list[float]:
     low, high = budget_range(gated)
     low, high = max(low, min(LOWEST, budget)), min(high, max(HIGHEST, budget))
-    optimiser = torch.optim.AdamW(parameters, lr=options.heal_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, options.heal_rate, total_steps=total + 1, pct_start=max(0.1, 2 / (total + 1))
-    )
+    optimiser, schedule = one_cycle(parameters, total, rate=options.heal_rate)
     stream = stream_of(data)
     losses = []
     for step in range(total):
@@ -257,16 +255,11 @@ class _Apart:
         """Mean divergence; None without data."""
         if self.data is None:
             return None
-        if (
-            state_of(self.gated).policy == "routed"
-        ):  # routers see other streams afterwards, so the threshold is found anew
+        state = state_of(self.gated)
+        if state.policy == "routed":  # routers see other streams afterwards, so the threshold is found anew
             return self.held.look({})["held_divergence"]
         if not self.dense:
             with execution(self.gated, "dense"):
                 self.dense = observe(self.gated, self.data).outputs
         found = observe(self.gated, self.data).outputs
-        parts = [
-            divergence(a, b, as_batch(batch).to("cpu"), values=state_of(self.gated).gives_values)
-            for a, b, batch in zip(found, self.dense, self.data, strict=True)
-        ]
-        return float(torch.cat(parts).mean())
+        return float(distances(found, self.dense, self.data, values=state.gives_values).mean())

@@ -9,26 +9,22 @@ trained only if routing is then worth more than the static policy of the same co
 
 from __future__ import annotations
 
-import logging
-import math
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgery.adaptation import KINDS as HEALING
 from surgery.adaptation import check_healable
 from surgery.adaptation import heal as heal_backbone
-from surgery.budgets import set_budget
 from surgery.calibration import calibrate, check_floor
-from surgery.calling import Batch, Outputs, as_batch, batches
-from surgery.context import execution, state_of
-from surgery.costs import Usage, observe
+from surgery.calling import Batch, Outputs, batches
+from surgery.choosing import Snapshot, keep_the_better, prefer_static_where_it_wins
+from surgery.context import state_of
 from surgery.cutting import cut_order
 from surgery.errors import SurgeryError, check_budget, check_choice, check_count
 from surgery.finding import check_weights, find_sites
@@ -36,8 +32,8 @@ from surgery.fitting import fit_skip_paths
 from surgery.gates import iter_gates
 from surgery.latency import check_time_floor
 from surgery.look_calibration import calibrate_second_look
+from surgery.made_inputs import made_inputs
 from surgery.nesting import interrupted_at, train_skip_paths
-from surgery.objectives import divergence
 from surgery.options import Options
 from surgery.orders import settle_order
 from surgery.planning import ROUTER_LIMIT
@@ -46,18 +42,12 @@ from surgery.regression import regress_routers
 from surgery.resuming import CHECKPOINT as TRAINING
 from surgery.resuming import find_checkpoint
 from surgery.rewriting import check_convertible, insert_gates
-from surgery.sites import KINDS, Cost, Granularity, Routers, Sites, SkipKind
+from surgery.sites import KINDS, Cost, Granularity, Plan, Routers, Sites, SkipKind
 from surgery.splitting import Head, check_reiterable, split
-from surgery.training import count_steps, train_routers, trainable
+from surgery.training import count_steps, train_routers
 
-logger = logging.getLogger(__name__)
-
-_MADE_INPUTS = 256
-_MADE_BATCH = 16
 _CUT_SAMPLES = 128  # a quarter where every sample holds many tokens
 _ROUNDS = 3  # cut orders of which the best is trained
-
-
 _WHOLE_TEXTS = (
     "decisions per sample read the whole of a call: a whole text where one is scored, later tokens included, and single tokens "
     "while one is generated with a cache; granularity='prefill' decides both alike, from the prompt"
@@ -159,8 +149,9 @@ def convert(
     if heal is not None and data is None:
         raise SurgeryError("healing learns from the dense model's answers to your inputs: give data=… with heal=…")
     report = progress or silent
+    options = options or Options()
     if tune == "routers":
-        options = replace(options or Options(), skip_rate=0.0, nested_rate=0.0)
+        options = replace(options, skip_rate=0.0, nested_rate=0.0)
     made = data is None
     trains = tune in ("routers", "train") or (tune == "auto" and not made and budget < 1)
     if data is None:
@@ -169,7 +160,7 @@ def convert(
     fit, held = split(data, validation)
     held = list(batches(Head(held, max(samples // 4, 64))))  # kept, since augmented data differ from pass to pass
     if trains:
-        count_steps(fit, options or Options())
+        count_steps(fit, options)
     if resume and not interrupted_at(output_dir):
         find_checkpoint(output_dir)
 
@@ -185,34 +176,19 @@ def convert(
         first_layers=first_layers,
         routers=routers,
         cost=cost,
-        budget=min((budget, *((options or Options()).budgets or ())[:1])),
-        trained=trains and (options or Options()).skip_rate > 0,
+        budget=min((budget, *(options.budgets or ())[:1])),
+        trained=trains and options.skip_rate > 0,
     )
     gated = insert_gates(model, plan)
     state = state_of(gated)
     state.outputs = outputs
-    note_dear_routers(gated)
-    if cost == "flops":
-        check_floor(gated, budget)
-    elif budget < 1:
-        check_time_floor(gated, held, budget)
+    for text in (*plan_notes(found, plan, granularity, width, routers), *dear_routers(gated)):
+        state.note(text)
+    check_reachable(gated, held, budget, cost)
     if heal is not None and budget < 1:
         check_healable(gated, heal)
-    if found.causal and any(planned.granularity == "sample" for planned in plan.sites):
-        state_of(gated).note(_WHOLE_TEXTS)
-    if width != "auto" and not any(planned.skip == "narrow" for planned in plan.sites):
-        state_of(gated).note(f"width {width:g} changes nothing: no site has a narrow skip path")
-    if routers == "shared" and not any(planned.leader for planned in plan.sites):
-        state_of(gated).note(
-            "routers 'shared' change nothing: no MLP comes right after an attention whose router it could read"
-        )
-    if apart := [planned for planned in plan.sites if granularity not in ("auto", planned.granularity)]:
-        names = ", ".join(f"{planned.site.name} (per {planned.granularity})" for planned in apart[:3])
-        more = f" and {len(apart) - 3} more" if len(apart) > 3 else ""
-        state_of(gated).note(
-            f"granularity {granularity!r} is not possible at {len(apart)} of {len(plan.sites)} sites: {names}{more}",
-        )
 
+    training: dict[str, Any] = {"options": options, "seed": seed, "validation": held, "output_dir": output_dir}
     fit_skip_paths(gated, fit, seed=seed, progress=report)
     per_sample = state.units == state.names and not any(gate.per_token for _, gate in iter_gates(gated))
     if per_sample and (trains or budget < 1):  # refits skip paths on what static policies leave
@@ -221,49 +197,26 @@ def convert(
     elif budget < 1:
         cut_order(gated, fit, samples=_CUT_SAMPLES // 4, progress=report)
     if trains and per_sample:
-        train_skip_paths(
-            gated,
-            fit,
-            options=options,
-            seed=seed,
-            validation=held,
-            output_dir=output_dir,
-            resume=resume,
-            progress=report,
-        )
+        train_skip_paths(gated, fit, resume=resume, progress=report, **training)
     regress_routers(gated, fit, samples=samples, seed=seed, progress=report)
     calibrate(gated, held, budget, cost=cost, progress=report)
 
     is_static = trains and per_sample and prefer_static_where_it_wins(gated, held, ties=True)
     if trains and not is_static:
-        before = Checkpoint.of(gated, held)
-        train_routers(
-            gated,
-            fit,
-            budget=budget,
-            options=options,
-            seed=seed,
-            validation=held,
-            output_dir=output_dir,
-            resume=resume and output_dir is not None and (Path(output_dir) / TRAINING).exists(),
-            progress=report,
-        )
+        before = Snapshot.of(gated, held)
+        interrupted = resume and output_dir is not None and (Path(output_dir) / TRAINING).exists()
+        train_routers(gated, fit, budget=budget, resume=interrupted, progress=report, **training)
         calibrate(gated, held, budget, cost=cost, progress=report)
-        if Checkpoint.of(gated, held).divergence > before.divergence:
-            before.restore(gated, budget)
-            state_of(gated).note(
-                "training did not improve on the one-shot conversion on held-out data; the one-shot result is kept",
-            )
-    if budget < 1:
-        if not is_static:
-            prefer_static_where_it_wins(gated, held)
-        if heal is not None:
-            heal_backbone(gated, fit, heal, options=options, seed=seed, validation=held, progress=report)
-            calibrate(gated, held, budget, cost=cost, progress=report)
-        if second_look:
-            calibrate_second_look(gated, held, mode="auto" if second_look == "auto" else True, progress=report)
+        keep_the_better(gated, held, before, budget)
+    if budget < 1 and not is_static:
+        prefer_static_where_it_wins(gated, held)
+    if budget < 1 and heal is not None:
+        heal_backbone(gated, fit, heal, options=options, seed=seed, validation=held, progress=report)
+        calibrate(gated, held, budget, cost=cost, progress=report)
+    if budget < 1 and second_look:
+        calibrate_second_look(gated, held, mode="auto" if second_look == "auto" else True, progress=report)
     if made:
-        state_of(gated).note("converted without data: the quality is unmeasured")
+        state.note("converted without data: the quality is unmeasured")
         warnings.warn(
             "converted without data: the budget holds on made-up inputs and the quality is unmeasured; "
             "pass data=..., or check with surgery.measure(gated, data)",
@@ -273,15 +226,45 @@ def convert(
     return gated
 
 
-def note_dear_routers(gated: nn.Module) -> None:
-    """Say so where the routers cost more of the model than they should, as in narrow networks."""
+def check_reachable(gated: nn.Module, held: Iterable[Any], budget: float, cost: Cost) -> None:
+    """Refuse a budget that is out of reach with every gate closed, before anything is fitted.
+
+    Raises:
+        BudgetError: If it is.
+    """
+    if cost == "flops":
+        check_floor(gated, budget)
+    elif budget < 1:
+        check_time_floor(gated, held, budget)
+
+
+def plan_notes(
+    sites: Sites,
+    plan: Plan,
+    granularity: Granularity | Literal["auto"],
+    width: float | Literal["auto"],
+    routers: Routers,
+) -> Iterator[str]:
+    """What a plan does not do although it was asked for, and what it means for texts."""
+    if sites.causal and any(planned.granularity == "sample" for planned in plan.sites):
+        yield _WHOLE_TEXTS
+    if width != "auto" and not any(planned.skip == "narrow" for planned in plan.sites):
+        yield f"width {width:g} changes nothing: no site has a narrow skip path"
+    if routers == "shared" and not any(planned.leader for planned in plan.sites):
+        yield "routers 'shared' change nothing: no MLP comes right after an attention whose router it could read"
+    if apart := [planned for planned in plan.sites if granularity not in ("auto", planned.granularity)]:
+        names = ", ".join(f"{planned.site.name} (per {planned.granularity})" for planned in apart[:3])
+        more = f" and {len(apart) - 3} more" if len(apart) > 3 else ""
+        yield f"granularity {granularity!r} is not possible at {len(apart)} of {len(plan.sites)} sites: {names}{more}"
+
+
+def dear_routers(gated: nn.Module) -> Iterator[str]:
+    """What to say where the routers cost more of the model than they should, as in narrow networks."""
     state = state_of(gated)
     limit = ROUTER_LIMIT["token" if any(gate.per_token for _, gate in iter_gates(gated)) else "sample"]
     share = sum(site.router for site in state.costs.sites.values()) / state.costs.dense
     if share > 1.05 * limit:  # widths come in steps
-        state.note(
-            f"routers cost {100 * share:.1f} % of the model, since even narrow ones are much for one of this width"
-        )
+        yield f"routers cost {100 * share:.1f} % of the model, since even narrow ones are much for one of this width"
 
 
 @torch.inference_mode(False)
@@ -327,41 +310,6 @@ def heal_converted(
         calibrate_second_look(gated, held, progress=progress)
 
 
-def made_inputs(model: nn.Module, example: Any, seed: int) -> Iterable[Batch]:
-    """Inputs for a conversion without data.
-
-    Raises:
-        DataError: If the model is neither timm's nor transformers' (a network of the user's own).
-    """
-    from surgery.adapters import adapter_for
-
-    if example is not None:
-        return vary(as_batch(example), seed)
-    return adapter_for(model).inputs(model, _MADE_INPUTS, _MADE_BATCH, seed)
-
-
-def vary(batch: Batch, seed: int) -> list[Batch]:
-    """Batches like an example: its rows mixed and perturbed (floating-point inputs) or drawn again (token ids)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def one(value: Tensor, index: Tensor) -> Tensor:
-        if value.dim() == 0 or len(value) != batch.size:
-            return value
-        rows = value[index]
-        if rows.is_floating_point() and torch.isfinite(rows).all():  # minus infinity: a mask
-            other = value[index.flip(0)]
-            weight = torch.rand(len(index), generator=generator).view(-1, *(1,) * (rows.dim() - 1)).to(rows)
-            mixed = weight * rows + (1 - weight) * other
-            return mixed + 0.3 * rows.std() * torch.randn(rows.shape, generator=generator).to(rows)
-        return rows
-
-    made = []
-    for _ in range(max(5, _MADE_INPUTS // _MADE_BATCH)):
-        index = torch.randint(batch.size, (_MADE_BATCH,), generator=generator)
-        made.append(replace(batch.mapped(partial(one, index=index)), labels=None, number=None))
-    return made
-
-
 def select(sites: Sites, wanted: Sequence[str]) -> Sites:
     """Keep the sites whose kind or name pattern is in `wanted`.
 
@@ -381,73 +329,3 @@ def first(data: Iterable[Any]) -> Batch:
     """The first batch, at most eight rows of it."""
     batch = next(batches(data))
     return replace(batch, labels=None).rows(torch.arange(min(8, batch.size)))
-
-
-@dataclass(slots=True)
-class Checkpoint:
-    """Routers, skip paths and table of a gated model, and how far the better of its two policies is from dense on held-out
-    data.
-    """
-
-    tensors: dict[str, Tensor]
-    table: list[Any]
-    divergence: float
-
-    @classmethod
-    def of(cls, gated: nn.Module, data: Iterable[Any]) -> Checkpoint:
-        """Take one."""
-        tensors = {name: p.detach().clone() for name, p in trainable(gated).items()}
-        routed = float(distances(gated, data, observe(gated, data)).mean())
-        with execution(gated, "static"):
-            static = float(distances(gated, data, observe(gated, data)).mean())
-        return cls(tensors, list(state_of(gated).table), min(routed, static))
-
-    def restore(self, gated: nn.Module, budget: float) -> None:
-        """Go back to it."""
-        with torch.no_grad():
-            for name, parameter in trainable(gated).items():
-                parameter.copy_(self.tensors[name])
-        state_of(gated).table = self.table
-        set_budget(gated, budget)
-
-
-def distances(gated: nn.Module, data: Iterable[Any], usage: Usage) -> Tensor:
-    """Divergence from the dense model per sample, `(N,)`, of outputs that were collected earlier."""
-    with execution(gated, "dense"):
-        dense = observe(gated, data)
-    parts = [
-        divergence(a, b, as_batch(batch).to("cpu"), values=state_of(gated).gives_values)
-        for a, b, batch in zip(usage.outputs, dense.outputs, data, strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def prefer_static_where_it_wins(gated: nn.Module, held: Iterable[Any], *, ties: bool = False) -> bool:
-    """Let the static policy run where it is closer to dense, beyond chance, than routing at the same cost.
-
-    Args:
-        gated: A gated model with a budget.
-        held: Held-out batches.
-        ties: Whether the static policy, which needs no router, also runs where neither is closer beyond chance.
-
-    Returns:
-        Whether it runs.
-    """
-    state = state_of(gated)
-    routed = distances(gated, held, observe(gated, held))
-    with execution(gated, "static"):
-        static = distances(gated, held, observe(gated, held))
-    difference = routed - static
-    if len(difference) < 2:
-        return False
-    mean, chance = float(difference.mean()), 1.96 * float(difference.std()) / math.sqrt(len(difference))
-    if not (mean > -chance if ties else mean > chance > 0):
-        return False
-    state.policy = "static"
-    means = f"(mean divergence {float(routed.mean()):.4g} against {float(static.mean()):.4g})"
-    found = "was farther from" if mean > chance else "was not closer beyond chance to"
-    state_of(gated).note(
-        f"input-dependent routing {found} the dense model than the static policy of the same cost on held-out data "
-        f"{means}, so the static policy runs"
-    )
-    return True

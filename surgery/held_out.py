@@ -6,15 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from surgery.budgets import TOLERANCE
-from surgery.calling import as_batch
 from surgery.context import execution, override, state_of
 from surgery.cost_curves import CostCurve
 from surgery.costs import observe
-from surgery.objectives import divergence
+from surgery.objectives import distances
 
 _TRIES = 4  # passes over the data until the cost is that of the budget
 
@@ -49,13 +47,13 @@ class HeldOut:
             with execution(self.gated, "dense"):
                 self.dense = observe(self.gated, self.data).outputs
         found = [self._at(index) for index in range(len(self.budgets))]
-        distances = [distance for distance, _ in found]
-        self.first = self.first or distances
-        score = sum(d / max(f, 1e-12) for d, f in zip(distances, self.first, strict=True)) / len(distances)
+        means = [mean for mean, _ in found]
+        self.first = self.first or means
+        score = sum(mean / max(first, 1e-12) for mean, first in zip(means, self.first, strict=True)) / len(means)
         if score <= self.score:
             self.score, self.threshold = score, self.last[0]
             self.best = {name: p.detach().clone() for name, p in parameters.items()}
-        return {"held_divergence": distances[0], "held_cost": found[0][1], "held_score": score}
+        return {"held_divergence": means[0], "held_cost": found[0][1], "held_score": score}
 
     def _at(self, index: int) -> tuple[float, float]:
         """Divergence of the weights of now at the cost of a budget, and that cost.
@@ -75,11 +73,8 @@ class HeldOut:
             if abs(cost - budget) <= TOLERANCE or attempt == _TRIES - 1:
                 break
             self.last[index] = curve.finish().solve(budget)
-        parts = [
-            divergence(a, b, as_batch(batch).to("cpu"), values=state_of(self.gated).gives_values)
-            for a, b, batch in zip(usage.outputs, self.dense, self.data, strict=True)
-        ]
-        return float(torch.cat(parts).mean()), cost
+        values = state_of(self.gated).gives_values
+        return float(distances(usage.outputs, self.dense, self.data, values=values).mean()), cost
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.budgets import budget_range, set_budget
-from surgery.calling import as_batch
 from surgery.context import execution, state_of
 from surgery.costs import observe
 from surgery.errors import BudgetError, SurgeryError
-from surgery.objectives import divergence
+from surgery.objectives import distances
 from surgery.progress import Progress, silent
 from surgery.second_look import least_certain, margin_of
 from surgery.state import LookPoint
@@ -80,7 +79,7 @@ def _calibrate(gated: nn.Module, data: Iterable[Any], mode: Literal["auto", True
     low, high = budget_range(gated)
     wanted = {*_GRID, budget, *(round(budget - step, 3) for step in (0.05, 0.1, 0.15))}
     bases = sorted(base for base in wanted if low <= base <= min(high, 0.95))
-    distances: dict[float, Tensor] = {}
+    left: dict[float, Tensor] = {}
     margins: dict[float, Tensor] = {}
     spent: dict[float, float] = {}
     for index, base in enumerate(bases):
@@ -88,12 +87,7 @@ def _calibrate(gated: nn.Module, data: Iterable[Any], mode: Literal["auto", True
         usage = observe(gated, data)
         weights = usage.decided.weights.double() / usage.decided.weights.double().sum()
         spent[base] = usage.decided.cost(state.costs)
-        distances[base] = torch.cat(
-            [
-                divergence(a, b, as_batch(x).to("cpu"), values=state.gives_values)
-                for a, b, x in zip(usage.outputs, dense.outputs, data, strict=True)
-            ]
-        ).double()
+        left[base] = distances(usage.outputs, dense.outputs, data, values=state.gives_values).double()
         margins[base] = margin_of(torch.cat(usage.outputs)).double()
         report("looking again", index + 1, len(bases))
     points = []
@@ -103,8 +97,8 @@ def _calibrate(gated: nn.Module, data: Iterable[Any], mode: Literal["auto", True
             share = goal - spent[base]
             if base > goal or not 0 < share <= _MOST:
                 continue
-            left = _left(distances[base], margins[base], weights, share)
-            change = distances[goal] - left
+            looked = least_certain(margins[base], weights, share)
+            change = left[goal] - torch.where(looked, 0.0, left[base])
             error = float(change.std()) / math.sqrt(len(change))
             if float(change.mean()) > max(gain, _BEYOND_CHANCE * error if mode == "auto" else 0.0):
                 best, gain, first = base, float(change.mean()), spent[base]
@@ -113,11 +107,6 @@ def _calibrate(gated: nn.Module, data: Iterable[Any], mode: Literal["auto", True
     state.looks = points if on else []
     set_budget(gated, budget)
     return on
-
-
-def _left(distance: Tensor, margin: Tensor, weights: Tensor, share: float) -> Tensor:
-    """Distances after the `share` of smallest margins was looked at again."""
-    return torch.where(least_certain(margin, weights, share), 0.0, distance)
 
 
 def _quantiles(margin: Tensor, weights: Tensor) -> tuple[float, ...]:

@@ -28,7 +28,7 @@ from surgery.objectives import divergence
 from surgery.options import Options
 from surgery.policies import static_cost
 from surgery.progress import Progress, silent
-from surgery.rates import parameter_groups
+from surgery.rates import one_cycle, parameter_groups
 from surgery.resuming import undamaged, write_checkpoint
 from surgery.straight_through import OpenGates, stream_error, watched_sites
 from surgery.training import count_steps, stream_of
@@ -86,10 +86,7 @@ def train_skip_paths(
     before = [p.detach().clone() for p in parameters]
     distance = _distance(gated, validation, levels)
     total = count_steps(data, options)
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, [group["lr"] for group in groups], total_steps=total + 1, pct_start=max(0.1, 2 / (total + 1))
-    )
+    optimiser, schedule = one_cycle(groups, total)
     layouts = {planned.site.name: planned.site.layout for planned in state.plan.sites}
     watched = watched_sites(state.names)
     losses: list[float] = []

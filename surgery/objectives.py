@@ -6,11 +6,14 @@ Axis letters: `N` samples, `T` tokens, `K` classes or vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.calling import Batch
+from surgery.calling import Batch, as_batch
 
 
 def divergence(
@@ -46,6 +49,19 @@ def divergence(
     weights = token_weights(error, batch) if dense.dim() == 3 else torch.ones_like(error)
     scale = ((scale * weights).sum() / weights.sum().clamp_min(1)).clamp_min(1e-12)
     return (error * weights).sum(1) / weights.sum(1).clamp_min(1) / scale
+
+
+def distances(outputs: Sequence[Tensor], dense: Sequence[Tensor], data: Iterable[Any], *, values: bool) -> Tensor:
+    """Divergence of each sample, `(N,)`, of outputs that were collected batch by batch, on the CPU.
+
+    Args:
+        outputs: One per batch of `data`.
+        dense: The dense model's.
+        data: The batches that both came from.
+        values: As in `divergence`.
+    """
+    parts = zip(outputs, dense, data, strict=True)
+    return torch.cat([divergence(a, b, as_batch(batch).to("cpu"), values=values) for a, b, batch in parts])
 
 
 def margin(output: Tensor, batch: Batch, generator: torch.Generator, *, values: bool = False) -> Tensor:

@@ -1,4 +1,6 @@
-"""Learning rates by width: Adam moves every weight by about its rate, so the wider a map, the more its output moves.
+"""Learning rates by width, and over time.
+
+By width: Adam moves every weight by about its rate, so the wider a map, the more its output moves.
 
 A rate that suits one width suits another one if it falls with the number of inputs (Yang et al. 2022, "Tensor Programs V",
 table 3). Those of `Options` were chosen on 128 channels, for skip paths that start from a closed form; a narrow one starts from
@@ -10,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from surgery.gates import Gate
 from surgery.skip_paths import NarrowSkip
@@ -33,6 +37,30 @@ def parameter_groups(gates: Iterable[Gate], part: str, rate: float, *, by_width:
             factor = _factor(module) * (share(gate) if by_width else 1.0)
             groups.setdefault(rate * factor, []).extend(parameters)
     return [{"params": parameters, "lr": one} for one, parameters in groups.items()]
+
+
+def one_cycle(
+    groups: Iterable[Tensor] | Iterable[dict[str, Any]],
+    steps: int,
+    *,
+    rate: float = 1e-3,
+    weight_decay: float = 0.0,
+) -> tuple[torch.optim.Optimizer, OneCycleLR]:
+    """An optimiser whose rate goes up and down once (Smith and Topin 2019, "Super-Convergence").
+
+    Args:
+        groups: Parameters, or groups of them with an `lr` of their own, as of `parameter_groups`.
+        steps: Optimiser steps.
+        rate: The largest rate, where groups have none of their own.
+        weight_decay: Of AdamW.
+
+    Returns:
+        The optimiser, and the schedule, to be stepped after it.
+    """
+    optimiser = torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay)
+    peaks = [group["lr"] for group in optimiser.param_groups]
+    # one step more than is taken, since the last one's rate is next to nothing; up for two steps at least
+    return optimiser, OneCycleLR(optimiser, peaks, total_steps=steps + 1, pct_start=max(0.1, 2 / (steps + 1)))
 
 
 def _factor(module: nn.Module) -> float:

@@ -34,7 +34,7 @@ from surgery.objectives import divergence
 from surgery.options import HIGHEST, LOWEST, PRECISIONS, Options
 from surgery.pacing import Pace
 from surgery.progress import Progress, silent
-from surgery.rates import parameter_groups
+from surgery.rates import one_cycle, parameter_groups
 from surgery.resuming import CHECKPOINT, find_checkpoint, read_checkpoint, write_checkpoint
 from surgery.straight_through import OpenGates, SoftGates, prices, router_gradients, stream_error, watched_sites
 
@@ -164,11 +164,7 @@ class _Run:
             )
         self.trained = [p for g in groups for p in g["params"]]
         self.total = count_steps(data, options)
-        self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
-        peaks = [g["lr"] for g in groups]
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, peaks, total_steps=self.total + 1, pct_start=max(0.1, 2 / (self.total + 1))
-        )
+        self.optimiser, self.schedule = one_cycle(groups, self.total)
         self.step = 0
         self.pace = self._pace()
         self.layouts = {p.site.name: p.site.layout for p in self.state.plan.sites}

@@ -13,6 +13,7 @@ import surgery
 from surgery.calling import Batch, as_batch
 from surgery.errors import DataError
 from surgery.log_rows import input_hashes
+from surgery.made_inputs import vary
 
 
 def test_a_tuple_beside_labels_is_the_positional_arguments() -> None:
@@ -63,7 +64,7 @@ def test_models_with_tensors_in_lists_are_converted() -> None:
     assert len(surgery.status(gated).sites) == 2
     report = surgery.measure(gated, data, dense=model, speed=(8,), repeats=2, peers=False)
     assert report.speed
-    made = surgery.conversion.vary(as_batch(data[0]), seed=0)
+    made = vary(as_batch(data[0]), seed=0)
     assert made[0].args[1][0].shape == (16, 1) and not torch.equal(made[0].args[1][0], data[0][1][0])
 
 
@@ -91,7 +92,7 @@ def test_minus_infinity_in_masks_is_no_mistake(rows: int) -> None:
     for given in (mask, mask.expand(rows, 6, 6)):
         example = {"x": torch.randn(rows, 6, 8), "mask": given}
         assert len(surgery.find_sites(model, example)) == 2
-        assert all(not batch.kwargs["mask"].isnan().any() for batch in surgery.conversion.vary(as_batch(example), 0))
+        assert all(not batch.kwargs["mask"].isnan().any() for batch in vary(as_batch(example), 0))
     data = [{"x": torch.randn(16, 6, 8), "mask": mask} for _ in range(10)]
     gated = gate_all(model, data[0], skip="affine", granularity="sample")
     left = surgery.fit_skip_paths(gated, data)  # of batches joined to one

@@ -20,8 +20,9 @@ import surgery
 from surgery import latency, regression
 from surgery.budgets import budget_range
 from surgery.calling import Batch
+from surgery.choosing import prefer_static_where_it_wins
 from surgery.context import state_of
-from surgery.conversion import UnmeasuredQuality, first, prefer_static_where_it_wins, select, vary
+from surgery.conversion import UnmeasuredQuality, first, select
 from surgery.costs import observe
 from surgery.counting import flop_counter
 from surgery.errors import (
@@ -34,6 +35,7 @@ from surgery.errors import (
     SurgeryError,
     UnsupportedModel,
 )
+from surgery.made_inputs import vary
 from surgery.options import Options
 from surgery.resuming import CHECKPOINT
 from surgery.sites import Sites
@@ -270,7 +272,7 @@ def test_routers_alone_leave_skip_paths_as_they_were_fitted(
     vit: nn.Module, images: list[Tensor], granularity: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("surgery.conversion.prefer_static_where_it_wins", lambda *_, **__: False)
-    monkeypatch.setattr("surgery.conversion.Checkpoint.restore", lambda *_: None)
+    monkeypatch.setattr("surgery.choosing.Snapshot.restore", lambda *_: None)
     monkeypatch.setattr("surgery.held_out.HeldOut.look", lambda *_: {})  # keeps the last weights, better or not
     found = []
     for tune in ("oneshot", "routers"):
