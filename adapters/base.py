@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -126,19 +125,6 @@ def library(name: str, install: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingDependency(f'{name} is needed here: pip install "{install}"') from error
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, without gradients; every module's own mode comes back on every path."""
-    was = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in was.items():
-            module.training = training
 
 
 def place(model: nn.Module, batch: Batch) -> Batch:

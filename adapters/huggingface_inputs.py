@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.adapters.base import evaluating
 from surgery.adapters.huggingface_files import local_image_processor, local_tokenizer
 from surgery.adapters.images import coloured_noise, natural_images
 from surgery.adapters.vocabulary import Vocabulary, writes
-from surgery.calling import Batch, device_of
+from surgery.calling import Batch, device_of, evaluating
 from surgery.errors import DataError
 
 logger = logging.getLogger(__name__)

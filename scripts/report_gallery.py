@@ -5,7 +5,6 @@ Axis letters: `S` sites, `K` clusters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,6 +16,7 @@ from surgery.context import state_of
 from surgery.gates import iter_gates
 from surgery.logs import Log, Row
 from surgery.reports import Report
+from surgery.scoring import entropy
 from surgery.scripts import report_figures as figures
 from surgery.scripts.report_measuring import Subject
 from surgery.state import GatedState
@@ -182,8 +182,5 @@ def _slices(rows: Sequence[Row], count: int) -> list[list[Row]]:
 
 def jensen_shannon(p: float, q: float) -> float:
     """Divergence of two shares, in bits; in [0, 1]."""
-
-    def entropy(share: float) -> float:
-        return -sum(one * math.log2(one) for one in (share, 1 - share) if one > 0)
-
-    return max(0.0, entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2)
+    mean = (p + q) / 2
+    return max(0.0, entropy((mean, 1 - mean)) - (entropy((p, 1 - p)) + entropy((q, 1 - q))) / 2)

@@ -21,6 +21,7 @@ from surgery.errors import DataError
 from surgery.log_rows import input_hashes
 from surgery.progress import Progress, silent
 from surgery.rewriting import remove
+from surgery.scoring import entropy
 
 NEAR = 0.1
 """Scores this close to the threshold are near it: they are logs, so 0.1 is a tenth of harm per cost saved."""
@@ -101,7 +102,7 @@ def audited(
         inputs=len(seen.costs),
         policies=len(policies),
         decided=f"{count:,} {'tokens' if per_token else 'inputs'}",
-        input_information=_entropy([number / count for number in policies.values()]),
+        input_information=entropy([number / count for number in policies.values()]),
         cost=float((seen.costs * seen.weights).sum() / seen.weights.sum()),
         sites=tuple(run.site(index, name, seen) for index, name in enumerate(state.units)),
         classes=classes,
@@ -210,7 +211,7 @@ class _Run:
         return SiteAudit(
             name,
             rate,
-            _entropy([rate, 1 - rate]),
+            entropy([rate, 1 - rate]),
             None if seen.labels is None else _information(seen.rates[:, index], seen.weights, seen.labels),
             self.near[name] / self.scored[name] if self.scored[name] else None,
             self.moved[name] / self.tried[name] if self.tried[name] else None,
@@ -247,14 +248,10 @@ def _information(rates: Tensor, weights: Tensor, labels: Tensor) -> float:
         chosen = labels == one
         share = float(weights[chosen].sum()) / total
         rate = float((rates[chosen] * weights[chosen]).sum() / weights[chosen].sum().clamp_min(1e-12))
-        known += share * _entropy([rate, 1 - rate])
+        known += share * entropy([rate, 1 - rate])
     # inputs are the independent samples, however many tokens each holds
     bias = (len(classes) - 1) / (2 * len(labels) * math.log(2)) if 0 < overall < 1 else 0.0
-    return max(0.0, _entropy([overall, 1 - overall]) - known - bias)
-
-
-def _entropy(shares: Iterable[float]) -> float:
-    return -sum(share * math.log2(share) for share in shares if share > 0) + 0.0
+    return max(0.0, entropy([overall, 1 - overall]) - known - bias)
 
 
 def _named(values: Iterable[int], names: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ Axis letters: `N` samples, `T` tokens, `K` classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
@@ -313,6 +314,19 @@ def _is_vocabulary(batch: Batch, output: Tensor) -> bool:
 def tensors(value: Any) -> list[Tensor]:
     """Every tensor in a nested output, in order; of an object of the user's own, those among its attributes."""
     return list(_tensors(value)) or list(_tensors(getattr(value, "__dict__", None)))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, without gradients; every module's own mode comes back on every path."""
+    was = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in was.items():
+            module.training = training
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery import probing
-from surgery.calling import REFUSALS, Batch, as_batch, call, is_causal, refusal, tensors
+from surgery.calling import REFUSALS, Batch, as_batch, call, evaluating, is_causal, refusal, tensors
 from surgery.context import handled
 from surgery.copying import share
 from surgery.counting import flop_counter
@@ -72,7 +73,7 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
     check_convertible(model)
     check_weights(model)
     batch = _pair(as_batch(example))
-    with _eval_mode(model), plain_attention(), torch.no_grad():
+    with evaluating(model), _same_buffers(model), plain_attention():
         try:
             with flop_counter() as counter:
                 twin = share(model)  # frozen: the FLOP counter fails on leaf tensors that require gradients
@@ -502,21 +503,14 @@ def _signature(batch: Batch) -> dict[str, Any]:
     return {"args": [describe(v) for v in batch.args], "kwargs": {k: describe(v) for k, v in batch.kwargs.items()}}
 
 
-class _eval_mode:
-    """Eval inside the block; every module's own mode and what its buffers hold back afterwards, on every path."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.was = {module: module.training for module in self.model.modules()}
-        self.held = [(buffer, buffer._version, buffer.clone()) for buffer in self.model.buffers() if _is_state(buffer)]
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self.was.items():
-            module.training = training
-        for buffer, version, value in self.held:
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """What the buffers hold is back afterwards, on every path."""
+    held = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if _is_state(buffer)]
+    try:
+        yield
+    finally:
+        for buffer, version, value in held:
             if buffer._version != version:
                 buffer.copy_(value)
 

@@ -5,9 +5,8 @@ Axis letters: `N` samples, `S` sites.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from surgery.calling import (
     check_batches,
     device_of,
     dtype_of,
+    evaluating,
     is_causal,
     length_of,
     read_output,
@@ -36,7 +36,7 @@ from surgery.policies import Importance, decided
 from surgery.progress import Progress, silent
 from surgery.reports import Other, Peer, Report
 from surgery.rewriting import remove
-from surgery.scoring import LOWER_IS_BETTER, Scores
+from surgery.scoring import LOWER_IS_BETTER, Scores, entropy
 from surgery.second_look import given_to_others
 from surgery.timing import conditions
 
@@ -98,7 +98,7 @@ def measure(
         raise DataError("the data is an iterator that can be read once; pass a list or a DataLoader")
     state, progress = state_of(gated), progress or silent
     reference = remove(gated).eval() if dense is None else dense
-    with _evaluating(gated), _evaluating(reference), torch.no_grad():
+    with evaluating(gated), evaluating(reference):
         run = _Run(gated, reference, data, seed, progress)
         run.observe(peers=peers)
         notes = [*state.notes, *run.notes(peers=peers)]
@@ -123,7 +123,7 @@ def measure(
         budget=state.budget,
         submodules=sum(active.values()) / len(active),
         active_rate=active,
-        entropy={name: entropy(rate) for name, rate in active.items()},
+        entropy={name: entropy((rate, 1 - rate)) for name, rate in active.items()},
         policies=len(run.distinct),
         deciding=f"{run.decisions:,} {'tokens' if run.per_token else 'inputs'}",
         speed={size: ratios[None] for size, ratios in times.items()},
@@ -136,11 +136,6 @@ def measure(
     )
     state.report = {**state.report, "dense" if state.budget is None else f"{state.budget:g}": report.to_dict()}
     return report
-
-
-def entropy(rate: float) -> float:
-    """Of a decision that is True at `rate`, in bits."""
-    return -sum(p * math.log2(p) for p in (rate, 1 - rate) if 0 < p < 1) + 0.0
 
 
 class _Run:
@@ -310,14 +305,3 @@ def _mark(batch: Batch) -> tuple[int, float]:
     """Enough of a batch to tell whether it comes again."""
     first = next(v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor) and v.dim())
     return batch.size, float(first.double().sum())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was.items():
-            module.training = training

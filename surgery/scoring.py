@@ -5,7 +5,8 @@ Axis letters: `N` samples, `T` tokens, `K` classes, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,11 @@ from surgery.errors import DataError
 
 IGNORED = -100  # label of positions that do not count, as in torch's cross entropy
 LOWER_IS_BETTER = frozenset({"nats_per_token"})
+
+
+def entropy(shares: Iterable[float]) -> float:
+    """Of shares that sum to 1, in bits."""
+    return -sum(share * math.log2(share) for share in shares if share > 0) + 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ import transformers
 from safetensors.torch import save_file
 
 from surgery.adapters import adapter_for, get_adapter, load_model, parse_spec, registry
-from surgery.adapters.base import evaluating, library
+from surgery.adapters.base import library
+from surgery.calling import evaluating
 from surgery.errors import CheckpointError, DataError, MissingDependency, SurgeryError, UnknownModel
 
 BERT = {

@@ -16,11 +16,11 @@ from surgery.calling import Batch
 from surgery.context import state_of
 from surgery.errors import DataError, NotConverted
 from surgery.gates import iter_gates
-from surgery.measurement import entropy, measure
+from surgery.measurement import measure
 from surgery.model_timing import groups_of
 from surgery.peers import interval
 from surgery.reports import Other, Report
-from surgery.scoring import Scores
+from surgery.scoring import Scores, entropy
 from surgery.scripts import budgets_trial, seeds
 from surgery.state import BudgetPoint, CostModel, SiteCost
 
@@ -121,7 +121,7 @@ def test_quality_and_cost(report: Report, data: Any) -> None:
     assert list(report.active_rate.values()) == pytest.approx([0.0, needed])
     assert report.submodules == pytest.approx(needed / 2)
     assert report.cost == pytest.approx((20 + 2 + 50 * needed) / 100)
-    assert list(report.entropy.values()) == pytest.approx([0.0, entropy(needed)])
+    assert list(report.entropy.values()) == pytest.approx([0.0, entropy((needed, 1 - needed))])
     assert (report.policies, report.deciding) == (2, "400 inputs")
     assert (report.data, report.samples) == ("400 labelled inputs", 400)
     assert report.budget == 0.5
@@ -363,8 +363,8 @@ def test_interval_is_paired() -> None:
 
 
 def test_entropy() -> None:
-    assert entropy(0.5) == 1 and entropy(0.0) == 0 and entropy(1.0) == 0
-    assert entropy(0.25) == pytest.approx(0.8113, abs=1e-4)
+    assert entropy((0.5, 0.5)) == 1 and entropy((0.0, 1.0)) == 0 and entropy(()) == 0
+    assert entropy((0.25, 0.75)) == pytest.approx(0.8113, abs=1e-4)
 
 
 def test_several_conversions_are_scored_as_each_alone(
