@@ -34,6 +34,8 @@ class Branch(Protocol):
     """Whether it writes a key/value cache in this call pattern, so that it must run whatever is decided."""
     inplace: bool
     """Whether the original sum was written into the branch's output (`x += shortcut`)."""
+    first: bool
+    """Whether the branch is the left operand of the original sum (`branch(x) + x`)."""
 
     keys: KeyWriter | None
     """Writes its keys and values alone, where that is known; then it has no further outputs."""
@@ -54,6 +56,7 @@ class Unfolded:
     escapes: int = 0
     stateful: bool = False
     inplace: bool = False
+    first: bool = False
     keys: KeyWriter | None = None
     rows: QueryRows | None = None
 
@@ -82,6 +85,15 @@ def split_outputs(branch: Branch, output: Any) -> tuple[Tensor, tuple[Any, ...]]
     if branch.escapes:
         return output[0], tuple(output[1:])
     return output, ()
+
+
+def added(branch: Branch, left: Tensor | None, value: Tensor) -> Tensor:
+    """The sum, operands in the order of the original: the left one decides how the result lies in memory, and that how later
+    layers round.
+    """
+    if left is None:
+        return value
+    return value + left if branch.first else left + value
 
 
 def parts(value: Any) -> list[Any] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from surgery import context
-from surgery.branches import Branch, Owners, choose, split_outputs, take_samples, take_tokens
+from surgery.branches import Branch, Owners, added, choose, split_outputs, take_samples, take_tokens
 from surgery.context import Scope
 from surgery.errors import PromptError
 from surgery.prompts import cache_in, may_be_compact
@@ -52,8 +52,7 @@ class Executor(nn.Module):
     def open(self, branch: Branch, left: Tensor | None, inputs: Sequence[Any]) -> Any:
         """The original computation."""
         value, escaped = split_outputs(branch, branch(*inputs))
-        if left is not None:
-            value = value.add_(left) if branch.inplace else left + value
+        value = value.add_(left) if branch.inplace and left is not None else added(branch, left, value)
         return (value, *escaped) if branch.escapes else value
 
     def closed(self, branch: Branch, left: Tensor | None, residual: Tensor) -> Any:
@@ -75,8 +74,7 @@ class Executor(nn.Module):
     ) -> Any:
         """Everything runs, decisions select: the reference for every other execution."""
         value, escaped = split_outputs(branch, branch(*inputs))
-        value = torch.where(self.expand(decisions, value), value, self.skip_path(residual))
-        value = value if left is None else left + value
+        value = added(branch, left, torch.where(self.expand(decisions, value), value, self.skip_path(residual)))
         return (value, *escaped) if branch.escapes else value
 
     def cond(
@@ -267,8 +265,7 @@ class Executor(nn.Module):
         if decisions is None:
             closed = self.closed(branch, left, residual)
             return (closed[0], *escaped) if branch.escapes else closed
-        value = torch.where(self.expand(decisions, value), value, self.skip_path(residual))
-        value = value if left is None else left + value
+        value = added(branch, left, torch.where(self.expand(decisions, value), value, self.skip_path(residual)))
         return (value, *escaped) if branch.escapes else value
 
     def query_parameters(self) -> tuple[Tensor | None, Tensor | None]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.branches import Branch, split_outputs
+from surgery.branches import Branch, added, split_outputs
 from surgery.calling import Batch, read_output
 from surgery.context import handled, state_of
 from surgery.costs import run
@@ -96,7 +96,7 @@ class _Collector:
             weights = gate.padding(stream) if gate.per_token else None
             features = self._features(gate, stream)
         self.sites.append(_Seen(gate, probe, difference, features, weights))
-        result = value if left is None else left + value
+        result = added(branch, left, value)
         return (result, *escaped) if branch.escapes else result
 
     def _features(self, gate: Gate, stream: Tensor) -> Tensor:

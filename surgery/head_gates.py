@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.branches import Branch, Owners, split_outputs
+from surgery.branches import Branch, Owners, added, split_outputs
 from surgery.gates import Gate
 from surgery.heads import ActiveHeads, HeadRoles, NoProduct, WeighedHeads, check_ran, zeroed
 from surgery.sites import SitePlan
@@ -109,5 +109,5 @@ class HeadGate(Gate):
 
     def _added(self, branch: Branch, left: Tensor | None, result: tuple[Tensor, tuple[Any, ...]]) -> Any:
         value, escaped = result
-        value = value if left is None else left + value
+        value = added(branch, left, value)
         return (value, *escaped) if branch.escapes else value

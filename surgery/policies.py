@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery import context
-from surgery.branches import Branch
+from surgery.branches import Branch, added
 from surgery.context import Event, Tape, handled
 from surgery.gates import Gate
 from surgery.head_gates import HeadGate
@@ -116,7 +116,7 @@ class Importance:
         shares: list[Tensor] = []
         if isinstance(gate, HeadGate):
             output = gate.weighed(branch, inputs, len(residual), lambda x: _noted(x, gate, shares))
-            value, *escaped = output[0] if left is None else left + output[0], *output[1]
+            value, *escaped = added(branch, left, output[0]), *output[1]
             result: Any = (value, *escaped) if branch.escapes else value
         else:
             result = gate.open(branch, left, inputs)

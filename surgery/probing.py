@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.branches import Branch, Unfolded, parts, take_samples, take_tokens, unfold
+from surgery.branches import Branch, Unfolded, added, parts, take_samples, take_tokens, unfold
 from surgery.chain_reading import read_chain
 from surgery.chains import Chain
 from surgery.counting import flop_counter
@@ -141,7 +141,7 @@ class Probe:
             if not (claim.problem or claim.cached or branch.escapes):
                 claim.chain = _chain(branch, residual, inputs, claim.layout)
         self.claims[name] = claim
-        result = value if left is None else left + value
+        result = added(branch, left, value)
         return (result, *escaped) if branch.escapes else result
 
     def _queries(

@@ -293,7 +293,8 @@ class Programs:
             function.escapes = len(region.escapes)
             function.axes = _axes(mark, region)
             function.stateful = any(node.name in CACHE_NAMES for node in region.inputs) or mark.shared
-            function.inplace = region.add.meta.get(INPLACE, False) and region.add.args[0] is region.term
+            function.first = region.add.args[0] is region.term
+            function.inplace = region.add.meta.get(INPLACE, False) and function.first
             function.keys = self._key_writer(mark, region, index) if function.stateful else None
             function.rows = None if function.stateful else self._query_rows(mark, region, index)
             setattr(cls, function.__name__, function)
