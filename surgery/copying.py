@@ -7,6 +7,7 @@ The copy has its own `Parameter` and buffer *objects* over the same memory. Shar
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,18 +20,31 @@ ALIGNMENT = 64
 def share(model: nn.Module) -> nn.Module:
     """Copy `model`; parameters are frozen views of the original's memory, ties are kept.
 
-    Loading a state dict into the copy gives it memory of its own first, so the original is never written.
+    Loading a state dict into the copy gives it memory of its own first, so the original is never written. Programs of
+    `torch.jit` inside the model are copied with their weights.
     """
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = _alias(parameter)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach()
-    twin = copy.deepcopy(model, memo)
+    # in lists, since those of torch.jit are made anew for every reader, and a memo goes by identity
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    memo: dict[int, Any] = {id(made): made.detach().clone() for made in _computed(model)}
+    memo |= {id(parameter): _alias(parameter) for parameter in parameters}
+    memo |= {id(buffer): buffer.detach() for buffer in buffers}
+    with torch.no_grad():  # torch.jit clones
+        twin = copy.deepcopy(model, memo)
     for module in twin.modules():
-        if module._parameters or module._buffers:
+        if isinstance(module, torch.jit.ScriptModule):
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
+        elif module._parameters or module._buffers:
             module.register_load_state_dict_pre_hook(_own_memory_before_loading)
     return twin
+
+
+def _computed(model: nn.Module) -> Iterator[Tensor]:
+    """Attributes that were computed from parameters, which torch refuses to copy: `weight` of a pruned or normalised layer."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield value
 
 
 def align(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 _RANKS = tuple(f"tensor:{rank}" for rank in range(65))
@@ -193,6 +194,8 @@ def patterns_of_call(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[str
         return hook
 
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # it takes no hooks, and holds nothing that could be traced
         handles.append(module.register_forward_pre_hook(note(name), with_kwargs=True))
     try:
         result = run()

@@ -11,6 +11,7 @@ import torch
 import toys
 from subjects import assert_close, assert_equal, enliven, outputs, subject, with_skip_paths
 from torch import nn
+from torch.nn.utils import prune
 
 import surgery
 from surgery.context import state_of
@@ -165,6 +166,55 @@ def test_a_state_dict_goes_through_torch_save() -> None:
     again.load_state_dict(torch.load(file, weights_only=True))
     with surgery.execution(one.gated, "mask"), surgery.execution(again, "mask"):
         assert_equal(outputs(again, one.example), outputs(one.gated, one.example))
+
+
+class Scripted(nn.Module):
+    """A residual block around a program of `torch.jit`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.jit.script(toys.mlp(8))
+
+    def forward(self, x: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        made = self.inner(x)
+        return x + made if scale is None else x + scale * made
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_programs_of_jit_inside_a_model() -> None:
+    model, x = nn.Sequential(Scripted(), Scripted()).eval(), torch.randn(3, 4, 8)
+    before = toys.frozen(model)
+    gated = enliven(surgery.insert_gates(model, with_skip_paths(surgery.find_sites(model, x).plan())))
+    with surgery.force(gated, 1.0), torch.no_grad():
+        assert_equal([gated(x), gated[0](x, 0.5)], [model(x), model[0](x, 0.5)])  # type: ignore[index]
+    masked = outputs_in(gated, "mask", x)
+    assert_close(outputs_in(gated, "skip", x), masked)
+    assert not torch.allclose(masked[0], model(x))
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for name, p in gated.named_parameters() if "surgery_gates" not in name)
+    gated.double()
+    toys.assert_same(dict(model.state_dict()), before)
+
+
+def outputs_in(gated: nn.Module, mode: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    with surgery.execution(gated, mode):
+        return outputs(gated, x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", ["weight_norm", "pruning"])
+def test_weights_that_hooks_compute(change: str) -> None:
+    model, x = toys.Stack(toys.mlp(8), toys.mlp(8)).eval(), torch.randn(3, 4, 8)
+    layer: Any = model.blocks[0].inner[1]  # type: ignore[index, union-attr]
+    if change == "weight_norm":
+        nn.utils.weight_norm(layer)
+    else:
+        prune.l1_unstructured(layer, "weight", 0.5)
+    assert layer.weight.grad_fn is not None
+    gated = enliven(surgery.insert_gates(model, with_skip_paths(surgery.find_sites(model, x).plan())))
+    with surgery.force(gated, 1.0), torch.no_grad():
+        assert_equal([gated(x)], [model(x)])
+    assert_close(outputs_in(gated, "skip", x), outputs_in(gated, "mask", x))
 
 
 def test_two_gated_versions_of_one_base_share_its_weights() -> None:
