@@ -113,7 +113,7 @@ def find_regions(graph: fx.Graph, module: nn.Module) -> Findings:
             )
             continue
         residual = resolved
-        direct = all(other is residual or residual in ancestors[other] for other in terms)
+        direct = _depend_on(residual, terms, ancestors)
         for term in sorted((t for t in terms if t is not residual), key=order.__getitem__):
             add = _consumer(term)
             region = _cone(term, add, residual, ancestors, order)
@@ -133,7 +133,28 @@ def find_regions(graph: fx.Graph, module: nn.Module) -> Findings:
                 continue
             findings.regions.append(region)
     findings.regions.sort(key=lambda region: order[region.add])
+    _part(findings, order)
     return findings
+
+
+def _part(findings: Findings, order: dict[fx.Node, int]) -> None:
+    """A further output of one branch's call (weights of attention) is an input of the branch that reads it. It is known after
+    the sum: where it is read before that, the call is left alone.
+    """
+    for region in list(findings.regions):
+        if any(_runs(user, findings, order) <= order[region.add] for one in region.escapes for user in one.users):
+            findings.regions.remove(region)
+            findings.rejected.append((_label(region.term), "its further output is read before its sum"))
+    escapes = {node for region in findings.regions for node in region.escapes}
+    for region in findings.regions:
+        if region.own & escapes:
+            region.own -= escapes
+            region.nodes, region.inputs = _with_copies(region.own, order)
+
+
+def _runs(node: fx.Node, findings: Findings, order: dict[fx.Node, int]) -> int:
+    """Where a node runs: work of a branch is moved to its sum."""
+    return next((order[region.add] for region in findings.regions if node in region.own), order[node])
 
 
 def _other_sums(graph: fx.Graph, module: nn.Module) -> list[tuple[str, str]]:
@@ -238,7 +259,7 @@ def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
 
 def _residual(terms: list[fx.Node], ancestors: dict[fx.Node, set[fx.Node]], module: nn.Module) -> fx.Node | str:
     for term in terms:
-        if all(other is term or term in ancestors[other] for other in terms):
+        if _depend_on(term, terms, ancestors):
             return term
     if len(terms) != 2:
         return "open: several terms without one that all others depend on"
@@ -251,6 +272,12 @@ def _residual(terms: list[fx.Node], ancestors: dict[fx.Node, set[fx.Node]], modu
     if weights[heavy] == 0 or weights[light] > _SHORTCUT_DEPTH * weights[heavy]:
         return "two branches of similar size meet here and neither is a shortcut"
     return terms[light]
+
+
+def _depend_on(term: fx.Node, terms: list[fx.Node], ancestors: dict[fx.Node, set[fx.Node]]) -> bool:
+    """Whether all other terms depend on this one; Python's `sum` begins with `0 + x`."""
+    stem: Any = term.args[1] if _is(term, {operator.add}) and term.args[0] == 0 else term
+    return all(other is term or stem in ancestors[other] for other in terms)
 
 
 def _matrices(nodes: Iterable[fx.Node], without: Collection[fx.Node], module: nn.Module) -> int:

@@ -54,6 +54,27 @@ def test_plain_sum(toy: type[nn.Module]) -> None:
     assert sites[0].kind == "mlp" and sites[0].host == ""
 
 
+class Transposed(nn.Module):
+    """A branch whose result lies in memory with channels last, on the left of a sum with maps that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.GroupNorm(1, C), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + x
+
+
+def test_the_left_operand_decides_how_a_sum_lies_in_memory() -> None:
+    x = maps()
+    toy = nn.Sequential(Transposed(), Transposed(), nn.GroupNorm(1, C))
+    check(toy, x, ["0", "1"])
+    _, gated = convert(toy, x)
+    for mode in ("skip", "mask"):
+        with surgery.execution(gated, mode), surgery.force(gated, torch.tensor(True)):  # type: ignore[arg-type]
+            assert gated[1](x).stride() == toy[1](x).stride() != x.stride()  # type: ignore[index]
+
+
 def test_in_place_sum_on_the_stream() -> None:
     x, toy = tokens(), PlusEqualOnStream()
     check(toy, x, ["mlp"], toy.norm(x))
@@ -130,6 +151,45 @@ class ParallelDropped(Parallel):
 def test_dropout_between_sums_is_seen_through() -> None:
     x = tokens()
     check(ParallelDropped(), x, ["mlp", "attn"], x)
+
+
+class Summed(Base):
+    """Python's `sum`, which begins with `0 + x`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        return sum([x, self.mlp(n), self.other(n)])  # type: ignore[return-value]
+
+
+def test_python_sums() -> None:
+    x = tokens()
+    check(Summed(), x, ["mlp", "other"], x)
+
+
+class Weights(Parallel):
+    """The weights of the attention are read by another branch, behind its sum or before it."""
+
+    def __init__(self, behind: bool) -> None:
+        super().__init__()
+        self.attn: nn.Module = nn.MultiheadAttention(C, 2, batch_first=True)
+        self.behind = behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        attended, weights = self.attn(n, n, n)
+        if self.behind:
+            return x + attended + self.mlp(n) * weights.sum(1)[..., None]
+        return x + self.mlp(n) * weights.sum(1)[..., None] + attended
+
+
+@pytest.mark.parametrize(("behind", "expected"), [(True, ["attn", "mlp"]), (False, ["mlp"])])
+def test_a_second_output_that_another_branch_reads(behind: bool, expected: list[str]) -> None:
+    sites = check(Weights(behind), tokens(), expected)
+    assert [r.reason for r in sites.rejections] == [] if behind else ["its further output is read before its sum"]
 
 
 class Projection(nn.Module):
