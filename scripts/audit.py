@@ -16,8 +16,8 @@ from surgery.scripts.running import command, show, show_json
 @command
 def audit(
     directory: options.DirectoryArgument,
-    data: Annotated[str, typer.Option("--data", help=options.DATA_HELP)],
-    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "test",
+    data: options.Data,
+    split: options.Split = "test",
     group: Annotated[
         str | None, typer.Option("--group", metavar="COLUMN", help="Column whose values are groups of inputs.")
     ] = None,
@@ -28,9 +28,7 @@ def audit(
         Path | None, typer.Option("--picture", help="PNG to write: groups, or else classes.", rich_help_panel="Output")
     ] = None,
     base: options.Base = None,
-    budget: Annotated[
-        float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
-    ] = None,
+    budget: options.OtherBudget = None,
     batch_size: options.BatchSize = 32,
     limit: options.Limit = None,
     revision: options.Revision = None,

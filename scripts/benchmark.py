@@ -29,14 +29,10 @@ def benchmark(
     data: Annotated[
         str | None, typer.Option("--data", help=f"Inputs to time on; synthetic ones without it. {options.DATA_HELP}")
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "test",
+    split: options.Split = "test",
     base: options.Base = None,
-    budget: Annotated[
-        float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
-    ] = None,
-    batch_sizes: Annotated[
-        list[int] | None, typer.Option("--batch-size", min=1, help="Samples per call; repeatable. 1 and 8 by default.")
-    ] = None,
+    budget: options.OtherBudget = None,
+    timed_batch: options.TimedBatches = None,
     group_by_length: Annotated[
         bool,
         typer.Option("--group-by-length", help="Texts of like length share a batch, so that there is little padding."),
@@ -50,7 +46,7 @@ def benchmark(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Time a converted model against the dense one: the median of paired calls after a warm-up."""
+    """Time a converted model against the dense one: the median of paired calls, of 1 and of 8 samples by default."""
     from surgery.budgets import set_budget
     from surgery.calling import device_of, dtype_of
     from surgery.overview import status
@@ -63,7 +59,7 @@ def benchmark(
         set_budget(gated, budget)
     where = device_of(loaded.model)
     speed: dict[int, Ratio] = {}
-    sizes = tuple(batch_sizes or (1, 8))
+    sizes = tuple(timed_batch or (1, 8))
     with progress_bars() as progress:
         for done, size in enumerate(sizes):
             progress("timing", done, len(sizes))
@@ -116,7 +112,7 @@ def inputs_of(
     where, dtype = device_of(loaded.model), dtype_of(loaded.model)
     whole = [batch for batch in (one.to(where, dtype) for one in batches(source)) if batch.size == size]
     if not whole:
-        raise DataError(f"{data} (split {split!r}) has fewer than {size} samples; take a smaller --batch-size")
+        raise DataError(f"{data} (split {split!r}) has fewer than {size} samples; take a smaller --timed-batch")
     with torch.no_grad():
         call_dense(loaded.model, whole[0])  # refused by name, if at all
     return whole

@@ -39,22 +39,23 @@ _LABELS = {
 @command
 def compare(
     directory: options.DirectoryArgument,
-    data: Annotated[str, typer.Option("--data", help=options.DATA_HELP)],
-    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "test",
+    data: options.Data,
+    split: options.Split = "test",
     budgets: Annotated[
         str, typer.Option("--budgets", metavar="B,B,…", help="Budgets; those out of reach are left out.")
     ] = "0.75,0.6,0.5",
-    tune: Annotated[
+    tune_data: Annotated[
         str | None,
         typer.Option(
-            "--tune", help="Training data on which pruned networks are tuned, by distillation; not at all without it."
+            "--tune-data",
+            help="Training data on which pruned networks are tuned, by distillation; not at all without it.",
         ),
     ] = None,
     tune_steps: Annotated[
         int | None, typer.Option("--tune-steps", min=1, help="Steps of that; 300 by default.")
     ] = None,
     prune: Annotated[bool, typer.Option("--prune/--no-prune", help="Also prune channels.")] = True,
-    speed: Annotated[int, typer.Option("--speed", min=0, help="Inputs per timed call; 0 for no times.")] = 32,
+    timed_batch: options.TimedBatch = 32,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds per budget.")] = 15,
     out: Annotated[
         Path | None,
@@ -77,10 +78,10 @@ def compare(
     wanted = options.budgets(budgets)
     if not wanted:
         raise typer.BadParameter("--budgets names none; write 0.4,0.6")
-    if tune_steps is not None and tune is None:
-        raise typer.BadParameter("--tune-steps counts steps on the data of --tune, which is not given")
-    if tune is not None and not prune:
-        raise typer.BadParameter("--tune is for pruned networks, which --no-prune leaves out")
+    if tune_steps is not None and tune_data is None:
+        raise typer.BadParameter("--tune-steps counts steps on --tune-data, which is not given")
+    if tune_data is not None and not prune:
+        raise typer.BadParameter("--tune-data is for pruned networks, which --no-prune leaves out")
     steps = TUNE_STEPS if tune_steps is None else tune_steps
     if out is not None:
         outputs.check_directory("--out", out, WRITTEN, "a comparison")
@@ -89,17 +90,25 @@ def compare(
     common: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "seed": seed}
     rows = load_data(data, loaded, split=split, shuffle=limit is not None, **common)
     training = None
-    if tune is not None:
-        training = load_data(tune, loaded, split="train", shuffle=True, **{**common, "limit": steps * batch_size})
+    if tune_data is not None:
+        training = load_data(tune_data, loaded, split="train", shuffle=True, **{**common, "limit": steps * batch_size})
     networks = Networks(gated, loaded.model, rows, training, steps, prune)
     with progress_bars() as progress:
         networks.progress = progress
         found = sweep(
-            gated, loaded.model, rows, wanted, networks, speed=speed, repeats=repeats, seed=seed, progress=progress
+            gated,
+            loaded.model,
+            rows,
+            wanted,
+            networks,
+            speed=timed_batch,
+            repeats=repeats,
+            seed=seed,
+            progress=progress,
         )
     content = {"directory": str(directory), "data": data, **found.to_dict()}
     if out is not None:
-        write(out, found, content, speed)
+        write(out, found, content, timed_batch)
     if as_json:
         show_json(content)
     else:

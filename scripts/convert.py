@@ -85,13 +85,13 @@ class Heal(str, Enum):
 @command
 def convert(
     model: options.ModelArgument,
-    budget: Annotated[float, typer.Option("--budget", help="Mean cost as a share of the dense model's, in (0, 1].")],
+    budget: options.Budget,
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
     data: Annotated[
         str | None,
         typer.Option("--data", help=f"Data to fit and calibrate on; synthetic inputs without it. {options.DATA_HELP}"),
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="Split of --data.", rich_help_panel="Data")] = "train",
+    split: options.Split = "train",
     validation: options.Validation = None,
     validation_split: options.ValidationSplit = "validation",
     augment: options.Augment = False,
@@ -123,9 +123,7 @@ def convert(
             help="oneshot fits in closed form, train goes on with gradients, routers with those of routers alone.",
         ),
     ] = Tune.auto,
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", min=1, help="Passes over the data in training; 3 by default.")
-    ] = None,
+    epochs: options.Epochs = None,
     lowest_budget: Annotated[
         float | None,
         typer.Option(

@@ -327,7 +327,7 @@ def coverage(
     out: Annotated[Path | None, typer.Option("--out", help="Write the Markdown page here.")] = None,
     only: Annotated[str, typer.Option("--only", help="Glob over architecture names, such as 'timm/*vit*'.")] = "*",
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time.")] = 1,
-    limit: Annotated[float, typer.Option("--limit", help="Seconds per architecture.")] = 300.0,
+    seconds: Annotated[float, typer.Option("--seconds", help="Time limit per architecture.")] = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -342,7 +342,7 @@ def coverage(
     if out is not None:
         outputs.check_file("--out", out)
     rows = []
-    for row in measure_all(names, jobs, limit):
+    for row in measure_all(names, jobs, seconds):
         rows.append(row)
         note(f"{len(rows):3d}/{len(names)} {row.name:32} {_dash(row.found)}/{_dash(row.expected)} {row.error}")
     arguments = "" if only == "*" else f" --only '{only}'"

@@ -65,7 +65,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory to write: checkpoint, picture, numbers.")] = Path(
         "demo-out"
     ),
-    budget: Annotated[float, typer.Option("--budget", help="Mean cost as a share of the dense model's.")] = 0.5,
+    budget: options.Budget = 0.5,
     threads: options.Threads = None,
     seed: options.Seed = 0,
     as_json: options.Json = False,

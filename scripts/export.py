@@ -46,8 +46,8 @@ def export(
     form: Annotated[
         Form | None, typer.Option("--format", help="onnx or pt2 (torch.export); by default the suffix of FILE.")
     ] = None,
-    batch: Annotated[
-        int, typer.Option("--batch", min=1, help="Samples per call; more than 1 needs --execution mask or static.")
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Samples per call; more than 1 needs --execution mask or static.")
     ] = 1,
     execution: Annotated[
         How,
@@ -61,16 +61,14 @@ def export(
         Tokens,
         typer.Option("--tokens", help="cond, per token: run a branch on all tokens, or gather the active ones (MLPs)."),
     ] = Tokens.mask,
-    budget: Annotated[
-        float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
-    ] = None,
+    budget: options.OtherBudget = None,
     decisions: Annotated[bool, typer.Option("--decisions", help="Every gate's decisions are outputs as well.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.", rich_help_panel="Output")] = False,
     base: options.Base = None,
     data: Annotated[
         str | None, typer.Option("--data", help=f"Inputs whose shapes are taken. {options.DATA_HELP}")
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "test",
+    split: options.Split = "test",
     revision: options.Revision = None,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -90,7 +88,7 @@ def export(
         gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
         if budget is not None:
             set_budget(gated, budget)
-        example = example_of(loaded, data, split=split, batch_size=batch, seed=seed)
+        example = example_of(loaded, data, split=split, batch_size=batch_size, seed=seed)
     with waiting("exporting"):
         done = write(
             gated,

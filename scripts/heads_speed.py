@@ -66,7 +66,7 @@ def _roles(attention: nn.Module, example: Tensor) -> tuple[Any, list[Tensor]]:
 
 @command
 def heads_speed(
-    sizes: Annotated[list[int] | None, typer.Option("--batch-size", min=1, help="Repeatable; 1 and 8.")] = None,
+    timed_batch: options.TimedBatches = None,
     repeats: Annotated[int, typer.Option("--repeats", min=8, help="Timed pairs per batch size.")] = 100,
     threads: options.Threads = 2,
     as_json: options.Json = False,
@@ -77,7 +77,7 @@ def heads_speed(
     from surgery.timing import conditions
 
     options.set_up(threads, 0)
-    found = {size: measure_heads(size, repeats) for size in sizes or (1, 8)}
+    found = {size: measure_heads(size, repeats) for size in timed_batch or (1, 8)}
     if as_json:
         show_json({"conditions": conditions(), "speed": {size: ratio.to_dict() for size, ratio in found.items()}})
     else:

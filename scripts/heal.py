@@ -21,17 +21,15 @@ def heal(
     kind: Annotated[Heal, typer.Option("--kind", help="Copies of its norms, or low-rank changes of linear maps.")],
     data: Annotated[str, typer.Option("--data", help=f"Data to heal and calibrate on. {options.DATA_HELP}")],
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
-    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "train",
+    split: options.Split = "train",
     validation: options.Validation = None,
     validation_split: options.ValidationSplit = "validation",
     augment: options.Augment = False,
     base: options.Base = None,
-    budget: Annotated[
-        float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the data; 3 by default.")] = None,
+    budget: options.OtherBudget = None,
+    epochs: options.Epochs = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps, in place of epochs.")] = None,
-    rate: Annotated[float | None, typer.Option("--rate", help="Learning rate of the changes.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Of the changes.")] = None,
     force: options.Force = False,
     batch_size: options.BatchSize = 32,
     limit: options.Limit = None,
@@ -54,7 +52,7 @@ def heal(
     training = Options(
         epochs=default.epochs if epochs is None else epochs,
         steps=steps,
-        heal_rate=default.heal_rate if rate is None else rate,
+        heal_rate=default.heal_rate if learning_rate is None else learning_rate,
     )
     outputs.check_conversion("--out", out, force=force)
     keep_freed_memory()

@@ -27,6 +27,8 @@ DATA_HELP = (
     "A .parquet, .csv, .tsv, .jsonl or .json file, a folder of images by class, a dataset's name on the Hub, or digits."
 )
 
+# Where an option may be given several times it has the name of one (--timed-batch, --tag, --open); lists in one word, with
+# commas, have the name of many (--budgets, --sites).
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 DirectoryArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `surgery convert` wrote.")]
 RepositoryArgument = Annotated[str, typer.Argument(metavar="REPO", help="Repository on the Hub: user/name.")]
@@ -44,6 +46,12 @@ DtypeOption = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads for torch.", rich_help_panel="Machine")
 ]
+Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
+Split = Annotated[str, typer.Option("--split", help="Split of --data.", rich_help_panel="Data")]
+Budget = Annotated[float, typer.Option("--budget", help="Mean cost as a share of the dense model's, in (0, 1].")]
+OtherBudget = Annotated[
+    float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed for everything random.", rich_help_panel="Machine")]
 Validation = Annotated[
     str | None,
@@ -58,6 +66,12 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per
 Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Read at most this many samples.", rich_help_panel="Data")
 ]
+TimedBatch = Annotated[int, typer.Option("--timed-batch", min=0, help="Samples per timed call; 0 for no times.")]
+TimedBatches = Annotated[
+    list[int] | None, typer.Option("--timed-batch", min=1, help="Time calls of so many samples; repeatable.")
+]
+Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the data in training; 3 by default.")]
+Log = Annotated[Path, typer.Option("--log", metavar="LOG", help="A directory that `surgery record` wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.", rich_help_panel="Output")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
 

@@ -1,4 +1,4 @@
-"""`surgery pull REPO DIR`: a converted model from the Hugging Face Hub."""
+"""`surgery pull REPO --out DIR`: a converted model from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from surgery.scripts.running import command, note, program, show_json
 @command
 def pull(
     repository: options.RepositoryArgument,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to write.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older conversion in DIR.")] = False,
+    force: options.Force = False,
     token: options.Token = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Fetch the converted model REPO (user/name) into DIR, which appears in full or not at all."""
+    """Fetch the converted model REPO (user/name) into --out, which appears in full or not at all."""
     from surgery.hub import pull as fetch
 
-    outputs.check_conversion("DIR", directory, force=force)
+    outputs.check_conversion("--out", out, force=force)
     with waiting("downloading"):
-        fetch(repository, directory, revision=revision, token=token, overwrite=force)
+        fetch(repository, out, revision=revision, token=token, overwrite=force)
     if as_json:
-        show_json({"repository": repository, "directory": str(directory)})
+        show_json({"repository": repository, "out": str(out)})
     else:
-        note(f"written to {directory}; next: {program()} score {shlex.quote(str(directory))} --data …")
+        note(f"written to {out}; next: {program()} score {shlex.quote(str(out))} --data …")

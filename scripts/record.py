@@ -17,13 +17,11 @@ from surgery.scripts.running import command, command_line, note, show_json
 @command
 def record(
     directory: options.DirectoryArgument,
-    data: Annotated[str, typer.Option("--data", help=options.DATA_HELP)],
+    data: options.Data,
     out: Annotated[Path, typer.Option("--out", help="Directory of the log; an older log there grows.")],
-    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "test",
+    split: options.Split = "test",
     base: options.Base = None,
-    budget: Annotated[
-        float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
-    ] = None,
+    budget: options.OtherBudget = None,
     batch_size: options.BatchSize = 32,
     limit: options.Limit = None,
     revision: options.Revision = None,
@@ -61,7 +59,7 @@ def record(
     else:
         note(f"{rows.samples:,} inputs in {log.calls:,} calls were added to {out}")
         given = {
-            "from": directory,
+            "log": out,
             "data": data,
             "split": split,
             "model": base,
@@ -70,4 +68,4 @@ def record(
         }
         given |= {"revision": revision, "device": None if device == "auto" else device, "threads": threads}
         given |= {"dtype": None if dtype is options.Dtype.auto else dtype.value, "seed": seed or None}
-        note(f"next: {command_line('replay', out, options=given)}")
+        note(f"next: {command_line('replay', directory, options=given)}")

@@ -1,8 +1,7 @@
-"""`surgery replay LOG --from DIR --data …`: run recorded decisions again and compare the outputs."""
+"""`surgery replay DIR --log LOG --data …`: run recorded decisions again and compare the outputs."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,12 +14,10 @@ from surgery.scripts.running import ERROR, command, show, show_json
 
 @command
 def replay(
-    log: Annotated[Path, typer.Argument(metavar="LOG", help="A directory that `surgery record` wrote.")],
+    directory: options.DirectoryArgument,
+    log: options.Log,
     data: Annotated[str, typer.Option("--data", help=f"The data that was recorded. {options.DATA_HELP}")],
-    directory: Annotated[
-        Path, typer.Option("--from", metavar="DIR", help="The directory that `surgery convert` wrote.")
-    ],
-    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "test",
+    split: options.Split = "test",
     base: options.Base = None,
     opened: Annotated[
         list[str] | None, typer.Option("--open", metavar="SITE", help="What if this site ran; repeatable.")

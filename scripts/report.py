@@ -16,16 +16,16 @@ from surgery.scripts.running import command, note, show_json
 @command
 def report(
     directory: options.DirectoryArgument,
-    data: Annotated[str, typer.Option("--data", help=options.DATA_HELP)],
+    data: options.Data,
     out: Annotated[Path, typer.Option("--out", help="HTML file; PNGs are written beside it.")] = Path("report.html"),
-    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "test",
+    split: options.Split = "test",
     log: Annotated[
         Path | None, typer.Option("--log", help="A log that `surgery record` wrote: adds drift over time.")
     ] = None,
     budgets: Annotated[
         str, typer.Option("--budgets", metavar="B,B,…", help="Budgets of the curves; those out of reach are left out.")
     ] = "0.4,0.5,0.6,0.7,0.8",
-    speed: Annotated[int, typer.Option("--speed", min=1, help="Inputs per timed call.")] = 8,
+    timed_batch: options.TimedBatch = 8,
     base: options.Base = None,
     batch_size: options.BatchSize = 32,
     limit: options.Limit = None,
@@ -56,7 +56,7 @@ def report(
             out,
             Subject(gated, loaded.model, rows, loaded, directory.name, data),
             wanted,
-            speed,
+            timed_batch,
             recorded,
             seed,
             progress,

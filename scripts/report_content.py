@@ -38,7 +38,7 @@ def write(
         out: HTML file.
         subject: What it is about.
         budgets: Of the curves.
-        speed: Inputs per timed call.
+        speed: Samples per timed call; 0 for no times.
         log: For drift over time.
         seed: Of random decisions and noise.
         progress: Called while at work.

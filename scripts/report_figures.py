@@ -79,7 +79,7 @@ def _coloured(dark: bool) -> Iterator[None]:
 def tradeoff(
     points: Mapping[str, Sequence[Mapping[str, float]]], dense: Mapping[str, float], metric: str, batch: int
 ) -> Draw:
-    """Metric against cost, and against measured time.
+    """Metric against cost, and against measured time where there is any.
 
     Args:
         points: Policy -> points with `cost`, `metric` and `time` (by the dense model's).
@@ -89,11 +89,11 @@ def tradeoff(
     """
 
     def draw(figure: Any, dark: bool) -> None:
-        left, right = figure.subplots(1, 2, sharey=True)
-        for axes, key, label in (
-            (left, "cost", "mean cost (% of dense FLOPs)"),
-            (right, "time", f"measured time, batch {batch} (% of dense)"),
-        ):
+        labels = {"cost": "mean cost (% of dense FLOPs)", "time": f"measured time, batch {batch} (% of dense)"}
+        if not any(value.get("time") for values in points.values() for value in values):
+            del labels["time"]
+        panels = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
+        for axes, (key, label) in zip(panels, labels.items(), strict=True):
             axes.axhline(dense["metric"], color=_INK[dark], linewidth=0.8, alpha=0.5)
             further = itertools.cycle(_FURTHER)
             for name, values in points.items():
@@ -111,8 +111,8 @@ def tradeoff(
             axes.plot([100], [dense["metric"]], "*", color=_INK[dark], markersize=13, label="dense")
             axes.set_xlabel(label)
             axes.grid(alpha=0.25)
-        left.set_ylabel(metric)
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        panels[0].set_ylabel(metric)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
     return draw
 

@@ -47,9 +47,10 @@ def gallery(
         drawn.append(
             (
                 "tradeoff",
-                f"{metric.capitalize()} against cost and time",
+                f"{metric.capitalize()} against cost{' and time' if timed else ''}",
                 "One checkpoint at several budgets. Static: a fixed set of sites with the same skip paths. Random: each "
-                "site at its active rate, whatever the input. Times are medians of pairs of calls, side by side with dense.",
+                "site at its active rate, whatever the input."
+                f"{' Times are medians of pairs of calls, side by side with dense.' if timed else ''}",
                 figures.tradeoff(points, {"metric": dense * unit}, f"{metric}{' (%)' if unit == 100 else ''}", speed),
                 9,
                 4,

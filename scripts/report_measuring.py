@@ -68,8 +68,8 @@ def sweep_of(
 def times_by_budget(
     subject: Subject, budgets: Sequence[float], size: int, progress: Progress
 ) -> dict[float, dict[str, float]]:
-    """Time of gated, static and random by the dense model's, median over pairs of calls on the same inputs."""
-    state, rows = state_of(subject.gated), _groups(subject, size)
+    """Time of gated, static and random by the dense model's, median over pairs of calls on the same inputs; none if size is 0."""
+    state, rows = state_of(subject.gated), _groups(subject, size) if size else []
     if not rows:
         return {}
     result: dict[float, dict[str, float]] = {}

@@ -33,7 +33,7 @@ def main(
     hidden: Annotated[int, typer.Option(help="Width of its MLPs.")] = 1536,
     heads: Annotated[int, typer.Option(help="Heads of its attention.")] = 12,
     rows: Annotated[int, typer.Option(help="Tokens of one call, or pixels along a side.")] = 25,
-    batch: Annotated[int, typer.Option(help="Feature maps of one call.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Feature maps of one call.")] = 1,
     layers: Annotated[int, typer.Option(help="Layers, each with weights of its own.")] = 18,
     repeats: Annotated[int, typer.Option(help="Rounds, of which the median counts.")] = 30,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -44,7 +44,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if what is What.skip:
-        steps = skip_steps(channels, rows, batch, layers)
+        steps = skip_steps(channels, rows, batch_size, layers)
     else:
         counts = [max(1, round(share * rows)) for share in (1.0, 0.8, 0.6, 0.5, 0.4, 0.2, 0.0)]
         make = mlp_step(channels, hidden, layers) if what is What.mlp else attention_step(channels, heads, rows, layers)

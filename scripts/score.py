@@ -15,16 +15,12 @@ from surgery.scripts.running import command, note, show, show_json
 @command
 def score(
     directory: options.DirectoryArgument,
-    data: Annotated[str, typer.Option("--data", help=options.DATA_HELP)],
-    split: Annotated[str, typer.Option("--split", help="Split of the data.", rich_help_panel="Data")] = "test",
+    data: options.Data,
+    split: options.Split = "test",
     base: options.Base = None,
-    budget: Annotated[
-        float | None, typer.Option("--budget", help="Another budget than the one it was converted for.")
-    ] = None,
+    budget: options.OtherBudget = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Also score static and random policies.")] = True,
-    speed: Annotated[
-        list[int] | None, typer.Option("--speed", min=1, help="Also time at this batch size; repeatable.")
-    ] = None,
+    timed_batch: options.TimedBatches = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Write the result into DIR, for its model card.", rich_help_panel="Output")
     ] = False,
@@ -53,7 +49,13 @@ def score(
     )
     with progress_bars() as progress:
         report = measure(
-            gated, batches, dense=loaded.model, speed=tuple(speed or ()), peers=peers, seed=seed, progress=progress
+            gated,
+            batches,
+            dense=loaded.model,
+            speed=tuple(timed_batch or ()),
+            peers=peers,
+            seed=seed,
+            progress=progress,
         )
     if batches.labels is None and not report.metric and report.agreement_of == "argmax":
         others = f" among {', '.join(batches.unused)}" if batches.unused else ""

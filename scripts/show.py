@@ -25,7 +25,7 @@ def show(
         ),
     ] = None,
     data: Annotated[str | None, typer.Option("--data", help=options.DATA_HELP)] = None,
-    split: Annotated[str, typer.Option("--split", help="Split of the data.")] = "train",
+    split: options.Split = "train",
     base: options.Base = None,
     revision: options.Revision = None,
     device: options.Device = "auto",

@@ -18,7 +18,7 @@ def sites(
     data: Annotated[
         str | None, typer.Option("--data", help=f"Find sites on its first batch. {options.DATA_HELP}")
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="Split of the data.")] = "train",
+    split: options.Split = "train",
     only: options.SitesOption = None,
     batch_size: options.BatchSize = 2,
     revision: options.Revision = None,

@@ -266,8 +266,10 @@ def _share(value: float | None) -> str:
 @command
 def speed(
     only: Annotated[str | None, typer.Option("--only", help=f"One of {', '.join(NETWORKS)}.")] = None,
-    sizes: Annotated[list[int] | None, typer.Option("--batch-size", min=1, help="Repeatable; 1 and 8.")] = None,
-    draws: Annotated[int, typer.Option("--draws", min=8, help="Timed pairs at batch 1; a quarter at others.")] = 120,
+    timed_batch: options.TimedBatches = None,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=8, help="Timed pairs at batch 1; a quarter at others.")
+    ] = 120,
     skip: Annotated[str, typer.Option("--skip", help="Skip paths: auto, identity, affine, linear.")] = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="Write a Markdown table here.")] = None,
     threads: options.Threads = 2,
@@ -281,7 +283,7 @@ def speed(
     if only is not None and only not in NETWORKS:
         raise typer.BadParameter(f"no network {only!r}; there are: {', '.join(NETWORKS)}", param_hint="--only")
     options.set_up(threads, 0)
-    settings = Settings(tuple(sizes or (1, 8)), draws, skip)
+    settings = Settings(tuple(timed_batch or (1, 8)), repeats, skip)
     rows = []
     for name in NETWORKS if only is None else (only,):
         for row in measure_network(name, NETWORKS[name], settings):

@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 from surgery import errors
@@ -126,6 +127,19 @@ def test_every_command_speaks_json_and_explains_itself(command: str) -> None:
     assert "--json" in text and "--debug" in text
 
 
+def test_an_option_takes_the_same_in_every_command() -> None:
+    """Once or several times, and left out or not: `int`, `int | None` and `list[int]` take the same."""
+    taken: dict[str, set[object]] = {}
+    for page in app.registered_commands:
+        for hint in get_type_hints(page.callback, include_extras=True).values():
+            value, *more = get_args(hint) or (hint,)
+            for info in (one for one in more if isinstance(one, OptionInfo)):  # its first name is its `default`
+                kind = next(iter(get_args(value)), value)
+                taken.setdefault(info.default, set()).add(next(iter(get_args(kind)), kind))
+    assert taken["--budget"] == {float} and taken["--timed-batch"] == {int}
+    assert {option: kinds for option, kinds in taken.items() if len(kinds) > 1} == {}
+
+
 def test_version() -> None:
     from importlib.metadata import version
 
@@ -183,7 +197,7 @@ def test_every_hint_is_for_a_command() -> None:
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     takes = {name for name, page in commands.items() if any(one.name == "directory" for one in page.params)}
-    assert takes - {"pull"} == TAKE_DIRECTORIES  # which writes one
+    assert takes == TAKE_DIRECTORIES
     assert {key for hints in HINTS.values() for key in hints} <= {*commands, "DIR", "MODEL", ""}
 
 
@@ -195,7 +209,7 @@ def test_every_hint_is_for_a_command() -> None:
         ("score", errors.CheckpointError("x names none; give one with --model"), None),
         ("score", errors.DataError("no such file"), "`surgery score --help`"),
         ("benchmark", errors.DataError("no such file"), "`surgery benchmark --help`"),
-        ("benchmark", errors.DataError("too few; take a smaller --batch-size"), None),
+        ("benchmark", errors.DataError("too few; take a smaller --timed-batch"), None),
         ("sites", errors.NoSites("nothing is named so"), None),
         ("convert", errors.NoSites("nothing"), "`surgery sites MODEL`"),
         ("convert", errors.UnknownModel("x"), "`surgery convert --help`"),
@@ -400,7 +414,7 @@ def test_force_replaces_conversions_only(network: str, tmp_path: Path) -> None:
     for more in ((), ("--force",)):
         refused = convert(network, tmp_path, *more, expect=1).stderr
         assert "OutputExists" in refused and "no converted model" in refused and "--force" not in refused
-        assert "give another DIR" in run("pull", "me/net", tmp_path, *more, expect=1).stderr
+        assert "give another --out" in run("pull", "me/net", "--out", tmp_path, *more, expect=1).stderr
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -495,7 +509,7 @@ def test_score_refuses_what_is_no_conversion(tmp_path: Path) -> None:
 
 
 def test_benchmark_times_every_batch_size(converted: Path) -> None:
-    more = ("--data", "digits", "--batch-size", 1, "--batch-size", 4, "--repeats", 3)
+    more = ("--data", "digits", "--timed-batch", 1, "--timed-batch", 4, "--repeats", 3)
     value = read_json("benchmark", converted, *more)
     assert set(value["speed"]) == {"1", "4"}
     assert all(one["median"] > 0 and one["repeats"] == 3 for one in value["speed"].values())
@@ -514,14 +528,14 @@ def test_benchmark_groups_texts_where_it_is_asked_to(converted: Path, monkeypatc
         return load(*args, **kwargs)
 
     monkeypatch.setattr("surgery.adapters.load_data", noted)
-    common = ("--data", "digits", "--batch-size", 4, "--repeats", 2)
+    common = ("--data", "digits", "--timed-batch", 4, "--repeats", 2)
     run("benchmark", converted, *common)
     run("benchmark", converted, *common, "--group-by-length")
     assert given == [False, True]
 
 
 def test_benchmark_needs_enough_samples(converted: Path) -> None:
-    result = run("benchmark", converted, "--data", "digits", "--batch-size", 501, expect=1)
+    result = run("benchmark", converted, "--data", "digits", "--timed-batch", 501, expect=1)
     assert "fewer than 501" in result.stderr
 
 
@@ -590,7 +604,7 @@ def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
 
 def test_export_writes_a_program(converted: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.pt2"
-    done = read_json("export", converted, "--out", out, "--execution", "mask", "--batch", 2, "--data", "digits:8")
+    done = read_json("export", converted, "--out", out, "--execution", "mask", "--batch-size", 2, "--data", "digits:8")
     assert done["format"] == "pt2" and done["bytes"] == out.stat().st_size
     assert next(iter(done["inputs"].values()))[0] == 2
     assert "exists" in run("export", converted, "--out", out, "--data", "digits:8", expect=1).stderr
@@ -605,13 +619,13 @@ def test_what_was_recorded_is_replayed_bit_for_bit(converted: Path, tmp_path: Pa
     pytest.importorskip("pyarrow")
     log, data = tmp_path / "log", ("--data", "digits", "--limit", 70)
     assert read_json("record", converted, *data, "--out", log)["rows"] == 70
-    found = read_json("replay", log, "--from", converted, *data)
+    found = read_json("replay", converted, "--log", log, *data)
     assert found["faithful"] and found["equal"] == 70
     site = found["recorded_cost"] and read_json("score", converted, *data, "--no-peers")["active_rate"]
-    dearer = read_json("replay", log, "--from", converted, *data, "--open", next(iter(site)))
+    dearer = read_json("replay", converted, "--log", log, *data, "--open", next(iter(site)))
     assert dearer["cost"] >= found["cost"]
-    assert "bit-equal: 70" in run("replay", log, "--from", converted, *data).stdout
-    assert "no site named" in run("replay", log, "--from", converted, *data, "--close", "x", expect=1).stderr
+    assert "bit-equal: 70" in run("replay", converted, "--log", log, *data).stdout
+    assert "no site named" in run("replay", converted, "--log", log, *data, "--close", "x", expect=1).stderr
 
 
 def test_record_says_what_replays_it(converted: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_page_and_card_say_what_prefill_and_decode_cost(place: Path, tmp_path: P
         tmp_path / "page.html",
         "--budgets",
         0.8,
-        "--speed",
+        "--timed-batch",
         1,
     )
     assert "decode, FLOPs per token at" in (tmp_path / "page.html").read_text("utf-8")

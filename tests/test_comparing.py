@@ -144,7 +144,7 @@ def test_pruning_refuses_what_has_no_channels() -> None:
 def test_table_files_and_json(converted: Path, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
-    arguments = ("compare", converted, "--data", "digits", "--limit", 64, "--speed", 16, "--repeats", 2)
+    arguments = ("compare", converted, "--data", "digits", "--limit", 64, "--timed-batch", 16, "--repeats", 2)
     found = read_json(*arguments, "--budgets", "0.6,0.01", "--out", out)
     assert found == json.loads((out / "comparison.json").read_text("utf-8"))
     assert "outside the calibrated range" in found["out_of_reach"]["0.01"]
@@ -181,6 +181,20 @@ def test_the_picture_shows_the_gated_model_on_top(name: str) -> None:
         assert lines["static"].get_color() != lines["static+look"].get_color()
 
 
+def test_a_picture_without_times_has_one_panel() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from surgery.scripts import report_figures
+
+    for times, panels in (({"time": 0.7}, 2), ({}, 1)):
+        figure = Figure()
+        report_figures.tradeoff({"gated": [{"cost": 0.6, "metric": 90.0, **times}]}, {"metric": 91.0}, "x", 0)(
+            figure, False
+        )
+        assert len(figure.axes) == panels
+
+
 @pytest.mark.parametrize("command", ["compare", "report"])
 def test_budgets_are_checked_before_the_work(command: str, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
@@ -200,8 +214,8 @@ def test_budgets_out_of_reach_alone_are_an_error(converted: Path, tmp_path: Path
 
 def test_refuses_options_that_contradict_others(tmp_path: Path) -> None:
     missing = ("compare", tmp_path / "no", "--data", "digits")
-    assert "--tune, which is not given" in unboxed(run(*missing, "--tune-steps", 5, expect=2).stderr)
-    assert "--no-prune leaves out" in unboxed(run(*missing, "--tune", "digits", "--no-prune", expect=2).stderr)
+    assert "--tune-data, which is not given" in unboxed(run(*missing, "--tune-steps", 5, expect=2).stderr)
+    assert "--no-prune leaves out" in unboxed(run(*missing, "--tune-data", "digits", "--no-prune", expect=2).stderr)
 
 
 def test_writes_into_no_directory_of_others(converted: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -202,7 +202,7 @@ def test_commands(hub: Hub, model: nn.Module, tmp_path: Path) -> None:
     run = CliRunner().invoke
     done = run(app, ["push", str(tmp_path / "made"), "me/small", "--private", "--tag", "x", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["address"].startswith(hub.url)
-    done = run(app, ["pull", "me/small", str(tmp_path / "got")])
+    done = run(app, ["pull", "me/small", "--out", str(tmp_path / "got")])
     assert done.exit_code == 0 and (tmp_path / "got" / configs.TENSORS).is_file()
-    done = run(app, ["pull", "me/none", str(tmp_path / "none")])
+    done = run(app, ["pull", "me/none", "--out", str(tmp_path / "none")])
     assert done.exit_code == 1 and "HubError" in done.stderr

@@ -52,7 +52,7 @@ def test_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     app = typer.Typer()
     app.command()(speed.speed)
     out = tmp_path / "speed.md"
-    result = CliRunner().invoke(app, ["--draws", "8", "--threads", "1", "--json", "--out", str(out)])
+    result = CliRunner().invoke(app, ["--repeats", "8", "--threads", "1", "--json", "--out", str(out)])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
     assert [(row["what"], row["batch"]) for row in rows] == [
