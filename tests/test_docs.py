@@ -27,9 +27,19 @@ RUNNABLE = [page for page in PAGES if blocks(page, "python runnable")]
 
 
 def command_lines() -> list[str]:
-    """Every `surgery …` line in a shell block, comments taken off."""
-    lines = [line for page in PAGES for body in blocks(page, "sh") for line in body.splitlines()]
+    """Every `surgery …` line in a shell block or an indented one; lines that a backslash ends go on."""
+    lines = []
+    for page in PAGES:
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        whole = "\n".join([*blocks(page, "sh"), *re.findall(r"^    (surgery (?:.*\\\n)*.*)", text, re.MULTILINE)])
+        lines += whole.replace("\\\n", " ").splitlines()
     return [line for line in lines if line.startswith("surgery ")]
+
+
+def named_commands() -> list[str]:
+    """Every `surgery …` in a sentence or a cell: a command, and perhaps some of its options."""
+    texts = [FENCE.sub("", page.read_text(encoding="utf-8")) for page in [*PAGES, ROOT / "CHANGELOG.md"]]
+    return sorted({" ".join(line.split()) for text in texts for line in re.findall(r"`(surgery [^`]+)`", text)})
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
@@ -52,6 +62,20 @@ def test_command_lines_parse(line: str) -> None:
     group = typer.main.get_command(app)
     command = group.commands[name]  # type: ignore[attr-defined]
     command.make_context(name, arguments)
+
+
+@pytest.mark.parametrize("line", named_commands())
+def test_commands_that_are_named_exist(line: str) -> None:
+    from surgery.scripts.cli import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    name, *words = line.split()[1:]
+    known = (
+        {option for one in commands[name].params for option in (*one.opts, *one.secondary_opts)}
+        if name in commands
+        else set()
+    )
+    assert name in {*commands, "--help"} and {word for word in words if word.startswith("--")} <= {*known, "--help"}
 
 
 def test_every_error_is_listed_with_cause_and_next_step() -> None:
