@@ -89,9 +89,9 @@ def push(
     if not is_repository(repository):
         raise HubError(f"{repository!r} is no name of a repository; expected user/name")
     place = Path(directory).expanduser()
+    config = read_config(place)
     content = _published(place)
     check_files(place)
-    config = read_config(place)
     if not (place / CARD).is_file():
         plot = rates_plot(config)
         if plot is not None:

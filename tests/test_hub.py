@@ -197,6 +197,12 @@ def test_card_is_written_from_measurements(hub: Hub, model: nn.Module) -> None:
     assert state_of(gated).report == {}
 
 
+def test_what_is_no_conversion_is_not_published(hub: Hub, tmp_path: Path) -> None:
+    for place in (tmp_path / "nope", tmp_path):
+        with pytest.raises(CheckpointError, match="expected a directory that surgery.save wrote"):
+            surgery.push(place, "me/small")
+
+
 def test_commands(hub: Hub, model: nn.Module, tmp_path: Path) -> None:
     surgery.save(model, tmp_path / "made")
     run = CliRunner().invoke
