@@ -100,7 +100,13 @@ def _file(path: Path, asked: Path) -> Table:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
     options = {"delimiter": "\t"} if path.suffix.lower() == ".tsv" else {}
-    return _load(str(path), reader, data_files=[_literal(path)], split="train", **options)
+    table = _load(str(path), reader, data_files=[_literal(path)], split="train", **options)
+    name, *more = table.features
+    if reader == "csv" and not more and any(mark in name for mark in ";\t|"):
+        raise DataError(
+            f"{asked}: its only column is {name!r}; columns are separated by commas, or by tabs in a .tsv file"
+        )
+    return table
 
 
 def _directory(path: Path, split: str) -> Table:
@@ -152,8 +158,9 @@ def _hub(source: str, split: str) -> Table:
 
 def _load(what: str, *args: Any, **kwargs: Any) -> Table:
     datasets = library("datasets", "bypass-surgery[data]")
-    bars = datasets.is_progress_bar_enabled()
+    bars, loud = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()  # tables and reports are the commands' business, not this library's
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
     try:
         dataset = datasets.load_dataset(*args, **kwargs)
     except Exception as error:  # datasets raises whatever its readers raise
@@ -162,6 +169,7 @@ def _load(what: str, *args: Any, **kwargs: Any) -> Table:
             raise DataError(f"{what} has no rows; give data with at least one") from error
         raise DataError(f"{what} cannot be read: {reason}; {_readable()}") from error
     finally:
+        datasets.logging.set_verbosity(loud)
         if bars:
             datasets.enable_progress_bars()
     return dataset

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from itertools import chain
 from pathlib import Path
 
@@ -502,9 +503,24 @@ def test_what_is_no_source(tmp_path, reader):
     (tmp_path / "broken.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"broken\.parquet cannot be read"):
         load_data(str(tmp_path / "broken.parquet"), reader)
+    (tmp_path / "semicolons.csv").write_text("text;label\na good film;1\n")
+    with pytest.raises(DataError, match=r"its only column is 'text;label'; columns are separated by commas"):
+        load_data(str(tmp_path / "semicolons.csv"), reader)
     (tmp_path / "hollow").mkdir()
     with pytest.raises(DataError, match="neither data files nor folders of images; found: nothing"):
         load_data(str(tmp_path / "hollow"), reader)
+
+
+def test_what_cannot_be_read_is_said_once(tmp_path, reader, caplog):
+    (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,1\n".encode("latin-1"))
+    log, before = logging.getLogger("datasets"), datasets.logging.get_verbosity()
+    log.addHandler(caplog.handler)
+    try:
+        with pytest.raises(DataError, match=r"latin\.csv cannot be read: 'utf-8' codec"):
+            load_data(str(tmp_path / "latin.csv"), reader)
+    finally:
+        log.removeHandler(caplog.handler)
+    assert not caplog.records and datasets.logging.get_verbosity() == before
 
 
 # ---------------------------------------------------------------- digits and networks of the user's own
