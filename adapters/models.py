@@ -109,7 +109,7 @@ def _no_directory(spec: Spec) -> str:
     if path.is_dir():
         files = {file.name for file in path.iterdir()}
         if "surgery_config.json" in files:
-            return f"{spec.rest} holds a converted model; load it with surgery.load"
+            return f"{spec.rest} holds a converted model: `surgery show DIR` lists its sites, surgery.load loads it"
         return f"directory {spec.rest} holds no config.json; found: {', '.join(sorted(files)[:8]) or 'nothing'}"
     tries = [str(one) for one in near_files(path, directories=True)]
     if path.suffix == ".py":

@@ -23,7 +23,15 @@ OPTIONAL: Mapping[str, tuple[str, str]] = {
     "pillow": ("data", "image files cannot be read"),
     "pyarrow": ("data", "parquet files cannot be read"),
     "scikit-learn": ("data", "`surgery demo` and --data digits will not work"),
-    "matplotlib": ("plot", "`surgery demo` draws no picture"),
+    "matplotlib": ("plot", "nothing is drawn: `surgery report`, `audit --picture`, pictures of `demo` and `compare`"),
+    "onnx": ("onnx", "`surgery export` writes .pt2 only"),
+    "onnxscript": ("onnx", "`surgery export` writes .pt2 only"),
+    "onnxruntime": ("onnx", "exported ONNX files cannot be run here"),
+    "peft": ("heal", "--heal lora and `surgery heal --kind lora` will not work"),
+    "prometheus_client": ("monitor", "`surgery.Guard` has no metrics"),
+    "torch-pruning": ("compare", "`surgery compare` has no pruned channels"),
+    "jinja2": ("report", "`surgery report` will not work"),
+    "gradio": ("app", "`surgery app` will not work"),
 }
 
 
@@ -74,7 +82,8 @@ def installed(name: str) -> str | None:
 def _devices() -> list[str]:
     import torch
 
-    found = [f"cpu ({torch.get_num_threads()} threads of {os.cpu_count()} cores)"]
+    threads = torch.get_num_threads()
+    found = [f"cpu ({threads} {'thread' if threads == 1 else 'threads'} of {os.cpu_count()} cores)"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append(f"cuda:{index} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)")

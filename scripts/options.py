@@ -133,16 +133,18 @@ def choose_device(name: str) -> torch.device:
     """
     import torch
 
+    hint = "--device"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise typer.BadParameter(f"{name!r} is no device; use auto, cpu, cuda, cuda:N or mps") from error
+        raise typer.BadParameter(f"{name!r} is none; use auto, cpu, cuda, cuda:N or mps", param_hint=hint) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise typer.BadParameter(f"{name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+        found = torch.cuda.device_count()
+        raise typer.BadParameter(f"{name!r} is not there: torch sees {found} CUDA devices", param_hint=hint)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise typer.BadParameter("'mps' is not available in this build of torch or on this machine")
+        raise typer.BadParameter("'mps' is not available in this build of torch or on this machine", param_hint=hint)
     return device
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -161,6 +162,13 @@ def test_usage_errors_exit_with_2(arguments: tuple[str, ...]) -> None:
     run(*arguments, expect=2)
 
 
+def test_an_error_of_a_device_names_its_option() -> None:
+    for name in ("abacus", "cuda:99"):
+        assert f"Invalid value for --device: '{name}'" in unboxed(
+            run("sites", "timm:x", "--device", name, expect=2).stderr
+        )
+
+
 # -- named errors -----------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +178,12 @@ def test_a_named_error_is_one_line_and_a_next_step() -> None:
     assert first.startswith("UnknownModel: ") and "timm:resnet18" in first
     assert second.startswith("next: ")
     assert result.stdout == ""
+
+
+def test_a_converted_directory_is_no_model(converted: Path) -> None:
+    for more in (("sites",), ("convert", "--budget", 0.5, "--out", converted.with_name("new"))):
+        said = run(more[0], converted, *more[1:], expect=1).stderr
+        assert "`surgery show DIR` lists its sites" in said and "next:" not in said
 
 
 def test_a_named_error_is_json_for_programs() -> None:
@@ -565,6 +579,16 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surgery.scripts.doctor.installed", lambda name: None if name == "matplotlib" else "1.0")
     findings = read_json("doctor")["findings"]
     assert any("matplotlib" in one["what"] and "bypass-surgery[plot]" in one["remedy"] for one in findings)
+
+
+def test_doctor_knows_what_every_extra_brings() -> None:
+    from importlib.metadata import requires
+
+    from surgery.scripts.doctor import OPTIONAL
+
+    wanted = re.findall(r"^([\w-]+)\b.*extra == \"(\w+)\"$", "\n".join(requires("bypass-surgery") or ()), re.MULTILINE)
+    brought = {(name, extra) for name, extra in wanted if extra not in ("dev", "all") and name != "bypass-surgery"}
+    assert brought == {(name, extra) for name, (extra, _) in OPTIONAL.items()}
 
 
 @pytest.mark.slow
