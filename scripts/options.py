@@ -71,7 +71,6 @@ TimedBatches = Annotated[
     list[int] | None, typer.Option("--timed-batch", min=1, help="Time calls of so many samples; repeatable.")
 ]
 Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the data in training; 3 by default.")]
-Log = Annotated[Path, typer.Option("--log", metavar="LOG", help="A directory that `surgery record` wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.", rich_help_panel="Output")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
 

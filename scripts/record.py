@@ -59,7 +59,7 @@ def record(
     else:
         note(f"{rows.samples:,} inputs in {log.calls:,} calls were added to {out}")
         given = {
-            "log": out,
+            "from": directory,
             "data": data,
             "split": split,
             "model": base,
@@ -68,4 +68,4 @@ def record(
         }
         given |= {"revision": revision, "device": None if device == "auto" else device, "threads": threads}
         given |= {"dtype": None if dtype is options.Dtype.auto else dtype.value, "seed": seed or None}
-        note(f"next: {command_line('replay', directory, options=given)}")
+        note(f"next: {command_line('replay', out, options=given)}")

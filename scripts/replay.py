@@ -1,7 +1,8 @@
-"""`surgery replay DIR --log LOG --data …`: run recorded decisions again and compare the outputs."""
+"""`surgery replay LOG --from DIR --data …`: run recorded decisions again and compare the outputs."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,9 +15,11 @@ from surgery.scripts.running import ERROR, command, show, show_json
 
 @command
 def replay(
-    directory: options.DirectoryArgument,
-    log: options.Log,
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="A directory that `surgery record` wrote.")],
     data: Annotated[str, typer.Option("--data", help=f"The data that was recorded. {options.DATA_HELP}")],
+    directory: Annotated[
+        Path, typer.Option("--from", metavar="DIR", help="The directory that `surgery convert` wrote.")
+    ],
     split: options.Split = "test",
     base: options.Base = None,
     opened: Annotated[

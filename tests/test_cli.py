@@ -643,13 +643,13 @@ def test_what_was_recorded_is_replayed_bit_for_bit(converted: Path, tmp_path: Pa
     pytest.importorskip("pyarrow")
     log, data = tmp_path / "log", ("--data", "digits", "--limit", 70)
     assert read_json("record", converted, *data, "--out", log)["rows"] == 70
-    found = read_json("replay", converted, "--log", log, *data)
+    found = read_json("replay", log, "--from", converted, *data)
     assert found["faithful"] and found["equal"] == 70
     site = found["recorded_cost"] and read_json("score", converted, *data, "--no-peers")["active_rate"]
-    dearer = read_json("replay", converted, "--log", log, *data, "--open", next(iter(site)))
+    dearer = read_json("replay", log, "--from", converted, *data, "--open", next(iter(site)))
     assert dearer["cost"] >= found["cost"]
-    assert "bit-equal: 70" in run("replay", converted, "--log", log, *data).stdout
-    assert "no site named" in run("replay", converted, "--log", log, *data, "--close", "x", expect=1).stderr
+    assert "bit-equal: 70" in run("replay", log, "--from", converted, *data).stdout
+    assert "no site named" in run("replay", log, "--from", converted, *data, "--close", "x", expect=1).stderr
 
 
 def test_record_says_what_replays_it(converted: Path, tmp_path: Path) -> None:
