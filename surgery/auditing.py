@@ -55,6 +55,9 @@ def audit(
         seed: Of the noise.
         progress: Called after every batch.
 
+    Returns:
+        What every gate does, who is given less compute, what skipping broke, and how near to thresholds decisions are.
+
     Raises:
         DataError: If the data yields nothing, or `groups` has another length than the data.
         NotConverted: If the model has no gates.

@@ -27,6 +27,10 @@ _STEEP = 10  # times the usual change of cost with the threshold: a step
 def set_budget(gated: nn.Module, budget: float) -> None:
     """Set the mean cost that `gated` aims at, by interpolating its table of thresholds; 1.0 runs the dense model.
 
+    Args:
+        gated: A gated model.
+        budget: Mean cost as a fraction of the dense model's.
+
     Raises:
         BudgetError: If the budget is outside (0, 1] or outside the table; names the attainable range.
         NotConverted: If the model has no gates.
@@ -94,7 +98,17 @@ def look_at(looks: Sequence[LookPoint], budget: float) -> LookPoint:
 
 
 def budget_range(gated: nn.Module) -> tuple[float, float]:
-    """Smallest and largest budget below 1.0 in the table (`set_budget` allows `TOLERANCE` more); 1.0 twice before calibration."""
+    """Which budgets `gated` can be set to, besides 1.0; `set_budget` allows `TOLERANCE` more.
+
+    Args:
+        gated: A gated model.
+
+    Returns:
+        The smallest and the largest budget below 1.0 in the table; 1.0 twice before calibration.
+
+    Raises:
+        NotConverted: If the model has no gates.
+    """
     table = state_of(gated).table
     return (table[0].cost, table[-1].cost) if table else (1.0, 1.0)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import ForceError, NotConverted
+from surgery.errors import ForceError, NotConverted, near, shortened
 from surgery.prompts import Kept, check_length
 
 if TYPE_CHECKING:
@@ -270,7 +270,8 @@ def force(
     if isinstance(decisions, Mapping):
         unknown = sorted(set(decisions) - set(state.names))
         if unknown:
-            raise ForceError(f"no site named {unknown}; there are: {', '.join(state.names)}")
+            hint = near(unknown[0], state.names, f"there are: {shortened(state.names)}")
+            raise ForceError(f"no site named {', '.join(map(str, unknown))}{hint}")
         for name, value in decisions.items():
             if isinstance(value, Tensor) and value.dtype is not torch.bool:
                 raise ForceError(f"{name}: forced decisions must be bool, got {value.dtype}; use `values > 0`")
@@ -319,7 +320,17 @@ def prompt_length(gated: nn.Module, length: int | float | Sequence[int] | Tensor
 
 @contextmanager
 def tape(gated: nn.Module) -> Iterator[Tape]:
-    """Collect what every gate does inside the block, in order of execution."""
+    """Collect what every gate does inside the block, in order of execution.
+
+    Args:
+        gated: A gated model.
+
+    Yields:
+        The list of what was done, which grows with every call inside the block.
+
+    Raises:
+        NotConverted: If the model has no gates.
+    """
     events = Tape()
     with override(state_of(gated), tape=events):
         yield events

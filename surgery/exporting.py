@@ -134,6 +134,9 @@ def export(
             those of gates inside another gate's branch are not.
         overwrite: Whether a file of that name may be replaced.
 
+    Returns:
+        What was written: names and shapes of inputs, names of outputs, size.
+
     Raises:
         ExportError: If the format is unknown, the example holds several samples and a gate decides per sample under
             `cond`, or torch cannot capture or translate the model.

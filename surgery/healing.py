@@ -170,7 +170,14 @@ def changed(gated: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def unhealed(gated: nn.Module) -> Iterator[None]:
-    """Run `gated` with the backbone as it was inside the block, with the gates as they are set."""
+    """Run `gated` with the backbone as it was inside the block, with the gates as they are set.
+
+    Args:
+        gated: A gated model, healed or not.
+
+    Raises:
+        NotConverted: If the model has no gates.
+    """
     with context.override(state_of(gated), healed=False):
         yield
 

@@ -80,9 +80,26 @@ def push(
     token: str | bool | None = None,
     tags: Iterable[str] = (),
 ) -> str:
-    """Publish a directory that `save` wrote; arguments and errors as in `push_to_hub`.
+    """Publish a directory that `save` wrote.
 
     A `README.md` in the directory is published as it is; otherwise a card is written from the measurements.
+
+    Args:
+        directory: What `save` wrote.
+        repository: `user/name`; it is created where it does not exist.
+        private: Of a repository that is created; None leaves it to the account's default.
+        message: Of the commit.
+        revision: Branch to commit to; it is created where it does not exist.
+        create_pr: Open a pull request instead of committing.
+        token: None takes `HF_TOKEN` or the one that `hf auth login` stored.
+        tags: Further tags of the card.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        CheckpointError: If the directory holds no conversion, or a damaged one.
+        HubError: If the Hub refuses or the connection breaks; nothing is published then.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 

@@ -155,6 +155,12 @@ class Log:
 def read_log(path: str | Path) -> Log:
     """Open a log.
 
+    Args:
+        path: Its directory.
+
+    Returns:
+        The rows that are there by then, whenever it is iterated.
+
     Raises:
         LogError: If there is none, or it is of a newer format.
         MissingDependency: If pyarrow is not installed.

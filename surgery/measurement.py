@@ -87,6 +87,9 @@ def measure(
         resamples: Of the bootstrap.
         progress: Called after every batch.
 
+    Returns:
+        Quality, cost and times beside the dense model and the peers; prints as tables.
+
     Raises:
         DataError: If the data yields nothing, can be read only once, changes its order, is refused by the model, or its
             labels do not fit.

@@ -128,6 +128,12 @@ def status(gated: nn.Module) -> Status:
     """What every gate is set to do: granularity, skip path, threshold, active rate on calibration data, share of the
     cost.
 
+    Args:
+        gated: A gated model.
+
+    Returns:
+        One row per gate, and what the whole model is set to; prints as a table.
+
     Raises:
         NotConverted: If the model has no gates.
     """

@@ -140,6 +140,9 @@ def pin(
             `gather` the active ones alone, in a graph with data-dependent shapes.
         threshold: Another one than the budget's, or one per site.
 
+    Returns:
+        A module of the original class, called as the example is.
+
     Raises:
         NotConverted: If the model has no gates.
         PinError: If a module with gates is called in several ways during one call, or in one that cannot be traced, or

@@ -137,6 +137,9 @@ def record(
         rows: Inputs that are written together.
         seconds: What was recorded is on disk after that long; after a crash everything older can be read.
 
+    Yields:
+        The open log: it names inputs, lets other threads join, and counts calls.
+
     Raises:
         LogError: If the log cannot be written, or the directory holds something else than logs.
         MissingDependency: If pyarrow is not installed.

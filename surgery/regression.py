@@ -69,6 +69,10 @@ def regress_routers(
 
     Returns:
         Per site that is not always on, how predictable harm was on held-out rows.
+
+    Raises:
+        DataError: If the data yields nothing.
+        NotConverted: If the model has no gates.
     """
     check_count("samples", samples, 1)
     report = progress or silent

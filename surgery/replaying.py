@@ -157,6 +157,9 @@ def replay(
         closed: Sites to force closed.
         tolerance: Largest difference allowed, by the largest recorded value.
 
+    Returns:
+        How many rows came out as they were, and every row that did not.
+
     Raises:
         LogError: If the log is of a model with other sites, names its inputs instead of hashing them, or none of its
             inputs is in the data.

@@ -106,6 +106,12 @@ def remove(gated: nn.Module) -> nn.Module:
 
     What required gradients when gates were inserted requires them again.
 
+    Args:
+        gated: A gated model; it stays as it is.
+
+    Returns:
+        The dense model.
+
     Raises:
         NotConverted: If the model has no gates.
     """
@@ -128,6 +134,9 @@ def show(gated: nn.Module, name: str = "") -> str:
     Args:
         gated: A gated model.
         name: Name of a host, of a site in it, or "" for the model itself.
+
+    Returns:
+        The code of the host's `forward` and of its branches.
 
     Raises:
         NotConverted: If the model has no gates.

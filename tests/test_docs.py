@@ -88,6 +88,16 @@ def test_every_error_is_listed_with_cause_and_next_step() -> None:
     assert all(cause.strip() and step.strip() for _, cause, step in rows)
 
 
+@pytest.mark.parametrize("name", [name for name in surgery.__all__ if inspect.isfunction(getattr(surgery, name))])
+def test_exported_functions_say_what_they_take_give_and_raise(name: str) -> None:
+    function = getattr(surgery, name)
+    text, given = inspect.getdoc(function) or "", inspect.signature(function)
+    assert not [one for one in given.parameters if not re.search(rf"^    {one}: ", text, re.MULTILINE)]
+    silent = str(given.return_annotation) in ("None", "Iterator[None]")
+    assert silent or re.search(r"^(Returns|Yields):\n    \S", text, re.MULTILINE)
+    assert re.search(r"^Raises:\n    \S", text, re.MULTILINE)
+
+
 def anchors(page: Path) -> set[str]:
     """What headings are called in links, as GitHub makes it: letters, digits, hyphens."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))

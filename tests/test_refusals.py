@@ -138,6 +138,12 @@ def test_kinds_and_names_that_are_near() -> None:
     sites = subject("timm/vit_pico").sites
     with pytest.raises(errors.NoSites, match=r"named blocks\.0\.mpl; found: .*did you mean blocks\.0\.mlp"):
         sites.filter("blocks.0.mpl")
+    gated, forced = subject("timm/vit_pico").gated, {"blocks.0.mpl": False}
+    with (
+        pytest.raises(errors.ForceError, match=r"no site named blocks\.0\.mpl; did you mean blocks\.0\.mlp"),
+        surgery.force(gated, forced),
+    ):
+        pass
     with pytest.raises(errors.NoSites, match="named atention;.*did you mean attention"):
         sites.filter("atention")
     with pytest.raises(errors.NoSites, match="of kind block and named .*; found: "):
