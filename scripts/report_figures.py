@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from surgery.audits import GroupAudit
 
 DPI = 110
+_UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 _INK = {False: "#1b1f24", True: "#e6e8ea"}
 _LINES = {
     "gated": ("#0072B2", "o", "-"),
@@ -168,21 +169,24 @@ def drift(times: Sequence[float], costs: Sequence[float], divergence: Mapping[st
     """Cost and distance from calibration over a log's time.
 
     Args:
-        times: Middle of every slice, minutes since the log began.
+        times: Middle of every slice, seconds since the log began.
         costs: Mean cost of every slice.
         divergence: Site -> Jensen-Shannon divergence of every slice from calibration, in bits.
     """
 
+    unit, long = next(one for one in _UNITS if max(times) >= 2 * one[1] or one[1] == 1)
+    passed = [time / long for time in times]
+
     def draw(figure: Any, dark: bool) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True)
-        top.plot(times, [100 * cost for cost in costs], color=_DARK_BLUE if dark else "#0072B2", marker="o")
+        top.plot(passed, [100 * cost for cost in costs], color=_DARK_BLUE if dark else "#0072B2", marker="o")
         top.set_ylabel("mean cost\n(% of dense)")
         worst = sorted(divergence, key=lambda name: -max(divergence[name]))
         styles = (("#E69F00", "s", "--"), ("#D55E00", "^", ":"), ("#009E73", "D", "-."), ("#CC79A7", "v", "-"))
         for name, (color, marker, line) in zip(worst, styles, strict=False):
-            bottom.plot(times, divergence[name], color=color, marker=marker, linestyle=line, label=name)
+            bottom.plot(passed, divergence[name], color=color, marker=marker, linestyle=line, label=name)
         bottom.set_ylabel("divergence from\ncalibration (bits)")
-        bottom.set_xlabel("time since the log began (minutes)")
+        bottom.set_xlabel(f"time since the log began ({unit})")
         for axes in (top, bottom):
             axes.grid(alpha=0.25)
             axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
@@ -192,11 +196,13 @@ def drift(times: Sequence[float], costs: Sequence[float], divergence: Mapping[st
 
 
 def groups(parts: Sequence[GroupAudit]) -> Draw:
-    """Cost with its interval, and accuracy beside the dense model's, of every class or group."""
+    """Cost with its interval, and accuracy beside the dense model's, of every class or group; else agreement."""
+    keys = ("accuracy", "agreement")
+    known = next((key for key in keys if any(getattr(part, key) is not None for part in parts)), None)
 
     def draw(figure: Any, dark: bool) -> None:
         blue, ink = _DARK_BLUE if dark else "#0072B2", _INK[dark]
-        left, right = figure.subplots(1, 2, sharey=True)
+        left, *rest = figure.subplots(1, 1 if known is None else 2, sharey=True, squeeze=False)[0]
         places, names = range(len(parts)), [f"{part.group} ({part.inputs})" for part in parts]
         spans = [[100 * (part.cost - part.low) for part in parts], [100 * (part.high - part.cost) for part in parts]]
         left.errorbar([100 * part.cost for part in parts], places, xerr=spans, fmt="o", color=blue, capsize=4)
@@ -204,20 +210,26 @@ def groups(parts: Sequence[GroupAudit]) -> Draw:
         left.set_ylim(len(parts) - 0.5, -0.5)
         left.set_ylabel("group (inputs)")
         left.set_xlabel("mean cost, 95 % interval (% of dense)")
-        for name, key, color, marker in (("gated", "accuracy", blue, "o"), ("dense", "dense_accuracy", ink, "*")):
-            values = [getattr(part, key) for part in parts]
-            right.plot(
-                [float("nan") if value is None else 100 * value for value in values],
-                places,
-                marker=marker,
-                color=color,
-                linestyle="none",
-                markersize=12 if marker == "*" else 7,
-                label=name,
+        left.grid(alpha=0.25)
+        lines = [("gated", known or "", blue, "o", 7), ("dense", "dense_accuracy", ink, "*", 13)]
+        for axes in rest:
+            for name, key, color, marker, size in lines if known == "accuracy" else lines[:1]:
+                values = [getattr(part, key) for part in parts]
+                axes.plot(
+                    [float("nan") if value is None else 100 * value for value in values],
+                    places,
+                    marker=marker,
+                    color=color,
+                    linestyle="none",
+                    markersize=size,
+                    label=name,
+                    zorder=3 if name == "gated" else 2,  # the star is seen around the dot
+                )
+            axes.set_xlim(right=min(axes.get_xlim()[1], 101.5))
+            axes.set_xlabel(
+                f"{'accuracy' if known == 'accuracy' else 'agreement with dense'} (% of the group's inputs)"
             )
-        right.set_xlabel("accuracy (% of the group's inputs)")
-        for axes in (left, right):
             axes.grid(alpha=0.25)
-        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
     return draw

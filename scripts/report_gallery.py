@@ -163,7 +163,7 @@ def _drift(log: Log, state: GatedState) -> tuple[list[float], list[float], dict[
     start, times, costs = rows[0].time, [], []
     divergence: dict[str, list[float]] = {name: [] for name in log.sites if name in expected}
     for part in parts:
-        times.append((part[len(part) // 2].time - start).total_seconds() / 60)
+        times.append((part[len(part) // 2].time - start).total_seconds())
         costs.append(sum(row.cost for row in part) / len(part))
         rates = [row.rates() for row in part]
         for name, values in divergence.items():

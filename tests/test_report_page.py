@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from test_cli import convert, network, read_json, run  # noqa: F401  (network is a fixture)
 
 from surgery.adapters import digits
+from surgery.audits import GroupAudit
 from surgery.errors import DataError
+from surgery.scripts import report_figures
 from surgery.scripts.report_gallery import _slices, jensen_shannon
 from surgery.scripts.report_inputs import _patch_map, _shares, viridis
 
@@ -39,6 +44,34 @@ def test_shares_and_patches() -> None:
     assert _shares(decisions) == [1.0, 0.5, 1.0, 1.0, 0.5]
     assert _patch_map([1.0] * 5).startswith("data:image/png;base64,") and _patch_map([1.0] * 6) == ""
     assert viridis(0.0) == ("#440154", "#ffffff") and viridis(1.0) == ("#fde725", "#000000")
+
+
+def drawn(draw: Callable[[Any, bool], None]) -> Any:
+    """The axes of a picture."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    draw(figure, False)
+    return figure.axes
+
+
+@pytest.mark.parametrize(("seconds", "label"), [(0.4, "(seconds)"), (600, "(minutes)"), (90_000, "(hours)")])
+def test_drift_is_over_a_time_that_can_be_read(seconds: float, label: str) -> None:
+    _, axes = drawn(report_figures.drift([0, seconds], [0.5, 0.6], {"a": [0.1, 0.2]}))
+    assert axes.get_xlabel().endswith(label) and max(axes.lines[0].get_xdata()) < 100
+
+
+def test_groups_without_labels_show_agreement() -> None:
+    part = GroupAudit("a", 3, 0.5, 0.4, 0.6, accuracy=1.0, dense_accuracy=1.0, agreement=0.9)
+    for one, label, names in (
+        (part, "accuracy", ["gated", "dense"]),
+        (replace(part, accuracy=None, dense_accuracy=None), "agreement with dense", ["gated"]),
+    ):
+        _, axes = drawn(report_figures.groups([one]))
+        assert axes.get_xlabel().startswith(label) and [line.get_label() for line in axes.lines] == names
+        assert axes.get_xlim()[1] < 102 and not any(math.isnan(line.get_xdata()[0]) for line in axes.lines)
+    assert len(drawn(report_figures.groups([replace(part, accuracy=None, dense_accuracy=None, agreement=None)]))) == 1
 
 
 def test_report_is_one_file_that_asks_for_nothing(made: Path, tmp_path: Path) -> None:
