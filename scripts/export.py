@@ -54,7 +54,7 @@ def export(
         typer.Option(
             "--execution",
             help="cond: branches that are not needed do not run. mask: everything runs, decisions select. static: the "
-            "frozen policy, without the weights that it never uses. auto: cond, or static where that policy runs.",
+            "static policy, without the weights that it never uses. auto: cond, or static where that policy runs.",
         ),
     ] = How.auto,
     tokens: Annotated[

@@ -2,7 +2,7 @@
 
 The 260 thousand parameter story writer is converted with per-token gates on attention, on MLPs, and on both, and with one
 decision per story, from all of it or from its first half. Nats per token against cost on stories that nothing was fitted
-on, beside the frozen policy of the same gates and skip paths (static: whole branches are dropped, in the greedy order),
+on, beside the static policy of the same gates and skip paths (static: whole branches are dropped, in the greedy order),
 and what it then writes. Conversions and scores that are already in `--out` are kept.
 """
 

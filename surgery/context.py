@@ -227,7 +227,7 @@ def execution(gated: nn.Module, mode: Execution) -> Iterator[None]:
         gated: A gated model.
         mode: `dense` runs every branch and no router; `mask` runs everything and selects; `skip` runs active samples or
             tokens only; `cond` decides as an exported graph does (`surgery.pin`): a branch as a whole, where no sample
-            or token needs it, else everything; `static` runs the frozen policy of the current budget.
+            or token needs it, else everything; `static` runs the static policy of the current budget.
 
     Raises:
         ForceError: If `mode` is none of these.

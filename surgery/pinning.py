@@ -134,7 +134,7 @@ def pin(
         gated: A gated model; it is not changed, and the copy shares its weights.
         example: What it will be called with: a tensor, tuple or dict. It fixes which arguments are given.
         execution: `cond`: a branch that nothing in the call needs does not run (per sample: at batch 1; per token: where
-            no token is active). `mask`: everything runs, decisions select; any batch size. `static`: the frozen
+            no token is active). `mask`: everything runs, decisions select; any batch size. `static`: the static
             policy of the current budget, without routers. There is no second look: one pass gets the whole budget.
         tokens: What `cond` does with active tokens of a branch that treats tokens separately: `mask` runs all of them,
             `gather` the active ones alone, in a graph with data-dependent shapes.

@@ -123,7 +123,7 @@ class GatedState:
     margin: float | None = None
     """Inputs whose margin is below it are looked at again, or None."""
     policy: str = "routed"
-    """`routed`, or `static` where input-dependence did not pay and the frozen policy runs."""
+    """`routed`, or `static` where input-dependence did not pay and the static policy runs."""
     healing: Healing | None = None
     outputs: Outputs = "auto"
     saw_values: bool | None = None
