@@ -22,7 +22,7 @@ from surgery.calling import REFUSALS, Batch, as_batch, call, evaluating, is_caus
 from surgery.context import handled
 from surgery.copying import share
 from surgery.counting import flop_counter
-from surgery.errors import SurgeryError, TraceError, UnsupportedModel
+from surgery.errors import SurgeryError, TraceError, UnsupportedModel, first_line
 from surgery.first_calls import plain_attention
 from surgery.patterns import KINDS, Pattern, patterns_of_call, signature_of
 from surgery.probing import Claim, Probe
@@ -257,6 +257,7 @@ def _probe(
     model: nn.Module, batch: Batch, hosts: list[Host], reference: list[Tensor]
 ) -> tuple[list[Site], list[Site | Rejection], list[Rejection], list[str]]:
     rejections: list[Rejection] = []
+    larger = batch.rows(torch.tensor([*range(batch.size), 0], device=batch.device))
     while hosts:
         named = _name(model, hosts)
         inlined = list(dict.fromkeys(n for host in hosts for n in host.inlined))
@@ -273,7 +274,6 @@ def _probe(
         try:
             gated = insert_gates(model, plan)
             parameters = {site.name: _parameters(gated, site) for _, _, site in named}
-            larger = batch.rows(torch.tensor([*range(batch.size), 0], device=batch.device))
             first = Probe(input_names, modules, parameters, larger.size)
             with handled(gated, first):
                 call(gated, larger)
@@ -283,6 +283,8 @@ def _probe(
             equal = _equal(output, reference)
         except Exception as error:  # anything may go wrong in a model that was traced wrongly; it is then narrowed down
             logger.debug("trial conversion failed", exc_info=True)
+            if refused := _refuses(model, larger):
+                return [], [], [Rejection(host.name or "model", refused) for host in hosts], []
             hosts, found = _narrow(model, batch, hosts, reference, f"{type(error).__name__}: {error}")
             rejections += found
             continue
@@ -295,6 +297,19 @@ def _probe(
         heads = [one for site in sites if (one := _heads(site, second.claims[site.name], once)) is not None]
         return sites, heads, rejections + failed, inlined
     return [], [], rejections, []
+
+
+def _refuses(model: nn.Module, larger: Batch) -> str:
+    """Why the model itself does not take one sample more; "" where it does."""
+    try:
+        call(share(model), larger)
+    except REFUSALS as error:
+        return (
+            "the model refuses this example with its first sample repeated "
+            f"({first_line(error, type(error).__name__)[:100]}): samples have to lie along the first axis of the tensors; of a "
+            "model that takes a list of them, convert the part that is called with a batch"
+        )
+    return ""
 
 
 def _narrow(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from subjects import assert_close, assert_equal, outputs
 from torch import Tensor, nn
+from toys import Stack
 from tracing_toys import Base, C, Residual, T, check, convert, maps, tokens
 
 import surgery
@@ -263,3 +264,30 @@ class Nothing(nn.Module):
 def test_sums_that_are_not_residual() -> None:
     sites = surgery.find_sites(Nothing(), (tokens(), tokens()))
     assert len(sites) == 0, str(sites)
+
+
+class Detector(nn.Module):
+    """A model that takes a list of images, as torchvision's detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, C, 3), Stack(nn.Conv2d(C, C, 3, padding=1)))
+        self.mean = nn.Parameter(torch.zeros(3, 1, 1))
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        return self.backbone(torch.stack([image - self.mean for image in images]))
+
+
+def test_a_list_of_samples_is_no_batch() -> None:
+    detector, images = Detector().eval().requires_grad_(False), [torch.randn(3, 8, 8) for _ in range(2)]
+    dense = detector(images)
+    sites = surgery.find_sites(detector, (images,))
+    assert len(sites) == 0 and [r.where for r in sites.rejections] == ["backbone.1.blocks.0"]
+    assert "first sample repeated (The size of tensor a" in sites.rejections[0].reason
+    sites = surgery.find_sites(detector.backbone, torch.stack(images))
+    assert sites.names == ("1.blocks.0.inner",)
+    detector.backbone = surgery.insert_gates(detector.backbone, sites)
+    with surgery.force(detector.backbone, 1.0):
+        assert torch.equal(detector(images), dense)
+    with surgery.force(detector.backbone, 0.0):
+        assert not torch.equal(detector(images), dense)
