@@ -191,7 +191,8 @@ def has_side_effect(node: fx.Node) -> bool:
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name in _MUTATING_METHODS
     if node.op == "call_function":
-        return node.target in _MUTATING_FUNCTIONS or _inplace_name(node.target)
+        written = node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None
+        return written or node.target in _MUTATING_FUNCTIONS or _inplace_name(node.target)
     return False
 
 

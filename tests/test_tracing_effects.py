@@ -11,6 +11,7 @@ import pytest
 import torch
 from subjects import outputs
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tracing_toys import Base, C, check, tokens
 
 import surgery
@@ -101,3 +102,23 @@ class Reading(Base):
 def test_what_a_module_holds_may_be_read() -> None:
     x = tokens()
     check(Reading(), x, ["mlp"], x)
+
+
+class Statement(nn.Module):
+    """A function that writes into its argument, and whose result nobody reads."""
+
+    def __init__(self, write: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.up, self.down, self.write = nn.Linear(C, 2 * C), nn.Linear(2 * C, C), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        self.write(h)
+        return x + self.down(h)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda h: F.relu(h, inplace=True), lambda h: torch.mul(h, 2, out=h), lambda h: h.relu_()]
+)
+def test_statements_that_write_into_a_value(write: Callable[[Tensor], Any]) -> None:
+    check(Statement(write), tokens(), ["down"])
