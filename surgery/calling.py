@@ -226,7 +226,12 @@ def refusal(model: nn.Module, batch: Batch, error: Exception) -> DataError:
 
 
 def _no_labels(batch: Batch) -> str:
-    """What counts as labels, where the second of two arguments may have been meant as such."""
+    """What counts as labels, where the second of two arguments may have been meant as such, or was taken for them."""
+    if batch.labels is not None and not batch.kwargs:
+        return (
+            "; the second of a pair of tensors was taken for labels, since it holds whole numbers of shape (N,): if the model "
+            "takes it (time steps, lengths), give the arguments in a dict, by name"
+        )
     last = batch.args[1] if len(batch.args) == 2 and not batch.kwargs else None
     if not isinstance(last, Tensor) or last.dim() == 0 or len(last) != batch.size:
         return ""

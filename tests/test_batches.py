@@ -121,3 +121,18 @@ def test_what_counts_as_labels_is_said(labels: Tensor) -> None:
     pattern = r"of a pair \(inputs, labels\) labels are whole numbers of shape \(N,\).*give class numbers, or the inputs alone"
     with pytest.raises(DataError, match=pattern):
         surgery.find_sites(model, (torch.randn(2, 8), labels))
+
+
+def test_time_steps_that_were_taken_for_labels_are_named() -> None:
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.steps = mlp(8), nn.Embedding(10, 8)
+
+        def forward(self, x: Tensor, steps: Tensor) -> Tensor:
+            return x + self.mlp(x + self.steps(steps))
+
+    x, steps = torch.randn(4, 8), torch.arange(4)
+    with pytest.raises(DataError, match="taken for labels.*give the arguments in a dict, by name"):
+        surgery.find_sites(Timed(), (x, steps))
+    assert surgery.find_sites(Timed(), {"x": x, "steps": steps}).names == ("mlp",)
