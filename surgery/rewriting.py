@@ -38,6 +38,8 @@ from surgery.sites import Plan, Site, SitePlan, Sites, is_in_first
 from surgery.state import CostModel, GatedState, SiteCost
 from surgery.tracing import GATES, base_class
 
+_SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel")  # by name, since not every torch has them
+
 
 class Gates(nn.Module):
     """The gates of one host, and the state that they share."""
@@ -158,11 +160,16 @@ def check_convertible(model: nn.Module) -> None:
     """Refuse what is not a dense module.
 
     Raises:
-        UnsupportedModel: If it is not a module, or one without the Python code that it was made from.
+        UnsupportedModel: If it is not a module, is wrapped for several devices, or holds no Python code that it was made from.
         AlreadyConverted: If it carries gates.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if type(model).__name__ in _SHARDED:
+        raise UnsupportedModel(
+            f"this model is wrapped for training on several devices; convert what is inside, `model.module`, and wrap the result "
+            f"in {type(model).__name__} again"
+        )
     how = _compiled_by(model)
     if how:
         raise UnsupportedModel(

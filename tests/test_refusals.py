@@ -296,6 +296,23 @@ def test_programs_are_no_modules() -> None:
             surgery.convert(program, 0.6, data=data)
 
 
+def test_models_wrapped_for_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    distributed, (model, data) = torch.distributed, toy()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(errors.UnsupportedModel, match="convert what is inside, `model.module`"):
+            surgery.find_sites(wrapped, data[0])
+        gated = surgery.insert_gates(wrapped.module, surgery.find_sites(wrapped.module, data[0]))
+        gated.requires_grad_(True)
+        again = nn.parallel.DistributedDataParallel(gated, find_unused_parameters=True)
+        again(data[0]).sum().backward()
+        assert all(p.grad is not None for name, p in gated.named_parameters() if "surgery_gates" not in name)
+    finally:
+        distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("options", [{"seed": "a"}, {"seed": 0.5}, {"samples": 0}, {"samples": True}], ids=str)
 def test_numbers_that_are_none(options: dict[str, Any]) -> None:
     model, data = toy()
