@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from surgery.budgets import at_point, budget_range, passes_at, point_at
-from surgery.calling import Batch, call, is_logits, read_output
+from surgery.calling import Batch, call
 from surgery.context import Event, Execution, draw_unit, execution, override, state_of, tape
 from surgery.costs import Decided
 from surgery.errors import BudgetError, MissingDependency, SurgeryError, check_budget
+from surgery.scoring import agreement_of
 
 _LOG = logging.getLogger(__name__)
 _Z = 1.96
@@ -365,17 +365,10 @@ def stability(found: float, expected: float, count: int) -> float:
 
 def disagreements(gated: nn.Module, batch: Batch, output: Any, dense: Any) -> list[bool]:
     """For every input whether the predictions differ (for every token of one, whether any does)."""
-    mine, theirs = read_output(output), read_output(dense)
-    if is_logits(gated, batch, dense, state_of(gated).outputs):
-        differ = mine.argmax(-1) != theirs.argmax(-1)  # N or N T
-        mask = batch.kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == differ.shape:
-            differ = differ & mask.bool()
-        found: list[bool] = differ.reshape(len(differ), -1).any(1).tolist()
-        return found
-    rows, others = (value.reshape(len(value), -1).double() for value in (mine, theirs))
-    near: list[bool] = (F.cosine_similarity(rows, others) < SAME).tolist()
-    return near
+    kind, found = agreement_of(gated, batch, output, dense, state_of(gated).outputs)
+    same = found.values == found.weights if kind == "argmax" else found.values >= SAME  # NaN is not the same
+    differ: list[bool] = (~same).tolist()
+    return differ
 
 
 class _Metrics:

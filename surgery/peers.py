@@ -24,7 +24,7 @@ from surgery.healing import unhealed
 from surgery.model_timing import Prepared
 from surgery.policies import decided
 from surgery.reports import Other, Peer
-from surgery.scoring import Scores, agreement_of, metric_of
+from surgery.scoring import Scores, agreement_of, metric_of, predicted
 from surgery.second_look import given_to_others, least_certain, margin_of
 from surgery.timing import Ratio, Thunk
 
@@ -96,7 +96,7 @@ class Judge:
         logits = read_output(output)
         if logits.dim() == 2 and is_logits(self.reference, batch, output, self.outputs):
             parts.margins.append(margin_of(logits).double().cpu())
-            parts.top.append(logits.argmax(-1).cpu())
+            parts.top.append(predicted(logits).cpu())
 
 
 class Contest:

@@ -78,14 +78,20 @@ def metric_of(model: nn.Module, batch: Batch, output: Any) -> tuple[str, Scores]
             f"{batch.where}labels have shape {tuple(labels.shape)}, the logits {tuple(logits.shape)} expect "
             f"{tuple(logits.shape[:-1])}; give one label for each"
         )
-    if labels.numel() and int(labels.max()) >= logits.shape[-1]:
+    counted = labels.long() != IGNORED
+    known = labels[counted]
+    if known.numel() and int(known.max()) >= logits.shape[-1]:
         raise DataError(
-            f"{batch.where}a label is {int(labels.max())}, but the model tells {logits.shape[-1]} classes apart; "
+            f"{batch.where}a label is {int(known.max())}, but the model tells {logits.shape[-1]} classes apart; "
             "is this data for another model, or does it count classes in another order?"
         )
-    counted = (labels != IGNORED).to(logits.device)
-    right = (logits.argmax(-1) == labels.to(logits.device)) & counted
-    return "accuracy" if labels.dim() == 1 else "token_accuracy", _per_input(right, counted)
+    if known.numel() and int(known.min()) < 0:
+        raise DataError(
+            f"{batch.where}a label is {int(known.min())}, as where labels are withheld; leave the labels out to compare with the "
+            f"dense model only, or give {IGNORED} for what is not to count"
+        )
+    right = (predicted(logits) == labels.to(logits.device)) & counted.to(logits.device)
+    return "accuracy" if labels.dim() == 1 else "token_accuracy", _per_input(right, counted.to(logits.device))
 
 
 def agreement_of(
@@ -94,7 +100,7 @@ def agreement_of(
     """How far an output agrees with the dense model's: `argmax` (share of equal ones) or `cosine` (of values)."""
     mine, reference = read_output(output), read_output(dense)
     if is_logits(model, batch, dense, outputs):
-        same = mine.argmax(-1) == reference.argmax(-1)  # N or N T
+        same = predicted(mine) == predicted(reference)  # N or N T
         return "argmax", _per_input(same, _real(batch, same))
     mask = _real(batch, mine[..., 0]) if mine.dim() == 3 else None
     if mask is not None:
@@ -102,6 +108,12 @@ def agreement_of(
     rows, others = (value.double().reshape(len(value), -1) for value in (mine, reference))
     cosine = F.cosine_similarity(rows, others, dim=1)
     return "cosine", Scores(cosine.cpu(), torch.ones(len(cosine), dtype=torch.float64))
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """The class or token of the largest logit, `(..., K)` -> `(...)`; -1, which is no class, where a logit is NaN."""
+    largest = logits.argmax(-1)
+    return largest.masked_fill(logits.gather(-1, largest.unsqueeze(-1)).squeeze(-1).isnan(), -1)
 
 
 def next_tokens(model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from toys import Residual
 
 import surgery
 from surgery.budgets import point_at
+from surgery.calling import Batch
 from surgery.context import state_of
 from surgery.costs import costs_of
 from surgery.errors import BudgetError, SurgeryError
-from surgery.guarding import stability, wilson
+from surgery.guarding import disagreements, stability, wilson
 from surgery.second_look import margin_of
 from surgery.state import LookPoint
 
@@ -54,6 +56,22 @@ def test_stability_index() -> None:
     assert stability(0.5, 0.5, 100) == 0
     assert stability(0.8, 0.5, 100) == pytest.approx(0.3 * 0.470004 + 0.3 * 0.916291, abs=1e-5)
     assert 0 < stability(1.0, 0.5, 100) < 10
+
+
+def test_embeddings_differ_at_real_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch((torch.zeros(3, 2, 2),), {"attention_mask": torch.tensor([[1, 0], [1, 0], [1, 1]])})
+    monkeypatch.setattr("surgery.guarding.state_of", lambda gated: SimpleNamespace(outputs="values"))
+    dense = torch.tensor([[[1.0, 0.0], [9.0, 0.0]], [[1.0, 0.0], [9.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]])
+    ours = torch.tensor([[[1.0, 0.0], [0.0, 9.0]], [[0.0, 1.0], [9.0, 0.0]], [[1.0, 0.0], [float("nan"), 0.0]]])
+    assert disagreements(nn.Identity(), batch, dense, dense) == [False, False, False]
+    # what becomes of padding is nobody's business, and what is no number is not the same
+    assert disagreements(nn.Identity(), batch, ours, dense) == [False, True, True]
+
+
+def test_outputs_that_are_no_numbers_disagree(converted: nn.Module) -> None:
+    dense = torch.tensor([[2.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
+    ours = torch.tensor([[float("nan"), float("nan")], [3.0, 1.0], [2.0, 1.0]])
+    assert disagreements(converted, Batch((dense,)), ours, dense) == [True, False, True]
 
 
 def test_nothing_moves_while_all_is_well(converted: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from surgery.calling import Batch, as_batch, call
 from surgery.errors import DataError
-from surgery.scoring import IGNORED, Scores, agreement_of, metric_of
+from surgery.scoring import IGNORED, Scores, agreement_of, metric_of, predicted
 
 PLAIN = nn.Identity()
 
@@ -39,6 +39,25 @@ def test_labels_that_do_not_fit() -> None:
         metric_of(PLAIN, Batch((logits,), labels=torch.tensor([0, 1, 7])), logits)
     with pytest.raises(DataError, match=r"labels have shape \(2,\)"):
         metric_of(PLAIN, Batch((logits,), labels=torch.tensor([0, 1])), logits)
+    with pytest.raises(DataError, match="a label is -1, as where labels are withheld; leave the labels out"):
+        metric_of(PLAIN, Batch((logits,), labels=torch.tensor([0, 1, -1])), logits)
+
+
+def test_labels_of_one_byte_have_no_ignored_one() -> None:
+    logits = torch.eye(200)
+    labels = torch.arange(200).to(torch.uint8)  # -100 would be 156
+    _, scores = metric_of(PLAIN, Batch((logits,), labels=labels), logits) or ("", None)
+    assert scores is not None and scores.count == 200 and scores.mean == 1
+
+
+def test_what_is_no_number_is_no_class() -> None:
+    logits = torch.tensor([[float("nan"), 1.0], [2.0, float("nan")], [2.0, 1.0], [1.0, -torch.inf]])
+    batch = Batch((logits,), labels=torch.tensor([0, 1, 0, 0]))
+    assert predicted(logits).tolist() == [-1, -1, 0, 0]
+    _, scores = metric_of(PLAIN, batch, logits) or ("", None)
+    assert scores is not None and scores.values.tolist() == [0, 0, 1, 1]
+    _, agreement = agreement_of(PLAIN, batch, logits, torch.tensor([[2.0, 1.0], [1.0, 2.0], [2.0, 1.0], [2.0, 1.0]]))
+    assert agreement.values.tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("labels", [None, torch.randn(3)])
