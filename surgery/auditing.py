@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from surgery.audits import Audit, GroupAudit, Mistake, Observed, SiteAudit
-from surgery.calling import Batch, batches, call, call_dense, is_logits, length_of, read_output
+from surgery.calling import Batch, batches, call, call_dense, evaluating, is_logits, length_of, read_output
 from surgery.context import Event, runs_dense, state_of, tape
 from surgery.costs import Decided, place
 from surgery.errors import DataError
 from surgery.log_rows import input_hashes
 from surgery.progress import Progress, silent
 from surgery.rewriting import remove
-from surgery.scoring import entropy
+from surgery.scoring import entropy, predicted
 
 NEAR = 0.1
 """Scores this close to the threshold are near it: they are logs, so 0.1 is a tenth of harm per cost saved."""
@@ -81,7 +81,7 @@ def audited(
     reference = remove(gated).eval() if dense is None else dense
     run = _Run(gated, reference, noise, seed)
     total = length_of(data)
-    with torch.no_grad():
+    with evaluating(gated), evaluating(reference):
         for index, batch in enumerate(batches(data)):
             run.add(place(batch, gated))
             progress("auditing", index + 1, total)
@@ -152,8 +152,8 @@ class _Run:
             "costs": did.costs(self.state.costs),
             "weights": did.weights,
             "labels": None if labels is None or labels.is_floating_point() else labels.cpu(),
-            "predicted": read_output(output).argmax(-1).cpu() if classes else None,
-            "dense": read_output(reference).argmax(-1).cpu() if classes else None,
+            "predicted": predicted(read_output(output)).cpu() if classes else None,
+            "dense": predicted(read_output(reference)).cpu() if classes else None,
         }
         for name, value in found.items():
             self.parts[name].append(value)
@@ -170,7 +170,9 @@ class _Run:
             self._disturb(batch, events, found["predicted"], found["dense"])
 
     def _disturb(self, batch: Batch, events: Sequence[Event], mine: Tensor | None, dense: Tensor | None) -> None:
-        floats = [t for t in batch.tensors if t.is_floating_point() and t.dim() > 1]
+        masks = [value for name, value in batch.kwargs.items() if "mask" in name]
+        floats = [t for t in batch.tensors if t.is_floating_point() and t.dim() > 1 and bool(t.isfinite().all())]
+        floats = [t for t in floats if not any(t is mask for mask in masks)]
         if not floats:
             return
         noisy = batch.filled([self._noisy(t) if any(t is f for f in floats) else t for t in batch.tensors])
@@ -182,12 +184,12 @@ class _Run:
                 self.tried[unit] += int(real.sum())
         if mine is not None and dense is not None:
             self.noised += batch.size
-            self.flipped += int((read_output(output).argmax(-1).cpu() != mine).sum())
-            self.dense_flipped += int((read_output(call(self.reference, noisy)).argmax(-1).cpu() != dense).sum())
+            self.flipped += int((predicted(read_output(output)).cpu() != mine).sum())
+            self.dense_flipped += int((predicted(read_output(call(self.reference, noisy))).cpu() != dense).sum())
 
     def _noisy(self, value: Tensor) -> Tensor:
         drawn = torch.randn(value.shape, generator=self.generator).to(value.device, value.dtype)
-        return value + self.noise * value.std() * drawn
+        return value + self.noise * value.std().nan_to_num() * drawn
 
     def observed(self) -> Observed:
         """All batches, one after the other."""
@@ -265,13 +267,15 @@ def _grouped(seen: Observed, groups: Sequence[str]) -> tuple[GroupAudit, ...]:
     rows = []
     for name in sorted(set(groups)):
         chosen = torch.tensor([group == name for group in groups])
-        costs = seen.costs[chosen]
-        half = 1.96 * float(costs.std()) / math.sqrt(len(costs)) if len(costs) > 1 else math.nan
+        costs, weights = seen.costs[chosen], seen.weights[chosen].double()
+        parts = weights / weights.sum().clamp_min(1e-12)
+        mean = float((parts * costs).sum())
+        spread = float((parts * (costs - mean)).square().sum())  # of a ratio of sums, by linearisation
+        half = 1.96 * math.sqrt(spread * len(costs) / (len(costs) - 1)) if len(costs) > 1 else math.nan
 
         def share(a: Tensor | None, b: Tensor | None, chosen: Tensor = chosen) -> float | None:
             return None if a is None or b is None else float((a == b)[chosen].float().mean())
 
-        mean = float(costs.mean())
         rows.append(
             GroupAudit(
                 name,

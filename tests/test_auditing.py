@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from toys import Residual
 
 import surgery
-from surgery.auditing import _information
+from surgery.auditing import _grouped, _information
+from surgery.audits import Observed
 from surgery.context import state_of
 from surgery.errors import DataError
 from surgery.gates import iter_gates
@@ -102,6 +104,55 @@ def test_tokens_count_where_gates_decide_per_token() -> None:
         report = surgery.measure(one.gated, [one.entry.example(3, seed=1)], dense=one.model, speed=(), peers=False)
     assert {s.site: s.active_rate for s in found.sites} == pytest.approx(report.active_rate, abs=1e-5)
     assert found.policies == report.policies
+
+
+def test_one_group_of_all_costs_what_all_cost() -> None:
+    weights, costs = torch.tensor([1.0, 3.0, 4.0]), torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64)
+    seen = Observed(("a",), torch.zeros(3, 1), costs, weights, ["", "", ""], None, None, None)
+    (one,) = _grouped(seen, ["all"] * 3)
+    mean = (0.2 + 3 * 0.6 + 4 * 1.0) / 8
+    spread = (1 * (0.2 - mean)) ** 2 + (3 * (0.6 - mean)) ** 2 + (4 * (1.0 - mean)) ** 2
+    half = 1.96 * math.sqrt(spread / 64 * 3 / 2)
+    assert (one.cost, one.low, one.high) == (
+        pytest.approx(mean),
+        pytest.approx(mean - half),
+        pytest.approx(mean + half),
+    )
+    (same,) = _grouped(replace(seen, weights=torch.full((3,), 7.0)), ["all"] * 3)
+    assert same.cost == pytest.approx(0.6) and same.high - 0.6 == pytest.approx(1.96 * 0.4 / math.sqrt(3))
+
+
+def test_a_dense_model_in_training_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Residual(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))), nn.Linear(4, 2)).eval()
+    gated = surgery.insert_gates(model, surgery.find_sites(model, torch.randn(4, 4)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    surgery.audit(gated, [torch.randn(8, 4) + 5], dense=model)
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Seen(nn.Module):
+    """Adds a mask of minus infinity to what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = Residual(nn.Linear(4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.block(x)) + mask
+
+
+def test_masks_get_no_noise() -> None:
+    torch.manual_seed(0)
+    model, x = Seen().eval(), torch.randn(64, 4)
+    mask = torch.zeros(64, 4).masked_fill(torch.arange(4) == 3, -torch.inf)
+    data = [{"x": x, "mask": mask}]
+    gated = surgery.insert_gates(model, surgery.find_sites(model, data[0]))
+    state_of(gated).budget = 0.5
+    with surgery.force(gated, {state_of(gated).names[0]: True}):
+        found = surgery.audit(gated, data, noise=1e-6)
+    assert found.flipped == found.dense_flipped == 0  # noise on the mask would make NaN of everything
 
 
 def test_refusals_and_notes() -> None:
