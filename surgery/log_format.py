@@ -58,6 +58,7 @@ def schema_of(metadata: Mapping[str, Any]) -> Any:
         ("decisions", pa.list_(pa.binary())),
         ("scores", pa.list_(pa.binary())),
         ("real", pa.list_(pa.binary())),  # where decisions are of real tokens, not padding; empty: everywhere
+        ("looked", pa.bool_()),  # whether the answer is that of a second look
         ("output_hash", pa.binary(8)),
         ("output", pa.list_(pa.float32())),
     ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from surgery.calling import Batch
 from surgery.context import Event, Tape
-from surgery.costs import costs_of
+from surgery.costs import costs_of, looked_at
 from surgery.state import GatedState
 
 PASSES = ("sites", "shapes", "decisions", "scores", "real")
@@ -56,7 +56,7 @@ def rows_of(call: Call, size: int, state: GatedState, scores: str) -> dict[str, 
         "execution": call.execution,
         "latency_ms": call.milliseconds,
     }
-    events = _settled(call.events)
+    events = call.events
     passes: dict[str, list[Any]] = {}
     if events:
         padded = any(event.weights is not None for event in events)
@@ -71,7 +71,8 @@ def rows_of(call: Call, size: int, state: GatedState, scores: str) -> dict[str, 
         **{name: [value] * size for name, value in same.items()},
         "row": list(range(size)),
         "input": ids,
-        "cost": costs_of(call.events, state.costs, size).tolist(),
+        "cost": costs_of(events, state.costs, size).tolist(),
+        "looked": looked_at(events, size).tolist(),
         "prediction": [int(one.argmax()) if predicted else None for one in parts],
         **{name: [[value] for value in passes[name]] if passes else [[]] * size for name in PASSES},
         "output_hash": [output_hash(one) for one in parts],
@@ -115,14 +116,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     data: Any = flat.view(torch.uint8).numpy()
     return memoryview(data)
-
-
-def _settled(events: Tape) -> list[Event]:
-    """The decisions behind the output: every gate was open for inputs that got a second look."""
-    if not events.looked:
-        return list(events)
-    looked = events.looked[-1]
-    return [replace(e, decisions=e.decisions | looked.view(-1, *(1,) * (e.decisions.dim() - 1))) for e in events]
 
 
 def _packed(decisions: Sequence[Tensor]) -> list[bytes]:

@@ -50,7 +50,8 @@ class Row:
         latency_ms: Of the whole call.
         cost: Of this input, as a fraction of dense.
         prediction: Largest logit, where the output has one.
-        passes: Decisions of each pass, in order of execution.
+        passes: Decisions of each pass, in order of execution; a second look makes none.
+        looked: Whether a second look, in full, gave the answer.
         output_hash: Of the output's bytes.
         output: The output flattened, float32; None where it was too large to keep.
     """
@@ -68,16 +69,17 @@ class Row:
     cost: float
     prediction: int | None
     passes: tuple[tuple[Decision, ...], ...]
+    looked: bool
     output_hash: bytes
     output: Tensor | None
 
     def rates(self) -> dict[str, float]:
-        """Share of this input's decisions that were open, per site; padding does not count."""
+        """Share of this input's decisions that were open, per site; padding does not count, and a second look opens all."""
         found: dict[str, list[float]] = {}
         for one in self.passes:
             for decision in one:
                 values = decision.values if decision.real is None else decision.values[decision.real]
-                found.setdefault(decision.site, []).append(float(values.float().mean()))
+                found.setdefault(decision.site, []).append(1.0 if self.looked else float(values.float().mean()))
         return {site: sum(values) / len(values) for site, values in found.items()}
 
 
@@ -219,6 +221,7 @@ def _row(part: int, values: Mapping[str, Any], metadata: Mapping[str, Any]) -> R
     return Row(
         part=part,
         passes=passes,
+        looked=bool(values.get("looked")),  # older logs do not say: there every gate is open for such an input
         output_hash=values["output_hash"],
         output=None if values["output"] is None else torch.tensor(values["output"], dtype=torch.float32),
         **{name: values[name] for name in same},

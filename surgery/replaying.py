@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from surgery.branches import Branch
 from surgery.calling import Batch, batches, call, read_output
-from surgery.context import Event, force, handled, state_of, tape
+from surgery.context import Event, Tape, execution, force, handled, state_of, tape
 from surgery.costs import costs_of, place
 from surgery.errors import ForceError, LogError, shortened
 from surgery.gates import Gate
@@ -243,6 +243,13 @@ class _Run:
         player = _Player(rows)
         with handled(self.gated, player, healed=True):
             output = read_output(call(self.gated, batch))
+        looked = torch.tensor([row.looked for row in rows])
+        if looked.any():
+            again = looked.nonzero().squeeze(1)
+            with execution(self.gated, "dense"):
+                dense = read_output(call(self.gated, batch.rows(again)))
+            output = output.index_copy(0, again.to(output.device), dense.to(output.dtype))
+            player.events.looked.append(looked)
         return output, player.events, player.places
 
     def _judge(self, row: Row, value: Tensor, place: str, *, must_equal: bool) -> None:
@@ -268,7 +275,7 @@ class _Player:
             for decision in (one for taken in row.passes for one in taken):
                 queues[decision.site].append(decision)
             self.left.append(queues)
-        self.events: list[Event] = []
+        self.events = Tape()
         self.places = [""] * len(rows)
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
@@ -306,7 +313,9 @@ def _widened(value: Tensor | None, own: Sequence[Any], length: int | None) -> Te
 
 
 def _forced(rows: list[Row], plan: Plan, length: int | None) -> dict[str, bool | Tensor]:
-    """Recorded decisions of a batch by site; sites that decided more than once in a call are left to the routers."""
+    """Recorded decisions of a batch by site, all open for inputs that got a second look; sites that decided more than once in a
+    call are left to the routers.
+    """
     result: dict[str, bool | Tensor] = {}
     for planned in plan.sites:
         name, tokens = planned.site.name, planned.granularity == "token"
@@ -317,7 +326,8 @@ def _forced(rows: list[Row], plan: Plan, length: int | None) -> dict[str, bool |
             values = [found[0] for found in own]
             longest = max((len(one.values) for one in values if one.values.dim() == 1), default=None)
             fits = (longest if length is None else length) if tokens else None
-            result[name] = torch.stack([_widened(one.values, values, fits) for one in values])
+            own_rows = [_widened(one.values, values, fits) for one in values]
+            result[name] = torch.stack([one | row.looked for one, row in zip(own_rows, rows, strict=True)])
     return result
 
 

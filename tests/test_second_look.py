@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ import surgery
 from surgery.context import state_of
 from surgery.costs import observe
 from surgery.errors import SurgeryError
+from surgery.healing import install
 from surgery.peers import one_pass, static_only
 from surgery.policies import static_cost
 from surgery.second_look import margin_of
-from surgery.state import BudgetPoint, CostModel, LookPoint, SiteCost
+from surgery.state import BudgetPoint, CostModel, Healing, LookPoint, SiteCost
 
 
 class Block(nn.Module):
@@ -105,6 +107,26 @@ def test_both_passes_count(looking: nn.Module, data: list[Tensor]) -> None:
     assert any("second look" in note for note in report.notes)
     assert report.submodules == pytest.approx(usage.submodules, abs=1e-5)
     assert surgery.status(looking).again == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("healed", [False, True])
+def test_replayed_with_its_second_looks(looking: nn.Module, data: list[Tensor], tmp_path: Path, healed: bool) -> None:
+    if healed:
+        shapes = {f"blocks.{i}.mlp.0.weight": (64, 16) for i in range(5)}
+        for name, change in install(looking, Healing("lora", shapes, 2)).items():
+            change.data += 0.2 if name.endswith("_up") else 0.1
+    path = str(tmp_path / "log")
+    with torch.no_grad(), surgery.record(looking, path), surgery.tape(looking) as events:
+        outputs = torch.cat([looking(x) for x in data[:3]])
+    rows, looked = list(surgery.read_log(path)), torch.cat(events.looked)
+    assert [row.looked for row in rows] == looked.tolist() and 0 < int(looked.sum()) < len(rows)
+    assert all(set(row.rates().values()) == {1.0} for row in rows if row.looked)
+    found = surgery.replay(looking, path, data[:3])
+    assert found.faithful and found.exact and found.equal == len(rows)
+    assert found.cost == pytest.approx(found.recorded_cost)
+    first = state_of(looking).names[0]
+    opened = surgery.replay(looking, path, data[:3], opened=[first])
+    assert 0 <= opened.changed < len(outputs)
 
 
 def test_a_row_does_not_depend_on_its_batch(looking: nn.Module, data: list[Tensor]) -> None:
