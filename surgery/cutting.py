@@ -72,13 +72,14 @@ def cut_order(
         order: list[str] = []
         now = 0.0
         while heap:
-            if static_cost(state.costs, [*always, *(name for _, _, name in heap)]) > LOWEST:
-                found: dict[str, float] = {}  # run again what looks best until it stays the best
-                while len(found) < _TRIES and (name := heap[0][2]) not in found:
-                    found[name] = harm([*order, name])
-                    heapq.heapreplace(heap, ((found[name] - now) / price(name), heap[0][1], name))
-                now = found.get(heap[0][2], now)
+            measured = static_cost(state.costs, [*always, *(name for _, _, name in heap)]) > LOWEST
+            found: dict[str, float] = {}  # run again what looks best until it stays the best
+            while measured and len(found) < _TRIES and (name := heap[0][2]) not in found:
+                found[name] = harm([*order, name])
+                heapq.heapreplace(heap, ((found[name] - now) / price(name), heap[0][1], name))
             order.append(heapq.heappop(heap)[2])
+            if measured:
+                now = found[order[-1]] if order[-1] in found else harm(order)
             report("ordering cuts", len(order), len(names))
     state.order = tuple(order)
     return state.order

@@ -47,6 +47,30 @@ def test_what_matters_least_is_cut_first() -> None:
     assert cut_order(gated, [torch.randn(64, 4)]) == tuple(names[i] for i in (1, 3, 0, 2)) == state_of(gated).order
 
 
+class Constant(nn.Module):
+    """A branch that adds the same to every row."""
+
+    def __init__(self, *value: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        with torch.no_grad():
+            self.linear.weight.zero_()
+            self.linear.bias.copy_(torch.tensor(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def test_rises_count_from_what_is_cut_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cutting, "_TRIES", 1)  # so that a site is cut by an old value, without being run again
+    branches = ((1.0, 0, 0, 0), (1.1, 0, 0, 0), (0, 2**0.5, 0, 0), (0, 0, 3**0.5, 0))
+    gated = gate_all(Stack(*(Constant(*one) for one in branches)), torch.randn(2, 4), skip="identity")
+    state_of(gated).outputs = "values"
+    names = state_of(gated).names
+    # squared errors alone 1, 1.21, 2, 3; after the first cut the second brings 2.1^2 - 1 = 3.41, which is more than 3
+    assert cut_order(gated, [torch.randn(64, 4)]) == tuple(names[i] for i in (0, 2, 3, 1))
+
+
 @pytest.mark.parametrize("large_first", [False, True])
 def test_equal_harm_is_cut_where_it_saves_more(large_first: bool) -> None:
     small, large = scaled(0.1, 16), mlp(4, 64)
