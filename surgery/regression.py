@@ -7,6 +7,7 @@ Axis letters: `N` samples, `T` tokens, `F` router features, `M` rows.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery.calling import batches
+from surgery.context import state_of
 from surgery.costs import place
-from surgery.errors import check_count
+from surgery.errors import DataError, check_count
 from surgery.gates import Gate, iter_gates
 from surgery.harm import HarmLabels, label_harm
 from surgery.progress import Progress, silent
@@ -28,6 +30,10 @@ _ROWS = 60_000
 _STEPS = 500
 _FEWEST = 10  # with fewer rows nothing can be held out, and every input gets the same score
 _TINY = 1e-12
+_NOTHING_KNOWN = (
+    "what skipping it changes is NaN or infinite for every input, or all is padding; look at what the dense model gives "
+    "on this data"
+)
 _TIE_BREAK = 0.01  # what is left of a prediction that is worth nothing, so that thresholds between inputs exist
 
 
@@ -71,7 +77,7 @@ def regress_routers(
         Per site that is not always on, how predictable harm was on held-out rows.
 
     Raises:
-        DataError: If the data yields nothing.
+        DataError: If the data yields nothing, or there is no row of a site to learn from.
         NotConverted: If the model has no gates.
     """
     check_count("samples", samples, 1)
@@ -83,12 +89,17 @@ def regress_routers(
     features: dict[str, list[Tensor]] = {}
     harms: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
+    unknown: Counter[str] = Counter()
     count = 0
     for batch in batches(data):
         batch = place(batch, gated)
         labels = label_harm(gated, batch, generator)
         for name in (name for name in labels if name in groups):
             rows, harm = _rows_of([labels[member] for member in groups[name]])
+            known = rows.isfinite().all(1) & harm.isfinite().reshape(len(harm), -1).all(1)
+            if not known.all():  # the model's own output is no number there
+                unknown[name] += int((~known).sum())
+                rows, harm = rows[known], harm[known]
             rows, harm = _some(rows, harm, _ROWS_PER_BATCH, generator)
             features.setdefault(name, []).append(rows)
             harms.setdefault(name, []).append(harm)
@@ -96,12 +107,18 @@ def regress_routers(
         report("labelling harm", min(count, samples), samples)
         if count >= samples:
             break
+    if unknown:
+        state_of(gated).note(
+            f"{max(unknown.values())} rows were not learned from: what skipping changes there is NaN or infinite"
+        )
     result: dict[str, Predictability] = {}
     gates = {name: gate for name, gate in iter_gates(gated) if not gate.always_on}
     for index, (name, gate) in enumerate(gates.items()):
         set_offset(gate)
         if not gate.leader:
             rows, harm = _some(torch.cat(features[name]), torch.cat(harms[name]), _ROWS, generator)
+            if len(rows) == 0:
+                raise DataError(f"{name}: {_NOTHING_KNOWN}")
             result |= _fit_group([gates[member] for member in groups[name]], rows, harm, seed + index)
         report("fitting routers", index + 1, len(gates))
     return {name: result[name] for name in gates}

@@ -37,6 +37,13 @@ class Selective(nn.Module):
         return self.gate(x).exp() * self.value(x)
 
 
+class Divided(Stack):
+    """NaN where the first channel is 0, as a mean over nothing is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (x[..., :1] / x[..., :1])
+
+
 def log_harm(gated: nn.Module, x: Tensor) -> list[Tensor]:
     """Labels on fresh inputs."""
     return [label.harm.clamp_min(1e-6).log() for label in label_harm(gated, Batch((x,))).values()]
@@ -204,6 +211,19 @@ def test_branches_without_effect_give_constant_routers() -> None:
     with torch.no_grad():
         scores = gates(gated)[0].scores(torch.randn(32, C))
     assert found.shrinkage <= 0.01 and torch.isfinite(scores).all() and scores.std() < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(C,), (3, C)], ids=["per sample", "per token"])
+def test_rows_whose_harm_is_no_number_are_left_out(shape: tuple[int, ...]) -> None:
+    gated = gate_all(Divided(mlp(C), mlp(C)), torch.randn(2, *shape))
+    x, bad = torch.randn(40, *shape), torch.zeros(2, *shape)
+    found = regress_routers(gated, [torch.cat((bad, x))])
+    assert all(torch.isfinite(p).all() for gate in gates(gated) for p in gate.router.parameters())
+    rows = 2 * (1 if len(shape) == 1 else 3)
+    assert state_of(gated).notes[-1].startswith(f"{rows} rows were not learned from")
+    assert [one.rows for one in found.values()] == [int(40 * rows / 2 * 0.8)] * 2
+    with pytest.raises(DataError, match=r"blocks\.0.*NaN or infinite for every input"):
+        regress_routers(gated, [bad])
 
 
 def test_no_data() -> None:
