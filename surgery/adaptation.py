@@ -88,8 +88,7 @@ def heal(
     apart = _Apart(gated, validation, budget)
     before = apart.distance()
     total = count_steps(data, options)
-    torch.manual_seed(seed)
-    trains = _norms(gated) if kind == "norms" else _low_rank(gated, options.heal_rank)
+    trains = _norms(gated) if kind == "norms" else _low_rank(gated, options.heal_rank, seed)
     try:
         with trains as parameters:
             losses = _train(gated, teacher, data, parameters, budget, total, options, seed, report)
@@ -185,7 +184,7 @@ def _norms(gated: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 @contextmanager
-def _low_rank(gated: nn.Module, rank: int) -> Iterator[list[nn.Parameter]]:
+def _low_rank(gated: nn.Module, rank: int, seed: int) -> Iterator[list[nn.Parameter]]:
     """peft's adapters on the linear maps of branches, trainable inside the block; afterwards they are changes of ours.
 
     peft wraps modules, and so renames what the state dict, the plan and the fingerprint go by; it stays for the training.
@@ -196,7 +195,9 @@ def _low_rank(gated: nn.Module, rank: int) -> Iterator[list[nn.Parameter]]:
     needs = {name: p.requires_grad for name, p in gated.named_parameters()}
     originals = {name: gated.get_submodule(name) for name in names}
     try:
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), gated)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), gated)
         wrapped: dict[str, Any] = {name: gated.get_submodule(name) for name in names}
         factors = {n: (w.lora_A["default"].weight, w.lora_B["default"].weight) for n, w in wrapped.items()}
         gated.eval()

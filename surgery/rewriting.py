@@ -94,8 +94,9 @@ def insert_gates(model: nn.Module, plan: Plan | Sites) -> nn.Module:
 def gate_in_place(model: nn.Module, plan: Plan) -> None:
     """Turn `model` itself into a gated model: for one that nobody else holds, such as a copy or one that is being loaded."""
     state = GatedState(plan=plan, costs=flop_costs(plan), threshold=float("-inf"), trainable=_trainable(model))
-    for host in dict.fromkeys(p.site.host for p in plan.sites):
-        install(model, host, [p for p in plan.sites if p.site.host == host], plan, state)
+    with torch.random.fork_rng(devices=[]):  # routers start from random numbers, which are not taken from the caller's
+        for host in dict.fromkeys(p.site.host for p in plan.sites):
+            install(model, host, [p for p in plan.sites if p.site.host == host], plan, state)
     gates = {gate.site.name: gate for _, gate in _gates(model)}
     for planned in plan.sites:
         if planned.leader:

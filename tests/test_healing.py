@@ -204,6 +204,12 @@ def test_measure_and_cards_show_the_unhealed_model_beside(healed: Ready, tmp_pat
     assert changed in text and f"({alone.metric:.4f}".rstrip("0") + " unhealed)" in text
 
 
+def test_random_numbers_of_the_caller_are_left_alone(ready: Ready) -> None:
+    before = torch.get_rng_state()
+    heal(ready.gated, ready.data, ready.kind, options=Options(steps=1))  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_does_not_help_is_undone(ready: Ready) -> None:
     before = ready.distance()
     heal(ready.gated, ready.data, ready.kind, options=Options(steps=5, heal_rate=50.0), validation=ready.held)  # type: ignore[arg-type]
