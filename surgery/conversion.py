@@ -33,6 +33,7 @@ from surgery.gates import iter_gates
 from surgery.latency import check_time_floor
 from surgery.look_calibration import calibrate_second_look
 from surgery.made_inputs import made_inputs
+from surgery.nesting import CHECKPOINT as NESTED
 from surgery.nesting import interrupted_at, train_skip_paths
 from surgery.options import Options
 from surgery.orders import settle_order
@@ -40,7 +41,7 @@ from surgery.planning import ROUTER_LIMIT
 from surgery.progress import Progress, silent
 from surgery.regression import regress_routers
 from surgery.resuming import CHECKPOINT as TRAINING
-from surgery.resuming import find_checkpoint
+from surgery.resuming import find_checkpoint, forget_checkpoints
 from surgery.rewriting import check_convertible, insert_gates
 from surgery.sites import KINDS, Cost, Granularity, Plan, Routers, Sites, SkipKind
 from surgery.splitting import Head, check_reiterable, split
@@ -189,6 +190,8 @@ def convert(
         check_healable(gated, heal)
 
     training: dict[str, Any] = {"options": options, "seed": seed, "validation": held, "output_dir": output_dir}
+    if not resume:
+        forget_checkpoints(output_dir, (NESTED, TRAINING))
     fit_skip_paths(gated, fit, seed=seed, progress=report)
     per_sample = state.units == state.names and not any(gate.per_token for _, gate in iter_gates(gated))
     if per_sample and (trains or budget < 1):  # refits skip paths on what static policies leave

@@ -29,7 +29,7 @@ from surgery.options import Options
 from surgery.policies import static_cost
 from surgery.progress import Progress, silent
 from surgery.rates import one_cycle, parameter_groups
-from surgery.resuming import undamaged, write_checkpoint
+from surgery.resuming import check_options, undamaged, write_checkpoint
 from surgery.straight_through import OpenGates, stream_error, watched_sites
 from surgery.training import count_steps, stream_of
 
@@ -73,7 +73,7 @@ def train_skip_paths(
     Raises:
         DataError: If the data yields nothing, or its length is unknown and `options.steps` is not given.
         SurgeryError: If no cut order was measured.
-        CheckpointError: If the checkpoint is damaged, or of another model, plan or length.
+        CheckpointError: If the checkpoint is damaged, or of another model, plan or length, or of other options.
     """
     options, state, report = options or Options(), state_of(gated), progress or silent
     if not state.order:
@@ -91,9 +91,10 @@ def train_skip_paths(
     watched = watched_sites(state.names)
     losses: list[float] = []
     kept = _Kept(None if output_dir is None else Path(output_dir) / CHECKPOINT, parameters, optimiser, schedule)
+    settings = {"seed": seed, **{name: getattr(options, name) for name in ("nested_rate", "temperature", "accumulate")}}
     if resume:
-        losses, before, distance = kept.load(total, before, distance)
-    same = {"total": total, "before": before, "distance": distance}
+        losses, before, distance = kept.load(total, before, distance, settings)
+    same = {"total": total, "before": before, "distance": distance, "options": settings}
     kept.keep(losses, same)
     stream = stream_of(data, skip=len(losses) * options.accumulate)
     gated.train()
@@ -103,7 +104,7 @@ def train_skip_paths(
                 loss = torch.zeros(())
                 for index in range(options.accumulate):
                     batch = place(next(stream), gated)
-                    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + index)
+                    generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 64 + index) % 2**63)
                     cuts = torch.tensor(levels)[torch.randint(len(levels), (batch.size,), generator=generator)]
                     part = _loss(gated, batch, cuts, watched, layouts, options.temperature) / options.accumulate
                     part.backward()
@@ -158,7 +159,9 @@ class _Kept:
         if self.path is not None and self.content:
             write_checkpoint(self.path, self.content)
 
-    def load(self, total: int, before: list[Tensor], distance: float) -> tuple[list[float], list[Tensor], float]:
+    def load(
+        self, total: int, before: list[Tensor], distance: float, options: Mapping[str, Any]
+    ) -> tuple[list[float], list[Tensor], float]:
         """Continue from the checkpoint, if there is one: losses so far, and values and distance before training."""
         if self.path is None or not self.path.exists():
             return [], before, distance
@@ -170,6 +173,7 @@ class _Kept:
                 f"{self.path} is of another model or plan, or of a training over {saved['total']} steps (this one has "
                 f"{total}); resume with the same model, data and options"
             )
+        check_options(self.path, saved.get("options", {}), options)
         with torch.no_grad():
             for parameter, value in zip(self.parameters, saved["parameters"], strict=True):
                 parameter.copy_(value)

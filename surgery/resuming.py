@@ -37,6 +37,13 @@ def find_checkpoint(output_dir: str | Path | None) -> Path:
     return path
 
 
+def forget_checkpoints(output_dir: str | Path | None, names: Iterable[str]) -> None:
+    """Remove what an earlier training left there, since one that begins anew must not go on from it."""
+    if output_dir is not None:
+        for name in names:
+            (Path(output_dir) / name).unlink(missing_ok=True)
+
+
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write what was kept so that the file is there in full or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,13 +85,22 @@ def read_checkpoint(
             f"{path} is of a training over {saved['total']} steps, this one has {total}; resume with the same "
             "data and options"
         )
-    other = next((name for name in options if saved["options"].get(name, options[name]) != options[name]), None)
+    check_options(path, saved["options"], options)
+    return saved
+
+
+def check_options(path: Path, saved: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse to go on in another way than a training was begun; what an older version did not keep is not compared.
+
+    Raises:
+        CheckpointError: If an option is another one.
+    """
+    other = next((name for name in options if saved.get(name, options[name]) != options[name]), None)
     if other is not None:
         raise CheckpointError(
-            f"{path} is of a training with {other}={saved['options'][other]!r}, this one has {options[other]!r}; resume with the "
+            f"{path} is of a training with {other}={saved[other]!r}, this one has {options[other]!r}; resume with the "
             "same data and options, or train from the start"
         )
-    return saved
 
 
 @contextmanager

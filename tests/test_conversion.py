@@ -36,6 +36,7 @@ from surgery.errors import (
     UnsupportedModel,
 )
 from surgery.made_inputs import vary
+from surgery.nesting import CHECKPOINT as NESTED
 from surgery.options import Options
 from surgery.resuming import CHECKPOINT
 from surgery.sites import Sites
@@ -388,6 +389,32 @@ def test_interrupted_conversion_resumes(vit: nn.Module, images: list[Tensor], tm
     assert (tmp_path / CHECKPOINT).exists()
     resumed = surgery.convert(vit, 0.6, data=images, options=options, output_dir=tmp_path, resume=True)
     assert_same(frozen(resumed), expected)
+
+
+def test_what_an_earlier_conversion_left_is_not_gone_on_from(tmp_path: Path) -> None:
+    model = Stack(*(mlp(8) for _ in range(4)), head=nn.Linear(8, 3)).eval()
+    data = [torch.randn(16, 8) for _ in range(6)]
+    surgery.convert(model, 0.6, data=data, options=Options(steps=2), output_dir=tmp_path)
+    (tmp_path / CHECKPOINT).write_bytes(b"of the routers of an earlier one")
+    assert (tmp_path / NESTED).exists()
+
+    def interrupt(stage: str, done: int, total: int | None) -> None:
+        if stage == "fitting skip paths":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        surgery.convert(model, 0.6, data=data[::-1], output_dir=tmp_path, progress=interrupt)
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        surgery.convert(model, 0.6, data=data[::-1], output_dir=tmp_path, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_random_numbers_of_the_caller_are_left_alone() -> None:
+    model = Stack(*(mlp(8) for _ in range(4)), head=nn.Linear(8, 3)).eval()
+    data = [torch.randn(16, 8) for _ in range(6)]
+    before = torch.get_rng_state()
+    surgery.convert(model, 0.6, data=data, tune="oneshot", second_look=False)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("directory", [None, "empty"])

@@ -229,6 +229,14 @@ def test_interrupted_training_goes_on_as_if_it_had_not_been(
     assert_same(skip_paths(again), skip_paths(whole))
     with pytest.raises(CheckpointError, match="over 6 steps"):
         train_skip_paths(fresh(), images, options=Options(steps=7), output_dir=tmp_path, resume=True)
+    for change, seed, message in (
+        ({"nested_rate": 1e-3}, 0, "nested_rate=0.003, this one has 0.001"),
+        ({}, 1, "seed=0"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train_skip_paths(
+                fresh(), images, options=Options(steps=6, **change), seed=seed, output_dir=tmp_path, resume=True
+            )
 
 
 def test_an_order_is_measured_on_the_first_samples_in_batches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
