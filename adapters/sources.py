@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
 NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how `datasets` says it: csv, parquet
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+SPLITS = frozenset({"train", "test", "validation", "val", "valid", "dev", "eval"})
 SYNONYMS = {"validation": ("val", "valid", "dev", "eval"), "val": ("validation", "valid", "dev")}
 
 
@@ -66,6 +67,40 @@ class ClassLabel:
     """Named as in `datasets`, whose types are recognised by name."""
 
     names: Sequence[str]
+
+
+@dataclass(frozen=True)
+class AmongClasses:
+    """Rows whose classes are numbered among more than those that occur.
+
+    Args:
+        table: The rows.
+        column: Where their classes are.
+        names: All classes.
+    """
+
+    table: Table
+    column: str
+    names: Sequence[str]
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """With all classes."""
+        return {**self.table.features, self.column: ClassLabel(self.names)}
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any, /) -> Any:
+        found = self.table[index]
+        if isinstance(index, str):
+            return self._numbered(found) if index == self.column else found
+        return {**found, self.column: self._numbered(found[self.column])}
+
+    def _numbered(self, value: Any) -> Any:
+        if not isinstance(value, int):
+            return [self._numbered(one) for one in value]
+        return self.names.index(self.table.features[self.column].names[value])
 
 
 def open_source(source: str, split: str) -> Table:
@@ -125,14 +160,28 @@ def _directory(path: Path, split: str) -> Table:
 
     folders = {one.name: one for one in sorted(path.iterdir()) if one.is_dir()}
     chosen = next((folders[name] for name in names if name in folders), None)
-    if chosen is None and {"train", "test", "validation", "val"} & set(folders):
+    if chosen is None and SPLITS & set(folders):
         raise DataError(f"{path} has no split {split!r}; found: {', '.join(folders)}")
     root = chosen or path
     if next(_pictures(root), None) is None:
         found = ", ".join(sorted(one.name for one in path.iterdir())[:8]) or "nothing"
         raise DataError(f"{root} holds neither data files nor folders of images; found: {found}; {_readable()}")
     table = _load(str(path), "imagefolder", data_dir=str(root), split="train", drop_labels=None)
-    return table if chosen else _whole(table, path, split)
+    return _among_classes(table, root, folders) if chosen else _whole(table, path, split)
+
+
+def _among_classes(table: Table, root: Path, splits: Mapping[str, Path]) -> Table:
+    """Classes numbered among those of all splits: one without pictures of some class has the same numbers as the others."""
+    found = {column: list(getattr(feature, "names", None) or ()) for column, feature in table.features.items()}
+    every = {name for split, folder in splits.items() if split in SPLITS for name in _classes(folder)}
+    for column, names in found.items():
+        if names and set(names) <= _classes(root) and set(names) < every:
+            return AmongClasses(table, column, sorted(every))
+    return table
+
+
+def _classes(folder: Path) -> set[str]:
+    return {one.name for one in folder.iterdir() if one.is_dir() and next(_pictures(one), None) is not None}
 
 
 def _whole(table: Table, path: Path, split: str) -> Table:

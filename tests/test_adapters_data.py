@@ -370,6 +370,15 @@ def test_folders_of_pictures(folders, viewer):
         load_data(str(folders), viewer, split="validation")
 
 
+def test_a_split_without_a_class_is_numbered_like_the_others(folders, viewer):
+    (folders / "train" / "bird").mkdir()
+    colour(2).save(folders / "train" / "bird" / "0.png")
+    (folders / "train" / ".cache").mkdir()
+    test = load_data(str(folders), viewer, split="test")
+    assert test.column("label") == [1, 2] and next(iter(test))[1].tolist() == [1, 2]
+    assert load_data(str(folders), viewer).column("label") == [0, 1, 1, 1, 2, 2, 2]
+
+
 def test_folders_without_splits_say_that_all_is_read(folders, viewer, caplog):
     for own in (folders, folders / "test"):
         assert load_data(str(own), viewer, split="test").samples == 2
