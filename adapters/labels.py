@@ -117,9 +117,11 @@ def read_labels(
             f"column {column!r} has {len(texts)} different labels ({', '.join(texts[:5])}, …), "
             f"the model has {classes} classes" + (f" ({', '.join(list(model_names)[:5])}, …)" if model_names else "")
         )
-    if model_names:
-        some = ", ".join(texts[:5])
-        logger.warning("column %r: %s match no class names; numbered in alphabetical order", column, some)
+    some, why = (
+        shortened(texts, 5),
+        "match no class names" if model_names else "are no numbers, and the model names no classes",
+    )
+    logger.warning("column %r: %s %s; numbered in alphabetical order", column, some, why)
     return Labels(column, None, {text: index for index, text in enumerate(texts)}, classes)
 
 

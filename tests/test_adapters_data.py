@@ -379,6 +379,12 @@ def test_a_split_without_a_class_is_numbered_like_the_others(folders, viewer):
     assert load_data(str(folders), viewer).column("label") == [0, 1, 1, 1, 2, 2, 2]
 
 
+def test_names_of_classes_that_a_model_has_none_of_are_numbered_aloud(caplog):
+    labels = read_labels("label", None, ["pos", "neg"], (), None)
+    assert labels.index == {"neg": 0, "pos": 1}
+    assert "neg, pos are no numbers, and the model names no classes; numbered in alphabetical order" in caplog.text
+
+
 def test_folders_without_splits_say_that_all_is_read(folders, viewer, caplog):
     for own in (folders, folders / "test"):
         assert load_data(str(own), viewer, split="test").samples == 2
