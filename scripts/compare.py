@@ -135,10 +135,17 @@ class Comparison:
         first = next(iter(self.reports.values()), None)
         return "agreement" if first is None else next(iter(first.metric), "agreement")
 
+    @property
+    def scale(self) -> int:
+        """100 where the metric is a share, which people read in per cent and its differences in points; else 1."""
+        from surgery.tables import SHARES
+
+        return 100 if self.metric in SHARES else 1
+
     def rows(self) -> list[dict[str, Any]]:
         """One row per budget and answer: the gated model, then its peers; last those that do not apply, with the reason."""
         found = []
-        metric = self.metric
+        metric, scale, digits = self.metric, self.scale, 4 if self.scale == 1 else 2
         for budget, report in self.reports.items():
             ours = report.metric.get(metric, report.agreement)
             mine = {
@@ -155,8 +162,8 @@ class Comparison:
                         "policy": peer.name,
                         "cost": peer.cost,
                         metric: peer.metric,
-                        "gated minus it": peer.difference,
-                        "95 % interval": f"{peer.low:+.4f} … {peer.high:+.4f}",
+                        "gated minus it": scale * peer.difference,
+                        "95 % interval": f"{scale * peer.low:+.{digits}f} … {scale * peer.high:+.{digits}f}",
                         "time": _time(peer.speed),
                     }
                 )
@@ -178,7 +185,9 @@ class Comparison:
             return lines
         dense = first.dense_metric.get(self.metric)
         where = ", ".join(f"{name} {value}" for name, value in first.conditions.items())
-        lines.append(f"{first.data}; dense {self.metric} {1.0 if dense is None else dense:.4f}; {where}")
+        value = 1.0 if dense is None else dense
+        said = f"{100 * value:.2f} %" if self.scale == 100 else f"{value:.4f}"
+        lines.append(f"{first.data}; dense {self.metric} {said}; {where}")
         lines.append(
             "cost: share of the dense FLOPs, skip paths and routers included; time: all calls by all dense calls"
         )
@@ -290,19 +299,28 @@ def table(found: Comparison) -> Any:
     """For people."""
     from surgery.tables import rows_table
 
-    return rows_table("Peers at equal cost", found.rows())
+    points = ", points" if found.scale == 100 else ""
+    rows = [
+        {f"{name}{points}" if name == "gated minus it" else name: one for name, one in row.items()}
+        for row in found.rows()
+    ]
+    return rows_table("Peers at equal cost", rows)
 
 
 def markdown(found: Comparison) -> str:
     """For pages such as docs/lab/peers.md."""
-    metric = found.metric
-    lines = [f"| budget | policy | cost | {metric} | gated minus it (95 %) | time |", "|---|---|---|---|---|---|"]
+    metric, scale, digits = found.metric, found.scale, 4 if found.scale == 1 else 2
+    unit, points = (" (%)", ", points") if scale == 100 else ("", "")
+    lines = [
+        f"| budget | policy | cost | {metric}{unit} | gated minus it (95 %){points} | time |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in found.rows():
-        gap = "" if row["gated minus it"] is None else f"{row['gated minus it']:+.4f} "
+        gap = "" if row["gated minus it"] is None else f"{row['gated minus it']:+.{digits}f} "
         span = row["95 % interval"].replace("none: ", "")
         cost, value, time = (
-            "" if row[key] is None else f"{row[key]:{form}}"
-            for key, form in (("cost", ".3f"), (metric, ".4f"), ("time", ".2f"))
+            "" if row[key] is None else f"{times * row[key]:.{places}f}"
+            for key, times, places in (("cost", 1, 3), (metric, scale, digits), ("time", 1, 2))
         )
         name = _LABELS.get(row["policy"], row["policy"])
         where = "all" if row["budget"] is None else f"{row['budget']:g}"
@@ -328,10 +346,8 @@ def picture(found: Comparison, batch: int) -> bytes:
         MissingDependency: If matplotlib is not installed.
     """
     from surgery.scripts import report_figures as figures
-    from surgery.tables import SHARES
 
-    metric = found.metric
-    unit = 100 if metric in SHARES else 1
+    metric, unit = found.metric, found.scale
     points: dict[str, list[dict[str, float]]] = {}
     for row in found.rows():
         if row["cost"] is not None:

@@ -240,7 +240,7 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, int):
         return quantity(value)
     if isinstance(value, float):
-        shown_as_share = name.endswith(("rate", "share", "cost", "active", "budget"))
+        shown_as_share = name in SHARES or name.endswith(("rate", "share", "cost", "active", "budget"))
         return percent(value) if shown_as_share else f"{value:.4g}"
     if isinstance(value, (tuple, list)):
         return ", ".join(map(str, value))

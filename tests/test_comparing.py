@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +157,13 @@ def test_table_files_and_json(converted: Path, tmp_path: Path) -> None:  # noqa:
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert any(line.startswith("| 0.6 | random gates, same rates |") for line in rows)
     assert any("Net is another network" in line for line in rows)
-    assert "dense accuracy" in page and "budget 0.01: " in page
+    value = next(one for one in report["peers"] if one["name"] == "random")
+    assert f"| {100 * value['metric']:.2f} | {100 * value['difference']:+.2f} (" in page and "points" in page
+    assert re.search(r"dense accuracy \d+\.\d\d %", page) and "budget 0.01: " in page
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     text = run(*arguments, "--budgets", "0.6", "--no-prune").stdout
     assert "Peers at equal cost" in text and "static+look" in text and "pruned" not in text
+    assert re.search(r"random +\d+\.\d % +\d+\.\d %", text)  # cost and accuracy alike
 
 
 @pytest.mark.parametrize("name", ["gated", "gated, healed"])
