@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,12 +38,27 @@ def app(
     debug: options.Debug = False,
 ) -> None:
     """Open a page: an image or a text in, a slider for the budget, what runs and what is skipped along the network."""
+    check_address(host, port)
     with waiting("loading the model"):
         gated, loaded = Machine(device, dtype, threads, seed, revision).load_converted(directory, base)
     built = build(gated, loaded, directory.name)
     if as_json:
         typer.echo(f'{{"url": "http://{host}:{port}"}}')
     built.launch(server_name=host, server_port=port, quiet=as_json)
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address on which no page can be served, before the model is loaded.
+
+    Raises:
+        SurgeryError: If another program has the port, or the host is none of this machine's.
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise SurgeryError(
+            f"--host {host} --port {port} cannot be used: {error.strerror or error}; give another"
+        ) from error
 
 
 def build(gated: nn.Module, loaded: Loaded, name: str) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +90,16 @@ def test_report_is_one_file_that_asks_for_nothing(made: Path, tmp_path: Path) ->
     assert addresses and all(one.startswith("data:image/png;base64,") for one in addresses)
     assert "http" not in text and "<script" not in text and "prefers-color-scheme: dark" in text
     assert text.count("<source media") == 5 and "Easiest inputs" in text and "Hardest inputs" in text
+
+
+def test_a_port_that_is_taken_is_refused_before_the_work(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = run("app", tmp_path / "no", "--port", port, "--json", expect=1)
+    assert json.loads(said.stdout)["message"].startswith(
+        f"--host 127.0.0.1 --port {port} cannot be used: Address already"
+    )
+    assert "--host no.such" in run("app", tmp_path / "no", "--host", "no.such", expect=1).stderr
 
 
 @pytest.mark.slow
