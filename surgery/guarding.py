@@ -321,8 +321,10 @@ class _Rates:
         return len(self._window)
 
     def extend(self, rates: Tensor, weights: Tensor) -> None:
-        """Rates `(N, S)`, and how much each input counts `(N,)`."""
+        """Rates `(N, S)`, and how much each input counts `(N,)`; one of padding alone says nothing."""
         for row, weight in zip(rates.double(), weights.tolist(), strict=True):
+            if weight <= 0:
+                continue
             if len(self._window) == self._most:
                 old, its = self._window.popleft()
                 self._sum, self._weight = self._sum - its * old, self._weight - its

@@ -20,7 +20,7 @@ from surgery.calling import Batch
 from surgery.context import state_of
 from surgery.costs import costs_of
 from surgery.errors import BudgetError, SurgeryError
-from surgery.guarding import disagreements, stability, wilson
+from surgery.guarding import _Rates, disagreements, stability, wilson
 from surgery.second_look import margin_of
 from surgery.state import LookPoint
 
@@ -55,7 +55,37 @@ def test_wilson_interval() -> None:
 def test_stability_index() -> None:
     assert stability(0.5, 0.5, 100) == 0
     assert stability(0.8, 0.5, 100) == pytest.approx(0.3 * 0.470004 + 0.3 * 0.916291, abs=1e-5)
-    assert 0 < stability(1.0, 0.5, 100) < 10
+    # held half an input away from 0 and 1: 0.495 log 1.99 - 0.495 log 0.01
+    assert stability(1.0, 0.5, 100) == pytest.approx(0.340627 + 2.279559, abs=1e-5)
+
+
+def test_the_window_weighs_inputs_and_forgets_the_oldest() -> None:
+    rates = _Rates(2, 1)
+    rates.extend(torch.tensor([[1.0], [0.0]]), torch.tensor([3.0, 1.0]))
+    assert rates.means() == [0.75]
+    rates.extend(torch.tensor([[0.0]]), torch.tensor([0.0]))  # padding alone
+    assert rates.means() == [0.75] and len(rates) == 2
+    rates.extend(torch.tensor([[1.0]]), torch.tensor([4.0]))
+    assert rates.means() == [pytest.approx(4 / 5)] and len(rates) == 2
+    alone = _Rates(2, 1)
+    alone.extend(torch.zeros(2, 1), torch.zeros(2))
+    assert len(alone) == 0
+
+
+def test_disagreement_within_chance_moves_nothing(converted: nn.Module) -> None:
+    guard = surgery.Guard(converted, max_disagreement=0.02, max_drift=1e9)
+    guard.note(40, guard.budget, [], [True] * 2 + [False] * 38)  # 5 %, of which 1.4 % are beyond chance
+    assert guard.health().disagreement == 0.05 and guard.health().low < 0.02 and guard.steps == ()
+    guard.note(40, guard.budget, [], [True] * 4 + [False] * 36)  # 7.5 %, of which 3.5 % are
+    assert len(guard.steps) == 1
+
+
+def test_nothing_is_compared_while_all_runs_dense(converted: nn.Module) -> None:
+    guard = surgery.Guard(converted, dense_fraction=1.0)
+    guard.reset(1.0)
+    with torch.no_grad():
+        guard(torch.randn(4, 8))
+    assert (guard.health().compared, guard.health().inputs) == (0, 4)
 
 
 def test_embeddings_differ_at_real_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
