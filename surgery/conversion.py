@@ -118,7 +118,7 @@ def convert(
         options: How to train.
         samples: Number of samples to fit routers on.
         seed: Seed of everything random.
-        output_dir: Where training keeps its checkpoint, for `resume`.
+        output_dir: Where training keeps its checkpoint, for `resume`; those of an earlier conversion go unless it is set.
         resume: Continue an interrupted training in `output_dir`.
         progress: Called as `progress(stage, done, total)`.
 
