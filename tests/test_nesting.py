@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,17 @@ def test_rises_count_from_what_is_cut_already(monkeypatch: pytest.MonkeyPatch) -
     names = state_of(gated).names
     # squared errors alone 1, 1.21, 2, 3; after the first cut the second brings 2.1^2 - 1 = 3.41, which is more than 3
     assert cut_order(gated, [torch.randn(64, 4)]) == tuple(names[i] for i in (0, 2, 3, 1))
+
+
+def test_orders_are_compared_at_costs_between_two_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orders, "COSTS", (0.6,))
+    branches = (Constant(1, 0, 0, 0), Constant(0, 2, 0, 0), Constant(0, 0, 3, 0), Constant(0, 0, 0, 4))
+    gated = gate_all(Stack(*branches), torch.randn(2, 4), skip="identity")
+    state, x = state_of(gated), torch.randn(64, 4)
+    state.outputs, state.order = "values", state.names
+    scale = float((x + torch.tensor([1.0, 2.0, 3.0, 4.0])).square().mean())
+    two, three = (1 + 4) / 4 / scale, 1 / 4 / scale  # with two sites kept, at the cost 0.5, and with three, at 0.75
+    assert orders._distance(gated, [x]) == pytest.approx(math.log(0.6 * two + 0.4 * three), rel=1e-4)
 
 
 @pytest.mark.parametrize("large_first", [False, True])
