@@ -205,6 +205,19 @@ def test_weights_are_compared_at_all_budgets_alike(fitted: nn.Module, data: list
     assert scores[0] == pytest.approx((scores[1] + scores[2]) / 2)
 
 
+def test_the_threshold_of_the_best_look_is_kept(fitted: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, found = HeldOut(fitted, [torch.zeros(1)], [0.6]), iter([(-1.0, 1.0), (-2.0, 0.5), (-3.0, 0.8)])
+    held.dense = []
+
+    def at(self: HeldOut, index: int) -> tuple[float, float]:
+        self.last[index], distance = next(found)
+        return distance, 0.6
+
+    monkeypatch.setattr(HeldOut, "_at", at)
+    assert [held.look({})["held_score"] for _ in range(3)] == [1.0, 0.5, 0.8]
+    assert (held.threshold, held.score) == (-2.0, 0.5)
+
+
 def test_training_looks_at_its_smallest_budget_too(
     train: Callable[..., Trained], data: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
