@@ -257,6 +257,7 @@ ENTRIES: tuple[Entry, ...] = (
         note="sums inside attention do not count",
     ),
     timm_entry("efficientvit_b0", 64, ResidualBlock="shortcut"),
+    timm_entry("cpubone_nano", 64, ResidualBlock="shortcut"),
     timm_entry("crossvit_tiny", 240, arch="crossvit_tiny_240", Block=2, CrossAttentionBlock=1),
     timm_entry("edgenext_xx_small", 64, ConvBlock=1, SplitTransposeBlock=1, note="an attention sits inside the branch"),
     timm_entry("sequencer2d_s", 56, options={"img_size": 56, "layers": (1, 1, 2, 1)}, Sequencer2dBlock=2),
