@@ -109,8 +109,10 @@ class Probe:
         if not first_time:
             claim.problem = claim.problem or "its layer runs several times per call, and a gate decides once"
         elif claim.samples != self.size:
+            second = residual.dim() > 2 and residual.shape[1] == self.size
             claim.problem = claim.problem or (
                 f"the residual stream has {claim.samples} rows for {self.size} samples, so its rows are not samples"
+                f"{'; they lie along its second axis: build it with `batch_first=True`' if second else ''}"
             )
         claim.folded = isinstance(branch, Unfolded)
         claim.shared = any(item is not None and not _is_empty(item) for item in escaped)
