@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from surgery import context
 from surgery.branches import Branch, Owners, Unfolded, unfold
@@ -126,8 +127,8 @@ class Gate(Executor):
             decisions, scores = self.decide(residual, over)
         if over.tape is not None:
             over.tape.append(Event(self.site.name, self, decisions, scores, self._weights(residual)))
-        if mode == "mask":
-            return self.mask(branch, left, residual, inputs, decisions)
+        if mode == "mask" or (not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(decisions)):
+            return self.mask(branch, left, residual, inputs, decisions)  # inside `vmap` none can be looked at
         if mode == "cond":
             return self.cond(branch, left, residual, inputs, decisions)
         return self.skip(branch, left, residual, inputs, decisions)

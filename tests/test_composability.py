@@ -217,6 +217,24 @@ def test_weights_that_hooks_compute(change: str) -> None:
     assert_close(outputs_in(gated, "skip", x), outputs_in(gated, "mask", x))
 
 
+@pytest.mark.parametrize("granularity", ["sample", "token"])
+def test_gradients_per_sample(granularity: Any) -> None:
+    model, x = toys.Stack(toys.mlp(8), toys.mlp(8)).eval().requires_grad_(False), torch.randn(4, 5, 8)
+    plan = with_skip_paths(surgery.find_sites(model, x).plan(granularity=granularity))
+    gated = budgeted(enliven(surgery.insert_gates(model, plan)))
+    weights = {name: p.detach() for name, p in gated.named_parameters() if "surgery_gates" not in name}
+
+    def loss(given: dict[str, torch.Tensor], one: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = torch.func.functional_call(gated, given, (one[None],))
+        return made.square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    assert any(bool(gradient.any()) for gradient in together.values())
+    for index in range(4):
+        for name, gradient in torch.func.grad(loss)(weights, x[index]).items():
+            assert_close([together[name][index]], [gradient], 1e-4)
+
+
 def test_two_gated_versions_of_one_base_share_its_weights() -> None:
     model = toys.Stack(toys.mlp(8), toys.mlp(8)).eval()
     x = torch.randn(2, 4, 8)
