@@ -77,7 +77,7 @@ def find_sites(model: nn.Module, example: Any) -> Sites:
         try:
             with flop_counter() as counter:
                 twin = share(model)  # frozen: the FLOP counter fails on leaf tensors that require gradients
-                patterns, output = patterns_of_call(twin, lambda: call(twin, batch))
+                patterns, output = patterns_of_call(twin, lambda: _run(twin, batch))
         except (SurgeryError, torch.OutOfMemoryError):
             raise
         except REFUSALS as error:
@@ -276,10 +276,10 @@ def _probe(
             parameters = {site.name: _parameters(gated, site) for _, _, site in named}
             first = Probe(input_names, modules, parameters, larger.size)
             with handled(gated, first):
-                call(gated, larger)
+                _run(gated, larger)
             second = Probe(input_names, modules, parameters, batch.size, first.claims)
             with handled(gated, second):
-                output = tensors(call(gated, batch))
+                output = tensors(_run(gated, batch))
             equal = _equal(output, reference)
         except Exception as error:  # anything may go wrong in a model that was traced wrongly; it is then narrowed down
             logger.debug("trial conversion failed", exc_info=True)
@@ -302,7 +302,7 @@ def _probe(
 def _refuses(model: nn.Module, larger: Batch) -> str:
     """Why the model itself does not take one sample more; "" where it does."""
     try:
-        call(share(model), larger)
+        _run(share(model), larger)
     except REFUSALS as error:
         return (
             "the model refuses this example with its first sample repeated "
@@ -310,6 +310,14 @@ def _refuses(model: nn.Module, larger: Batch) -> str:
             "model that takes a list of them, convert the part that is called with a batch"
         )
     return ""
+
+
+def _run(model: nn.Module, batch: Batch) -> Any:
+    """A call that draws the same random numbers as every other one: some models do in eval mode (ViLT, ViT-MAE)."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)):
+        torch.manual_seed(0)
+        return call(model, batch)
 
 
 def _narrow(
@@ -327,7 +335,7 @@ def _narrow(
             inlined=host.inlined,
         )
         try:
-            if not _equal(tensors(call(insert_gates(model, plan), batch)), reference):
+            if not _equal(tensors(_run(insert_gates(model, plan), batch)), reference):
                 why = "its traced forward does not give the same result"
         except Exception as error:  # the reason goes into the table
             why = (

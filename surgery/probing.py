@@ -81,8 +81,10 @@ class Probe:
             return self(gate, Unfolded(branch, branch.axes), left, residual, inputs).flatten(0, 1)
         name = gate.site.name
         names = self.input_names[name]
+        if name in self.claims:
+            self.claims[name].problem = "its layer runs several times per call, and a gate decides once"
+            return gate.open(branch, left, inputs)
         claim = Claim([_shape(v) for v in inputs], residual.shape, names, samples=residual.shape[0])
-        first_time = name not in self.claims
         claim.cached = any(n in CACHE_NAMES and v is not None for n, v in zip(names, inputs, strict=True))
         again = _Again(names, inputs)
         versions = [v._version for v in _tensors((residual, *inputs))]
@@ -106,9 +108,7 @@ class Probe:
             claim.problem = "it is no floating-point computation"
         elif self.earlier is not None and claim.flops == 0:
             claim.problem = "nothing worth skipping is in it (0 FLOPs: norms, pooling or shape changes only)"
-        if not first_time:
-            claim.problem = claim.problem or "its layer runs several times per call, and a gate decides once"
-        elif claim.samples != self.size:
+        if claim.samples != self.size:
             second = residual.dim() > 2 and residual.shape[1] == self.size
             claim.problem = claim.problem or (
                 f"the residual stream has {claim.samples} rows for {self.size} samples, so its rows are not samples"

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import TraceError as FxTraceError
 from torch.nn import functional as F
 
 from surgery.attributes import Attributes, is_plain
@@ -114,16 +113,7 @@ def _traced(
         tracer.graph.output(tracer.create_arg(reached.arguments))
     except TraceError:
         raise
-    except (
-        FxTraceError,
-        TypeError,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,
-        AttributeError,
-        KeyError,
-        IndexError,
-    ) as error:
+    except Exception as error:  # code that meets proxies may raise anything
         raise TraceError(
             f"{cls.__name__}.forward cannot be traced ({_where(error)}): {first_line(error, type(error).__name__)}"
         ) from error

@@ -194,6 +194,27 @@ def test_untraceable_forward_is_reported() -> None:
     assert any(rejection.reason for rejection in sites.rejections), sites.rejections
 
 
+class Assuming(Base):
+    """Takes it that an argument has a class, which nothing has in a trace."""
+
+    def __init__(self, checks: bool) -> None:
+        super().__init__()
+        self.checks = checks
+
+    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+        if isinstance(cache, set):
+            scale = 1.0
+        elif self.checks:
+            raise LookupError("no cache")
+        return x + self.mlp(self.norm(x)) * scale
+
+
+@pytest.mark.parametrize(("checks", "error"), [(True, "no cache"), (False, "local variable")])
+def test_whatever_a_trace_runs_into_is_reported(checks: bool, error: str) -> None:
+    sites = surgery.find_sites(Assuming(checks), (tokens(), {1}))
+    assert any("cannot be traced" in rejection.reason and error in rejection.reason for rejection in sites.rejections)
+
+
 def filled(forward: Any) -> Any:
     """Fills in an argument by name, as transformers' decorators do."""
 
@@ -245,6 +266,43 @@ def test_shared_block_is_rejected() -> None:
     sites = surgery.find_sites(Shared(), tokens())
     assert len(sites) == 0
     assert any("several times per call" in rejection.reason for rejection in sites.rejections), sites.rejections
+
+
+class Scaled(Base):
+    """What a layer is called with decides what is in its branch."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.mlp(self.norm(x))
+        return x + (y if scale is None else y * scale)
+
+
+class SharedInTwoWays(nn.Module):
+    """One layer used twice, in different ways, and one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.own = Scaled(), Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.shared(self.shared(x), x.mean()))
+
+
+def test_a_block_that_is_shared_in_two_ways_leaves_others_alone() -> None:
+    sites = surgery.find_sites(SharedInTwoWays(), tokens())
+    assert sites.names == ("own",), str(sites)
+    assert any("several times per call" in rejection.reason for rejection in sites.rejections), sites.rejections
+
+
+class Drawing(Residual):
+    """Reads its input in an order that it draws, as ViLT reads the patches of an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, torch.randperm(x.shape[1])])
+
+
+def test_sites_are_found_where_a_network_draws_random_numbers() -> None:
+    sites = surgery.find_sites(nn.Sequential(Drawing(), Residual()), tokens())
+    assert len(sites) == 2, str(sites)
 
 
 class Nothing(nn.Module):
