@@ -142,7 +142,7 @@ class Scope:
     rows: int = 0
     """N, or 0 where it is unknown."""
     whole: bool = False
-    """Whether attention weights are returned, so that attention runs for every token."""
+    """Whether attention weights or logits of experts are returned, so that every branch runs in full."""
     first: Tensor | Literal[False] | None = None
     """bool `(N, T)`, True at the first tokens of a sequence that run in full; False where the call holds none of them;
     None where only a token's place in the call is known."""
@@ -191,8 +191,8 @@ def scope() -> Scope | None:
     return _scope.get()
 
 
-def whole_rows() -> bool:
-    """Whether attention must run for every token of this call, since its weights are returned."""
+def runs_whole() -> bool:
+    """Whether branches must run for everything in this call, since it returns what is noted inside of them."""
     running = _scope.get()
     return running is not None and running.whole
 

@@ -84,7 +84,7 @@ class Executor(nn.Module):
 
         This is what a graph without data-dependent shapes can express: `torch.cond`, an ONNX `If`.
         """
-        if branch.stateful:
+        if branch.stateful or context.runs_whole():
             return self.mask(branch, left, residual, inputs, decisions)
         leaves, spec = tree_flatten((left, residual, tuple(inputs)))
         operands = tuple({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())  # each one once
@@ -113,6 +113,8 @@ class Executor(nn.Module):
         self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor
     ) -> Any:
         """Only active samples or tokens run."""
+        if context.runs_whole():
+            return self.mask(branch, left, residual, inputs, decisions)
         if self.once and branch.stateful:
             return self._skip_sequences(branch, left, residual, inputs, decisions)
         if branch.stateful and not self.query:
@@ -230,7 +232,7 @@ class Executor(nn.Module):
     ) -> Any:
         """Active query tokens of one sample in generated code; None where there is none for this call."""
         assert branch.rows is not None
-        if context.whole_rows() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return None
         host: nn.Module = branch.__self__  # type: ignore[attr-defined]
         made = branch.rows.run(host, inputs, active, decisions.shape[1])
@@ -244,9 +246,6 @@ class Executor(nn.Module):
         self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any], decisions: Tensor | None
     ) -> Any:
         """Keys and values for every token, the rest for active ones; `decisions` is None where no token is active."""
-        if context.whole_rows():
-            decisions = self._constant(residual, False) if decisions is None else decisions
-            return self.mask(branch, left, residual, inputs, decisions)
         assert self.site.query is not None
         query, output = self.query_parameters()
         if (
@@ -324,7 +323,7 @@ class Executor(nn.Module):
 
     def leaves_out(self, branch: Branch) -> bool:
         """Whether the branch is not called at all where everything is inactive."""
-        return not branch.stateful
+        return not branch.stateful and not context.runs_whole()
 
     def _constant(self, residual: Tensor, *values: bool) -> Tensor:
         """The same for all samples: one decision, or one per head."""

@@ -112,7 +112,7 @@ class Gate(Executor):
             constant = self._forced_alike(residual, over.forced)
             if constant or (constant is False and self.leaves_out(branch)):
                 return self.open(branch, left, inputs) if constant else self.closed(branch, left, residual)
-            if constant is False and mode == "skip" and self.query:
+            if constant is False and mode == "skip" and self.query and not context.runs_whole():
                 return self._skip_queries(branch, left, residual, inputs, None)
         if self.once:
             decisions, scores = self._decide_once(residual, over, static=mode == "static" and over.forced is None)

@@ -24,6 +24,7 @@ from surgery.counting import flop_counter
 from surgery.gates import Gate
 from surgery.head_finding import find_heads
 from surgery.heads import HeadRoles
+from surgery.notes import unnoted
 from surgery.queries import QueryRoles
 from surgery.query_finding import find_roles
 from surgery.sites import Kind, Layout, RegionInput
@@ -80,10 +81,10 @@ class Probe:
             left, residual, *inputs = unfold((left, residual, *inputs), self.size, len(residual))
             return self(gate, Unfolded(branch, branch.axes), left, residual, inputs).flatten(0, 1)
         name = gate.site.name
-        names = self.input_names[name]
         if name in self.claims:
             self.claims[name].problem = "its layer runs several times per call, and a gate decides once"
             return gate.open(branch, left, inputs)
+        names = self.input_names[name]
         claim = Claim([_shape(v) for v in inputs], residual.shape, names, samples=residual.shape[0])
         claim.cached = any(n in CACHE_NAMES and v is not None for n, v in zip(names, inputs, strict=True))
         again = _Again(names, inputs)
@@ -186,7 +187,8 @@ def _chain(branch: Branch, residual: Tensor, inputs: Sequence[Any], layout: Layo
     """The layers of a branch, where they are a chain over the channels of the stream."""
     if layout == "NCT":
         return None
-    weights = read_chain(lambda: _first(branch, branch(*inputs)), residual)
+    with unnoted():
+        weights = read_chain(lambda: _first(branch, branch(*inputs)), residual)
     if weights is None:
         return None
     chain = weights.chain
@@ -318,7 +320,8 @@ def _separable_by_token(
 
 def _reason(check: Callable[[], str]) -> str:
     try:
-        return check()
+        with unnoted():
+            return check()
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         return f"the branch refuses a part of its input ({first[:80]})"

@@ -45,6 +45,7 @@ _generation: ContextVar[_Generation | None] = ContextVar("surgery_generation", d
 _INPUTS = ("input_ids", "inputs_embeds", "input_values", "input_features", "pixel_values")
 _UNSEEN = ("flash", "flex", "paged")
 """In the names of attention implementations that call neither torch's attention product nor two matrix products."""
+_NOTES = ("output_attentions", "output_router_logits")
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
@@ -86,7 +87,9 @@ def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     width = 1 if prompt is None or prompt.dim() < 2 else prompt.shape[1]
     token = _generation.set(_Generation(start, rows, width, padding_of(given)))
     try:
-        with context.entered(_tokens(given, forced, rows)):  # of an encoder, which `generate` calls by itself
+        encoder = _tokens(given, forced, rows)  # `generate` calls it by itself
+        encoder.whole = _returns_notes(self, given)
+        with context.entered(encoder):
             return cls.generate(self, *args, **kwargs)
     finally:
         _generation.reset(token)
@@ -180,7 +183,7 @@ def _scope_of(model: nn.Module, arguments: Mapping[str, Any]) -> Scope:
     decoded, rows = _first(arguments, _DECODER_INPUTS), samples_in(arguments)
     first = context.state_of(model).plan.first_tokens
     scope = _tokens(arguments, forced, rows, first)
-    scope.whole = _wants_attentions(model, arguments)
+    scope.whole = _returns_notes(model, arguments)
     if decoded is not None:
         own = {
             "input_ids": decoded,
@@ -230,6 +233,11 @@ def _see_prompt(scope: Scope, state: GatedState, arguments: Mapping[str, Any]) -
             raise PromptError(
                 "this cache lacks keys and values of what its sequences skip, so the dense model cannot go on with it; "
                 "keep the budget and execution that it was begun with, or begin again with an empty cache"
+            )
+        if known is not None and known.compact and scope.whole:
+            raise PromptError(
+                "this cache lacks keys of what its sequences skip, so not all attention weights can be given; ask for "
+                "output_attentions from the prompt on"
             )
         return
     main, running = _first(arguments, _INPUTS), _generation.get()
@@ -308,10 +316,17 @@ def _cache_of(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[n] for n in CACHE_NAMES if hasattr(arguments.get(n), "get_seq_length")), None)
 
 
-def _wants_attentions(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
-    """Whether the call returns attention weights: by argument, else by configuration (transformers)."""
-    wanted = arguments.get("output_attentions")
-    return bool(getattr(getattr(model, "config", None), "output_attentions", False) if wanted is None else wanted)
+def _returns_notes(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call returns what transformers notes inside of branches: by argument, else by configuration."""
+    return any(_is_wanted(getattr(model, "config", None), arguments, name) for name in _NOTES)
+
+
+def _is_wanted(config: Any, arguments: Mapping[str, Any], name: str) -> bool:
+    wanted = arguments.get(name)
+    if wanted is not None:
+        return bool(wanted)
+    parts = (getattr(config, part, None) for part in getattr(config, "sub_configs", ()))
+    return any(bool(getattr(one, name, False)) for one in (config, *parts))
 
 
 def samples_in(arguments: Mapping[str, Any]) -> int:

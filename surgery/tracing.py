@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from surgery.attributes import Attributes, is_plain
 from surgery.containers import Guard, original_of
 from surgery.errors import TraceError, first_line
+from surgery.notes import collector
 from surgery.patterns import Pattern, signature_of
 
 DTYPE = "dtype"  # key in the metadata of an output node: the dtype that decided what `forward` does
@@ -278,6 +279,7 @@ class _Tracer(fx.proxy.TracerBase):
         self.read: dict[str, Any] = {}
         self.guard = Guard()
         self.stand_ins: list[tuple[nn.Module, frozenset[str]]] = []
+        self.notes = collector()
 
     def check_unchanged(self) -> None:
         """Put back what `forward` changed beside its module.
@@ -297,6 +299,11 @@ class _Tracer(fx.proxy.TracerBase):
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
     ) -> fx.Node:
+        notes = collector()
+        if kind == "call_module" and notes is not None and notes is not self.notes:
+            raise TraceError(
+                f"{base_class(self.module).__name__}.forward returns what hooks in its modules note, which a graph would lose"
+            )
         return self.graph.create_node(kind, target, args, kwargs, name, type_expr)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

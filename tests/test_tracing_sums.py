@@ -75,6 +75,15 @@ def test_the_left_operand_decides_how_a_sum_lies_in_memory() -> None:
             assert gated[1](x).stride() == toy[1](x).stride() != x.stride()  # type: ignore[index]
 
 
+@pytest.mark.parametrize("toy", [Residual, ResidualSwapped, TorchAdd, MethodAdd, PlusEqual])
+def test_a_sum_lies_in_memory_as_the_original_one_does(toy: type[nn.Module]) -> None:
+    x = torch.randn(N, C, T).transpose(1, 2)
+    _, gated = convert(model := toy(), x)
+    for mode in ("skip", "mask"):
+        with surgery.execution(gated, mode), surgery.force(gated, 1.0):  # type: ignore[arg-type]
+            assert gated(x).stride() == model(x).stride()
+
+
 def test_in_place_sum_on_the_stream() -> None:
     x, toy = tokens(), PlusEqualOnStream()
     check(toy, x, ["mlp"], toy.norm(x))
