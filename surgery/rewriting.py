@@ -48,6 +48,10 @@ class Gates(nn.Module):
         super().__init__()
         self.state = state
 
+    def forward(self, x: Any) -> Any:
+        """What it is given, for hosts whose own `forward` runs all of their children one after another."""
+        return x
+
     def hang(self, planned: SitePlan, host: str, owners: Owners = ()) -> str:
         """Add the gate of one site; returns its name here. `owners` hold what it finds inside attention."""
         key = _key(planned.site.name, host, self)

@@ -323,3 +323,32 @@ class Rest(nn.Module):
 def test_the_rest_of_a_tuple_is_empty_where_the_branch_is_skipped() -> None:
     x = tokens()
     check(Rest(), x, ["outer.inner"], closed=x.relu())
+
+
+class RunsItsChildren(nn.Module):
+    """All children one after another, as VitDet's bottleneck writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for child in self.children():
+            y = child(y)
+        return x + y
+
+
+class InSequence(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+@pytest.mark.parametrize("make", [RunsItsChildren, lambda: InSequence(nn.Linear(C, C), nn.GELU(), nn.Linear(C, C))])
+def test_a_host_that_runs_all_of_its_children_may_run_dense(make: Any) -> None:
+    x = tokens()
+    sites, gated = convert(model := make(), x)
+    assert len(sites) == 1
+    assert torch.equal(gated(x), model(x))
+    with surgery.execution(gated, "dense"):
+        assert torch.equal(gated(x), model(x))
