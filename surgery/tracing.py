@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from surgery.attributes import Attributes, is_plain
 from surgery.containers import Guard, original_of
 from surgery.errors import TraceError, first_line
-from surgery.notes import collector
+from surgery.notes import collector, is_idle
 from surgery.patterns import Pattern, signature_of
 
 DTYPE = "dtype"  # key in the metadata of an output node: the dtype that decided what `forward` does
@@ -160,7 +160,7 @@ def is_watched(module: nn.Module) -> bool:
     return bool(
         GATES in module._modules
         or "forward" in module.__dict__
-        or module._forward_hooks
+        or not all(map(is_idle, module._forward_hooks.values()))
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

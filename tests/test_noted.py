@@ -132,3 +132,58 @@ def test_what_hooks_note_is_returned_where_the_sum_is_in_the_function_that_colle
     with torch.no_grad(), surgery.force(gated, 1.0):
         assert gated(inputs_embeds=x).attentions is None
         assert len(gated(inputs_embeds=x, output_attentions=True).attentions) == 1
+
+
+class Apart(nn.Module):
+    """The sum lies in a module of its own, so that this one is traced through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Layer()
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        made, weights = self.layer(x)
+        return residual + made, weights
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.apart = nn.LayerNorm(8), Apart()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made, _ = self.apart(self.norm(x), x)
+        return made
+
+
+class Around(transformers.PreTrainedModel):  # type: ignore[name-defined, misc]
+    """Hooks note what a module gives that is traced through, as DETR's attention is."""
+
+    config_class = transformers.PreTrainedConfig
+    _can_record_outputs = {"attentions": Apart}  # noqa: RUF012  (as transformers writes it)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.block = Block()
+
+    @capture_outputs
+    def forward(self, inputs_embeds: Tensor, **kwargs: Any) -> Any:
+        return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=self.block(inputs_embeds))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before conversion", "after conversion"])
+def test_a_call_that_returned_notes_leaves_later_calls_as_they_were(before: bool, caplog: Any) -> None:
+    model = Around(transformers.PreTrainedConfig()).eval()
+    x = torch.randn(2, 3, 8)
+    expected = surgery.find_sites(model, {"inputs_embeds": x}).names
+    if before:
+        model(inputs_embeds=x, output_attentions=True)
+    sites = surgery.find_sites(model, {"inputs_embeds": x})
+    assert sites.names == expected
+    gated = surgery.insert_gates(model, sites)
+    with torch.no_grad(), surgery.force(gated, 0.0):
+        was = gated(inputs_embeds=x).last_hidden_state
+        assert len(gated(inputs_embeds=x, output_attentions=True).attentions) == 1
+        caplog.clear()
+        assert torch.equal(gated(inputs_embeds=x).last_hidden_state, was) and not caplog.records
+    assert not torch.equal(was, model(inputs_embeds=x).last_hidden_state)
