@@ -65,6 +65,10 @@ def _sound(samples: int) -> Example:
     return {"input_values": torch.randn(samples, 800)}
 
 
+def _video(samples: int) -> Example:
+    return {"pixel_values": torch.randn(samples, 4, 3, 32, 32)}
+
+
 def _spectrogram(samples: int) -> Example:
     return {
         "input_features": torch.randn(samples, 16, 40),
@@ -97,6 +101,14 @@ ENTRIES: tuple[Entry, ...] = (
     entry("deit", "DeiTForImageClassification", "DeiTConfig", IMAGE, pixel_values(32), DeiTLayer=2),
     entry("dinov2", "Dinov2ForImageClassification", "Dinov2Config", IMAGE, pixel_values(32), Dinov2Layer=2),
     entry("dinov3", "DINOv3ViTModel", "DINOv3ViTConfig", IMAGE, pixel_values(32), DINOv3ViTLayer=2),
+    entry("beit", "BeitForImageClassification", "BeitConfig", {**IMAGE, "use_relative_position_bias": True},
+          pixel_values(32), BeitLayer=2),
+    entry("videomae", "VideoMAEForVideoClassification", "VideoMAEConfig", {**IMAGE, "num_frames": 4}, _video,
+          VideoMAELayer=2),
+    entry("vitdet", "VitDetModel", "VitDetConfig",
+          {**WIDTH, "image_size": 32, "patch_size": 4, "window_size": 4, "window_block_indices": [0],
+           "residual_block_indices": [1], "use_relative_position_embeddings": True}, pixel_values(32), VitDetLayer=2,
+          VitDetResBottleneckBlock=1),
     entry("swin", "SwinForImageClassification", "SwinConfig",
           {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
           pixel_values(32), SwinLayer=2),
@@ -126,6 +138,8 @@ ENTRIES: tuple[Entry, ...] = (
     entry("bart", "BartForConditionalGeneration", "BartConfig",
           {**PAIR, "max_position_embeddings": 64, "forced_eos_token_id": 2}, _PAIRS, BartEncoderLayer=2,
           BartDecoderLayer=3),
+    entry("marian", "MarianMTModel", "MarianConfig", {**PAIR, "max_position_embeddings": 64}, _PAIRS,
+          MarianEncoderLayer=2, MarianDecoderLayer=3),
     # Decoders of text.
     entry("gpt2", "GPT2LMHeadModel", "GPT2Config", GPT, texts(), GPT2Block=2),
     entry("gptj", "GPTJForCausalLM", "GPTJConfig", {**GPT, "rotary_dim": 4}, texts(), GPTJBlock=2),
@@ -149,6 +163,12 @@ ENTRIES: tuple[Entry, ...] = (
     entry("gemma3", "Gemma3ForCausalLM", "Gemma3TextConfig", HEADS, texts(), Gemma3DecoderLayer=2),
     entry("olmo2", "Olmo2ForCausalLM", "Olmo2Config", GROUPED, texts(), Olmo2DecoderLayer=2),
     entry("smollm3", "SmolLM3ForCausalLM", "SmolLM3Config", GROUPED, texts(), SmolLM3DecoderLayer=2),
+    entry("stablelm", "StableLmForCausalLM", "StableLmConfig", GROUPED, texts(), StableLmDecoderLayer=2),
+    entry("glm4", "Glm4ForCausalLM", "Glm4Config", HEADS, texts(), Glm4DecoderLayer=2),
+    entry("deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3Config",
+          {**TEXT, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+           "moe_intermediate_size": 32, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+           "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}, texts(), DeepseekV3DecoderLayer=2),
     entry("mixtral", "MixtralForCausalLM", "MixtralConfig", {**GROUPED, "num_local_experts": 4}, texts(),
           MixtralDecoderLayer=2),
     entry("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeConfig",
