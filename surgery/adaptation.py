@@ -28,7 +28,7 @@ from surgery.held_out import HeldOut
 from surgery.objectives import distances, divergence
 from surgery.options import Options
 from surgery.progress import Progress, silent
-from surgery.rates import one_cycle
+from surgery.rates import clip, one_cycle
 from surgery.rewriting import remove
 from surgery.state import Healing
 from surgery.tracing import GATES
@@ -158,7 +158,7 @@ def _train(
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
+        clip(parameters, _CLIP)
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()

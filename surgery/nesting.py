@@ -28,7 +28,7 @@ from surgery.objectives import divergence
 from surgery.options import Options
 from surgery.policies import static_cost
 from surgery.progress import Progress, silent
-from surgery.rates import one_cycle, parameter_groups
+from surgery.rates import clip, one_cycle, parameter_groups
 from surgery.resuming import check_options, undamaged, write_checkpoint
 from surgery.straight_through import OpenGates, stream_error, watched_sites
 from surgery.training import count_steps, stream_of
@@ -109,7 +109,7 @@ def train_skip_paths(
                     part = _loss(gated, batch, cuts, watched, layouts, options.temperature) / options.accumulate
                     part.backward()
                     loss = loss + part.detach().cpu()
-                torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
+                clip(parameters, _CLIP)
                 optimiser.step()
                 optimiser.zero_grad()
                 schedule.step()

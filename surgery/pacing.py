@@ -62,6 +62,8 @@ class Pace:
     def correct(self, budget: float, cost: float) -> None:
         """Learn from a step that aimed at `budget` and cost `cost`; the table stays monotone."""
         grid = self.grid
+        if not math.isfinite(cost):
+            return  # of a batch whose streams hold NaN, or of padding alone
         for index, point in enumerate(grid):
             spacing = grid[1] - grid[0] if len(grid) > 1 else 1.0
             share = max(0.0, 1 - abs(budget - point) / spacing) if len(grid) > 1 else 1.0

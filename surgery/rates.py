@@ -1,4 +1,4 @@
-"""Learning rates by width, and over time.
+"""Learning rates by width and over time, and clipped gradients.
 
 By width: Adam moves every weight by about its rate, so the wider a map, the more its output moves.
 
@@ -9,7 +9,7 @@ the branch's own weights, which a large rate spoils.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,15 @@ def one_cycle(
     peaks = [group["lr"] for group in optimiser.param_groups]
     # one step more than is taken, since the last one's rate is next to nothing; up for two steps at least
     return optimiser, OneCycleLR(optimiser, peaks, total_steps=steps + 1, pct_start=max(0.1, 2 / (steps + 1)))
+
+
+def clip(parameters: Sequence[Tensor], largest: float) -> None:
+    """Scale gradients down to a norm of at most `largest`. Where it is no number (an input whose output is NaN), all are dropped,
+    so that this step changes nothing.
+    """
+    if not torch.nn.utils.clip_grad_norm_(parameters, largest).isfinite():
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def _factor(module: nn.Module) -> float:

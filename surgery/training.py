@@ -34,7 +34,7 @@ from surgery.objectives import divergence
 from surgery.options import HIGHEST, LOWEST, PRECISIONS, Options
 from surgery.pacing import Pace
 from surgery.progress import Progress, silent
-from surgery.rates import one_cycle, parameter_groups
+from surgery.rates import clip, one_cycle, parameter_groups
 from surgery.resuming import CHECKPOINT, find_checkpoint, read_checkpoint, write_checkpoint
 from surgery.straight_through import OpenGates, SoftGates, prices, router_gradients, stream_error, watched_sites
 
@@ -303,7 +303,7 @@ class _Run:
             parameter.grad = harm + price * paid
         self._reduce_gradients()
         self.scaler.unscale_(self.optimiser)
-        torch.nn.utils.clip_grad_norm_(self.trained, _CLIP)
+        clip(self.trained, _CLIP)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.schedule.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -468,6 +469,38 @@ def test_frozen_skip_paths_do_not_weigh_on_routers(fitted: nn.Module, data: Any)
             parameter.grad = torch.full_like(parameter, 1e6)  # of an earlier training, say
     train_routers(again, data, budget=0.6, options=options)
     assert_same(frozen(again), frozen(gated))
+
+
+class Divided(Stack):
+    """NaN where the first channel is 0, as a mean over nothing is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (x[..., :1] / x[..., :1])
+
+
+@pytest.mark.parametrize("training", ["routers", "skip paths", "norms"])
+def test_outputs_that_are_no_numbers_spoil_no_weights(data: list[tuple[Tensor, Tensor]], training: str) -> None:
+    """The step that they are in changes nothing; the others do."""
+    gated = gate_all(Divided(mlp(C), mlp(C), mlp(C), head=nn.Linear(C, 4)), data[0][0][:2])
+    fit_skip_paths(gated, data)
+    surgery.cut_order(gated, data)
+    regress_routers(gated, data, samples=64)
+    calibrate(gated, data, 0.8)
+    bad = [(data[0][0].clone(), data[0][1]), *data[1:]]
+    bad[0][0][0, 0] = 0
+    before = {name: value.clone() for name, value in gated.state_dict().items()}
+    if training == "routers":
+        columns = train_routers(gated, bad, budget=0.6, options=Options(epochs=1)).columns()
+        losses = columns["loss"]
+        assert all(map(math.isfinite, columns["threshold"]))
+    elif training == "skip paths":
+        losses = surgery.train_skip_paths(gated, bad, options=Options(epochs=1))
+    else:
+        losses = surgery.heal(gated, bad, "norms", options=Options(epochs=1))
+    assert [math.isfinite(loss) for loss in losses] == [False] + [True] * (len(data) - 1)
+    after = gated.state_dict()
+    assert all(value.isfinite().all() for value in after.values())
+    assert set(after) != set(before) or any(not torch.equal(after[name], before[name]) for name in before)
 
 
 def test_from_a_dense_start() -> None:
