@@ -235,7 +235,7 @@ def test_directories_that_hold_no_model(tmp_path):
     with pytest.raises(UnknownModel, match=r"neither 'model_type' .* found: layers"):
         load_model(str(tmp_path / "model-a"))
     (tmp_path / "model-a" / "config.json").rename(tmp_path / "model-a" / "surgery_config.json")
-    with pytest.raises(UnknownModel, match=r"load it with surgery\.load"):
+    with pytest.raises(UnknownModel, match=r"converted model: `surgery show DIR` .* surgery\.load loads it"):
         load_model(str(tmp_path / "model-a"))
 
 

@@ -109,17 +109,20 @@ def test_per_channel_branches_are_affine(layout: str) -> None:
 
 def test_later_maps_repair_what_earlier_ones_miss() -> None:
     """The first skip path cannot mix channels; the second one, whose own branch adds nothing, does it instead."""
-    model = Stack(Times(0.3 * torch.randn(C, C)), Times(torch.zeros(C, C)))
-    sites = surgery.find_sites(model, torch.randn(2, C))
-    first, second = sites.plan(skip="affine").sites[0], sites.plan(skip="linear").sites[1]
-    gated = surgery.insert_gates(model, dataclasses.replace(sites.plan(), sites=(first, second)))
-    data = [torch.randn(512, C)]
-    fit_skip_paths(gated, data)
-    repaired = gap(gated, model, data[0])
-    with torch.no_grad():
-        for parameter in gates(gated)[1].skip_path.parameters():
-            parameter.zero_()  # what a fit to the dense stream would give
-    assert repaired < 0.8 * gap(gated, model, data[0])
+    shares = []
+    for _ in range(4):  # of other weights each: one alone says little
+        model = Stack(Times(0.3 * torch.randn(C, C)), Times(torch.zeros(C, C)))
+        sites = surgery.find_sites(model, torch.randn(2, C))
+        first, second = sites.plan(skip="affine").sites[0], sites.plan(skip="linear").sites[1]
+        gated = surgery.insert_gates(model, dataclasses.replace(sites.plan(), sites=(first, second)))
+        data = [torch.randn(512, C)]
+        fit_skip_paths(gated, data)
+        repaired = gap(gated, model, data[0])
+        with torch.no_grad():
+            for parameter in gates(gated)[1].skip_path.parameters():
+                parameter.zero_()  # what a fit to the dense stream would give
+        shares.append(repaired / gap(gated, model, data[0]))
+    assert sum(shares) / len(shares) < 0.8
 
 
 def test_padding_is_not_fitted_on() -> None:
