@@ -36,6 +36,12 @@ def routed(name: str = "llama", kind: Any = ("attention", "mlp")) -> nn.Module:
         nn.init.normal_(gate.router.up.weight, std=1.0)
     state = state_of(gated)
     state.budget, state.threshold = 0.5, 0.0
+    with surgery.tape(gated) as events:
+        decoders.generate(gated, IDS, MASK, 1)
+    low, high = torch.cat([event.scores.flatten() for event in events if event.scores is not None]).quantile(
+        torch.tensor([0.45, 0.55])
+    )
+    state.threshold = float(low + high) / 2
     return gated
 
 
@@ -199,11 +205,11 @@ def test_decisions_hold_when_the_budget_moves(built: Any) -> None:
     gated = built()
     expected = steps(gated, filled(gated), torch.arange(3))
     cache, state = filled(gated), state_of(gated)
-    state.threshold = float("inf")
+    before, state.threshold = state.threshold, float("inf")
     try:
         torch.testing.assert_close(steps(gated, cache, torch.arange(3)), expected)
     finally:
-        state.threshold = 0.0
+        state.threshold = before
     cache = filled(gated)
     with surgery.execution(gated, "mask"):
         torch.testing.assert_close(steps(gated, cache, torch.arange(3)), expected)
