@@ -6,7 +6,8 @@ Axis letters: `N` samples, `K` classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,23 @@ _QUANTILES = 101
 _MOST = 0.6  # the largest share of inputs that is worth a second look
 _FEWEST = 100  # with fewer inputs the share of second looks comes in steps of more than 0.01
 _BEYOND_CHANCE = 1.64  # one-sided: a second look that does nothing is left out anyway
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A first pass over the data at one budget.
+
+    Args:
+        cost: As a fraction of dense.
+        distances: From the dense outputs, `(N,)`.
+        margins: `(N,)`.
+        weights: How much each input counts, summing to 1, `(N,)`.
+    """
+
+    cost: float
+    distances: Tensor
+    margins: Tensor
+    weights: Tensor
 
 
 def calibrate_second_look(
@@ -67,46 +85,59 @@ def _calibrate(gated: nn.Module, data: Iterable[Any], mode: Literal["auto", True
         return False
     with execution(gated, "dense"):
         dense = observe(gated, data)
-    if state.gives_values or any(output.dim() != 2 or output.shape[1] < 2 for output in dense.outputs):
-        if mode is True:
-            kind = "values " if state.gives_values else ""
-            raise SurgeryError(
-                f"a second look needs class logits (N, K); {type(gated).__name__} gives {kind}{tuple(dense.outputs[0].shape)}"
-            )
-        return False
-    if mode == "auto" and sum(len(output) for output in dense.outputs) < _FEWEST:
+    if not _may_look(gated, dense.outputs, mode):
         return False
     low, high = budget_range(gated)
     wanted = {*_GRID, budget, *(round(budget - step, 3) for step in (0.05, 0.1, 0.15))}
     bases = sorted(base for base in wanted if low <= base <= min(high, 0.95))
-    left: dict[float, Tensor] = {}
-    margins: dict[float, Tensor] = {}
-    spent: dict[float, float] = {}
+    passes: dict[float, _Pass] = {}
     for index, base in enumerate(bases):
         set_budget(gated, base)
         usage = observe(gated, data)
-        weights = usage.decided.weights.double() / usage.decided.weights.double().sum()
-        spent[base] = usage.decided.cost(state.costs)
-        left[base] = distances(usage.outputs, dense.outputs, data, values=state.gives_values).double()
-        margins[base] = margin_of(torch.cat(usage.outputs)).double()
+        left = distances(usage.outputs, dense.outputs, data, values=False).double()
+        margins = margin_of(torch.cat(usage.outputs)).double()
+        weights = usage.decided.weights.double()
+        passes[base] = _Pass(usage.decided.cost(state.costs), left, margins, weights / weights.sum())
         report("looking again", index + 1, len(bases))
-    points = []
-    for goal in bases:
-        best, gain, first = goal, 0.0, goal
-        for base in bases:
-            share = goal - spent[base]
-            if base > goal or not 0 < share <= _MOST:
-                continue
-            looked = least_certain(margins[base], weights, share)
-            change = left[goal] - torch.where(looked, 0.0, left[base])
-            error = float(change.std()) / math.sqrt(len(change))
-            if float(change.mean()) > max(gain, _BEYOND_CHANCE * error if mode == "auto" else 0.0):
-                best, gain, first = base, float(change.mean()), spent[base]
-        points.append(LookPoint(goal, best, first, _quantiles(margins[best], weights)))
+    points = [_best(goal, passes, _BEYOND_CHANCE if mode == "auto" else 0.0) for goal in bases]
     on = any(point.cost < point.budget for point in points)
     state.looks = points if on else []
     set_budget(gated, budget)
     return on
+
+
+def _may_look(gated: nn.Module, dense: Sequence[Tensor], mode: Literal["auto", True]) -> bool:
+    """Whether outputs are class logits, and of enough inputs where nobody asked for it.
+
+    Raises:
+        SurgeryError: If somebody asked for it and they are none.
+    """
+    values = state_of(gated).gives_values
+    if values or any(output.dim() != 2 or output.shape[1] < 2 for output in dense):
+        if mode is True:
+            kind = "values " if values else ""
+            raise SurgeryError(
+                f"a second look needs class logits (N, K); {type(gated).__name__} gives {kind}{tuple(dense[0].shape)}"
+            )
+        return False
+    return mode is True or sum(map(len, dense)) >= _FEWEST
+
+
+def _best(goal: float, passes: Mapping[float, _Pass], errors: float) -> LookPoint:
+    """How a budget is shared best: one pass, unless a cheaper one and second looks come nearer to dense by more than so many
+    standard errors.
+    """
+    found, gain = LookPoint(goal, goal, goal, _quantiles(passes[goal].margins, passes[goal].weights)), 0.0
+    for base, one in passes.items():
+        share = goal - one.cost
+        if base > goal or not 0 < share <= _MOST:
+            continue
+        looked = least_certain(one.margins, one.weights, share)
+        change = passes[goal].distances - torch.where(looked, 0.0, one.distances)
+        mean, error = float(change.mean()), float(change.std()) / math.sqrt(len(change))
+        if mean > max(gain, errors * error):
+            found, gain = LookPoint(goal, base, one.cost, _quantiles(one.margins, one.weights)), mean
+    return found
 
 
 def _quantiles(margin: Tensor, weights: Tensor) -> tuple[float, ...]:

@@ -18,7 +18,9 @@ import surgery
 from surgery.context import state_of
 from surgery.costs import observe
 from surgery.errors import SurgeryError
+from surgery.gates import iter_gates
 from surgery.healing import install
+from surgery.look_calibration import calibrate_second_look
 from surgery.peers import one_pass, static_only
 from surgery.policies import static_cost
 from surgery.second_look import margin_of
@@ -298,6 +300,33 @@ def test_what_a_budget_gets_does_not_depend_on_the_one_that_is_set(gated: nn.Mod
     assert found[0] == found[1]
     on = {budget for budget, point in found[0].items() if point.cost < budget}
     assert on and on != set(found[0])  # not all or none: each is decided for itself
+
+
+class Texts(Net):
+    """Mean over the real tokens of padded texts."""
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        x, real = self.blocks(inputs_embeds), attention_mask[..., None]
+        return self.head((x * real).sum(1) / real.sum(1))
+
+
+def test_texts_count_by_their_real_tokens() -> None:
+    """The share of second looks is one of tokens, as the cost is: two long texts are more than six short ones."""
+    lengths = torch.tensor([12, 12, 2, 2, 2, 2, 2, 2] * 4)
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    texts = [{"inputs_embeds": torch.randn(32, 12, 16), "attention_mask": mask} for _ in range(4)]
+    gated = surgery.convert(Texts().eval(), 0.7, data=texts, tune="oneshot", second_look=False)
+    assert {gate.planned.granularity for _, gate in iter_gates(gated)} == {"token"}
+    assert calibrate_second_look(gated, texts, mode=True)
+    state = state_of(gated)
+    for point in state.looks:
+        surgery.set_budget(gated, point.base)
+        state.margin = None
+        usage = observe(gated, texts)
+        margins, weights = margin_of(torch.cat(usage.outputs)).double(), usage.decided.weights.double()
+        half = margins < point.margins[50]
+        assert set(weights.tolist()) == {2.0, 12.0}
+        assert float(weights[half].sum() / weights.sum()) == pytest.approx(0.5, abs=0.03)
 
 
 def test_saved_and_loaded(looking: nn.Module, dense: nn.Module, data: list[Tensor], tmp_path) -> None:  # type: ignore[no-untyped-def]
