@@ -117,11 +117,8 @@ def read_labels(
             f"column {column!r} has {len(texts)} different labels ({', '.join(texts[:5])}, …), "
             f"the model has {classes} classes" + (f" ({', '.join(list(model_names)[:5])}, …)" if model_names else "")
         )
-    some, why = (
-        shortened(texts, 5),
-        "match no class names" if model_names else "are no numbers, and the model names no classes",
-    )
-    logger.warning("column %r: %s %s; numbered in alphabetical order", column, some, why)
+    why = "match no class names" if model_names else "are no numbers, and the model names no classes"
+    logger.warning("column %r: %s %s; numbered in alphabetical order", column, shortened(texts, 5), why)
     return Labels(column, None, {text: index for index, text in enumerate(texts)}, classes)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import typer
 from typer.models import OptionInfo
 from typer.testing import CliRunner
 
@@ -98,6 +99,23 @@ def converted(network: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "out"
     convert(network, out, "--tune", "oneshot", "--limit", 640)
     return out
+
+
+def test_looks_of_the_trial_are_told_by_start_and_share(converted: Path) -> None:
+    from surgery.scripts import looks_trial
+
+    app = typer.Typer()
+    app.command()(looks_trial.main)
+    name = list(read_json("show", converted)["sites"])[-1]
+    given = [str(converted), "--data", "digits", "--limit", "100", "--first", "0.6", "--start", name]
+    lines = CliRunner().invoke(app, given, catch_exceptions=False).stdout.splitlines()
+    whole, part = ([cell.strip() for cell in line.split("|")] for line in lines[2:])
+    cost = float(whole[2])
+    assert whole[4] == "the start" and part[4].startswith(name) and whole[3] == part[3]
+    assert [float(cell.split("@")[1]) for cell in whole[5:9]] == pytest.approx(
+        [cost + s for s in (0.05, 0.1, 0.15, 0.2)], abs=2e-3
+    )
+    assert all(float(a.split("@")[1]) > float(b.split("@")[1]) for a, b in zip(whole[5:9], part[5:9], strict=True))
 
 
 def test_a_finished_conversion_is_healed_beside_itself(network: str, converted: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Masked, Noise, Stack, assert_same, frozen, gate_all, gates, mlp
+from toys import Divided, Masked, Noise, Stack, assert_same, frozen, gate_all, gates, mlp
 
 from surgery import regression
 from surgery.calling import Batch
@@ -35,13 +35,6 @@ class Selective(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gate(x).exp() * self.value(x)
-
-
-class Divided(Stack):
-    """NaN where the first channel is 0, as a mean over nothing is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (x[..., :1] / x[..., :1])
 
 
 def log_harm(gated: nn.Module, x: Tensor) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import Tensor, nn
 
 import surgery
@@ -23,6 +24,7 @@ from surgery.healing import install
 from surgery.look_calibration import calibrate_second_look
 from surgery.peers import one_pass, static_only
 from surgery.policies import static_cost
+from surgery.scripts import looks_trial
 from surgery.second_look import margin_of
 from surgery.state import BudgetPoint, CostModel, Healing, LookPoint, SiteCost
 
@@ -327,6 +329,15 @@ def test_texts_count_by_their_real_tokens() -> None:
         half = margins < point.margins[50]
         assert set(weights.tolist()) == {2.0, 12.0}
         assert float(weights[half].sum() / weights.sum()) == pytest.approx(0.5, abs=0.03)
+
+
+def test_looks_from_the_middle_cost_what_runs_behind() -> None:
+    costs = CostModel("flops", 10.0, {name: SiteCost(2.0, 0.5, 0.1) for name in "abc"})
+    assert looks_trial.tail("abc", "b") == ("b", "c")
+    assert looks_trial.price_of(costs, "abc") == 1.0
+    assert looks_trial.price_of(costs, ("b", "c")) == pytest.approx(0.8)
+    with pytest.raises(typer.BadParameter, match="no site named 'd'"):
+        looks_trial.tail("abc", "d")
 
 
 def test_saved_and_loaded(looking: nn.Module, dense: nn.Module, data: list[Tensor], tmp_path) -> None:  # type: ignore[no-untyped-def]

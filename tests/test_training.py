@@ -15,7 +15,19 @@ import two_processes
 from subjects import subject
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from toys import Masked, Stack, Unsized, assert_same, frozen, gate_all, gates, interrupt_after_update, launched, mlp
+from toys import (
+    Divided,
+    Masked,
+    Stack,
+    Unsized,
+    assert_same,
+    frozen,
+    gate_all,
+    gates,
+    interrupt_after_update,
+    launched,
+    mlp,
+)
 
 import surgery
 from surgery.calibration import calibrate
@@ -469,13 +481,6 @@ def test_frozen_skip_paths_do_not_weigh_on_routers(fitted: nn.Module, data: Any)
             parameter.grad = torch.full_like(parameter, 1e6)  # of an earlier training, say
     train_routers(again, data, budget=0.6, options=options)
     assert_same(frozen(again), frozen(gated))
-
-
-class Divided(Stack):
-    """NaN where the first channel is 0, as a mean over nothing is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (x[..., :1] / x[..., :1])
 
 
 @pytest.mark.parametrize("training", ["routers", "skip paths", "norms"])

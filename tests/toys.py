@@ -54,6 +54,13 @@ class Stack(nn.Module):
         return self.head(x)
 
 
+class Divided(Stack):
+    """NaN where the first channel is 0, as a mean over nothing is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (x[..., :1] / x[..., :1])
+
+
 class Masked(nn.Module):
     """The same on padded sequences of embeddings."""
 
