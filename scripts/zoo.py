@@ -208,6 +208,7 @@ _LAWS = (
     "transformers/gpt_neox",
     "transformers/t5",
     "plain/own_vit",
+    "plain/translator",
     "plain/waves",
     "plain/odd",
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.scripts.zoo import Entry, images
+from surgery.scripts.zoo import Entry, images, texts
 
 
 class AttentionLayer(nn.Module):
@@ -65,6 +65,30 @@ class EncoderViT(nn.Module):
         """Logits `(N, classes)` of images `(N, 3, 32, 32)`."""
         tokens = self.patches(images).flatten(2).transpose(1, 2) + self.positions  # (N, T, C)
         return self.head(self.encoder(tokens).mean(1))
+
+
+class Translator(nn.Module):
+    """A user's own translator on `nn.Transformer` as torch builds it by default: `(T, N, C)` inside."""
+
+    def __init__(self, channels: int = 16, depth: int = 2, vocabulary: int = 100) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, channels)
+        self.positions = nn.Parameter(torch.zeros(32, 1, channels))
+        self.transformer = nn.Transformer(channels, 2, depth, depth, 2 * channels, dropout=0.0, activation="gelu")
+        self.head = nn.Linear(channels, vocabulary)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        """Logits `(N, S, vocabulary)` of sources `(N, T)` and the targets so far `(N, S)`."""
+        source, target = (
+            self.embed(ids).transpose(0, 1) + self.positions[: ids.shape[1]] for ids in (input_ids, decoder_input_ids)
+        )
+        causal = nn.Transformer.generate_square_subsequent_mask(len(target), device=target.device, dtype=target.dtype)
+        padding = attention_mask == 0
+        made = self.transformer(
+            source, target, tgt_mask=causal, src_key_padding_mask=padding, memory_key_padding_mask=padding
+        )
+        logits: Tensor = self.head(made.transpose(0, 1))
+        return logits
 
 
 class PlusEqual(nn.Module):
@@ -247,6 +271,13 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("plain/own_vit", OwnViT, images(32), (("AttentionLayer", 2),), "written by hand, on nn.MultiheadAttention"),
     Entry(
         "plain/encoder", EncoderViT, images(32), (("TransformerEncoderLayer", 2),), "torch's own nn.TransformerEncoder"
+    ),
+    Entry(
+        "plain/translator",
+        Translator,
+        texts(10, decoder_input_ids=7),
+        (("TransformerEncoderLayer", 2), ("TransformerDecoderLayer", 3)),
+        "torch's own nn.Transformer, samples on the second axis",
     ),
     Entry(
         "plain/waves",

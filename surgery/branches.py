@@ -68,6 +68,45 @@ class Unfolded:
         return output.unflatten(0, lead)
 
 
+@dataclass(slots=True)
+class Turned:
+    """A branch on `(T, N, C)`, called with `(N, T, C)`."""
+
+    branch: Branch
+    axes: tuple[RegionInput, ...] | None
+    escapes: int
+    stateful: bool
+    inplace: bool
+    first: bool
+    keys: KeyWriter | None = None
+    rows: QueryRows | None = None
+
+    @classmethod
+    def of(cls, branch: Branch, axes: tuple[RegionInput, ...] | None) -> Turned:
+        """The branch whose inputs are cut along these axes."""
+        return cls(branch, axes, branch.escapes, branch.stateful, branch.inplace, branch.first)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Turn to what the branch reads, run, turn back."""
+        output = self.branch(*turn(inputs, turns(self.axes, inputs)))
+        if self.escapes:
+            return output[0].transpose(0, 1), *output[1:]
+        return output.transpose(0, 1)
+
+
+def turns(axes: tuple[RegionInput, ...] | None, inputs: Sequence[Any]) -> list[bool]:
+    """Which inputs of a branch the gate sees as `(N, T, ...)` and the branch reads as `(T, N, ...)`."""
+    return [False] * len(inputs) if axes is None else [a.sequence_first for a in axes]
+
+
+def turn(values: Sequence[Any], which: Sequence[bool]) -> list[Any]:
+    """`(T, N, ...)` -> `(N, T, ...)` and back, where a tensor is to be turned; what is the same stays the same."""
+    made = {
+        id(v): v.transpose(0, 1) for v, turned in zip(values, which, strict=True) if turned and isinstance(v, Tensor)
+    }
+    return [made[id(v)] if turned and id(v) in made else v for v, turned in zip(values, which, strict=True)]
+
+
 def unfold(values: Sequence[Any], samples: int, rows: int) -> list[Any]:
     """`(N * T, C)` -> `(N, T, C)`; anything else stays, and what is the same stays the same."""
     made = {id(value): _unfold(value, samples, rows) for value in values}

@@ -378,11 +378,11 @@ def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module], onc
     if (
         once
         and claim.layout == "NTC"
-        and not claim.folded
+        and not (claim.folded or claim.sequence_first)
         and not (claim.per_prompt if claim.cached else claim.per_sample)
     ):
         granularities.append("prefill")
-    shape = claim.residual
+    shape = claim.residual[:2][::-1] + claim.residual[2:] if claim.sequence_first else claim.residual
     channels = shape[1] if claim.layout in ("NC", *CHANNELS_FIRST) else shape[-1]
     positions = int(torch.Size(shape[1:]).numel()) // channels
     axes = probe.axes[trial.name]
@@ -401,6 +401,7 @@ def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module], onc
         query=claim.query,
         shared=claim.shared,
         folded=claim.folded,
+        sequence_first=claim.sequence_first,
         chain=claim.chain,
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery import least_squares
-from surgery.branches import Branch, take_samples
+from surgery.branches import Branch, Turned, take_samples, turn, turns
 from surgery.calling import Batch, batches
 from surgery.chain_reading import read_chain
 from surgery.chains import Weights
@@ -236,8 +236,11 @@ def _weights(gate: Gate, branch: Branch, residual: Tensor, inputs: Sequence[Any]
         return None
     axes = branch.axes or ()
     cut = [take_samples(v, a, slice(0, 1), len(residual)) for v, a in zip(inputs, axes, strict=False)]
+    plain = branch
+    if isinstance(branch, Turned):  # read as it is: a stream that is turned first is no chain
+        cut, plain = turn(cut, turns(branch.axes, cut)), branch.branch
     stream = next((v for v, whole in zip(cut, inputs, strict=False) if whole is residual), None)
-    found = None if stream is None else read_chain(lambda: branch(*cut), stream)
+    found = None if stream is None else read_chain(lambda: plain(*cut), stream)
     if found is None or found.chain != path.chain:
         raise SurgeryError(
             f"{gate.site.name}: its branch no longer has the layers that were found with it, of which a narrow skip path keeps a "

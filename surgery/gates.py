@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from surgery import context
-from surgery.branches import Branch, Owners, Unfolded, unfold
+from surgery.branches import Branch, Owners, Turned, Unfolded, turn, turns, unfold
 from surgery.budgets import first_pass
 from surgery.context import Event, Forced, Overrides, Scope, Shared
 from surgery.errors import ForceError, PromptError
@@ -84,12 +84,23 @@ class Gate(Executor):
 
     def forward(self, branch: Branch, left: Tensor | None, residual: Tensor, *inputs: Any) -> Any:
         """What the original sum gives where the branch is active, `left + skip_path(residual)` where it is not."""
+        if self.site.sequence_first:
+            return self._run_turned(branch, left, residual, inputs)
         if not self.site.folded or residual.dim() != 2:
             return self._run(branch, left, residual, inputs)
         rows = len(residual)
         left, residual, *apart = unfold((left, residual, *inputs), self._samples_in(rows), rows)
         merged: Tensor = self._run(Unfolded(branch, branch.axes), left, residual, apart)
         return merged.flatten(0, 1)
+
+    def _run_turned(self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
+        """`forward` where tokens come before samples."""
+        which = [True, True, *turns(branch.axes, inputs)]
+        left, residual, *apart = turn((left, residual, *inputs), which)
+        merged = self._run(Turned.of(branch, branch.axes), left, residual, apart)
+        if branch.escapes:
+            return merged[0].transpose(0, 1), *merged[1:]
+        return merged.transpose(0, 1)
 
     def _run(self, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
         """`forward` where samples have an axis of their own."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.branches import Branch, Unfolded, added, parts, take_samples, take_tokens, unfold
+from surgery.branches import Branch, Turned, Unfolded, added, parts, take_samples, take_tokens, turn, turns, unfold
 from surgery.chain_reading import read_chain
 from surgery.chains import Chain
 from surgery.counting import flop_counter
@@ -55,6 +55,8 @@ class Claim:
     shared: bool = False
     """Whether a further output is read outside."""
     folded: bool = False
+    sequence_first: bool = False
+    """Whether the stream is `(T, N, C)`; `residual` and `shapes` are as the branch has them."""
     heads: HeadRoles | str = ""
     """Where its heads are, or why they cannot be decided; "" where nothing was looked for."""
     chain: Chain | None = None
@@ -109,43 +111,73 @@ class Probe:
             claim.problem = "it is no floating-point computation"
         elif self.earlier is not None and claim.flops == 0:
             claim.problem = "nothing worth skipping is in it (0 FLOPs: norms, pooling or shape changes only)"
+        claim.sequence_first = residual.dim() == 3 and self._is_sequence_first(name, residual)
+        if claim.sequence_first:
+            claim.samples = residual.shape[1]
         if claim.samples != self.size:
-            second = residual.dim() > 2 and residual.shape[1] == self.size
             claim.problem = claim.problem or (
                 f"the residual stream has {claim.samples} rows for {self.size} samples, so its rows are not samples"
-                f"{'; they lie along its second axis: build it with `batch_first=True`' if second else ''}"
             )
         claim.folded = isinstance(branch, Unfolded)
         claim.shared = any(item is not None and not _is_empty(item) for item in escaped)
         claim.layout = layout_of(residual, self.modules[name])
+        if claim.sequence_first and claim.layout != "NTC":
+            claim.problem = (
+                claim.problem or "its samples lie along the second axis, and its channels not along the last"
+            )
         if self.earlier is not None and name in self.earlier and not claim.problem:
-            axes = self.axes[name] = batch_axes(claim, self.earlier[name])
-            if isinstance(axes, str):
-                claim.per_sample = claim.per_token = axes
-            elif claim.cached:
-                claim.per_sample = claim.per_token = (
-                    "it writes a key/value cache, which skipping would leave incomplete"
-                )
-                claim.per_prompt = _reason(lambda: _separable_by_sample(branch, value, again, axes))
-            elif claim.shared:
-                what = "the size of its result" if _is_size(escaped) else "a second output"
-                claim.per_sample = claim.per_token = (
-                    f"its module also gives {what}, which is read outside the branch and would be missing"
-                )
-            else:
-                claim.per_sample = _reason(lambda: _separable_by_sample(branch, value, lambda: inputs, axes))
-                claim.per_token = _reason(
-                    lambda: _separable_by_token(branch, value, residual, inputs, axes, claim.layout)
-                )
-            if claim.per_token and claim.layout == "NTC":
-                claim.per_token = _reason(lambda: self._queries(claim, gate, branch, value, again, escaped))
-            if not claim.problem and _attends(claim.operations):
-                claim.heads = self._heads(gate, branch, value, again, claim)
-            if not (claim.problem or claim.cached or branch.escapes):
-                claim.chain = _chain(branch, residual, inputs, claim.layout)
+            self._separate(claim, gate, branch, residual, value, escaped, inputs, again)
         self.claims[name] = claim
         result = added(branch, left, value)
         return (result, *escaped) if branch.escapes else result
+
+    def _separate(
+        self,
+        claim: Claim,
+        gate: Gate,
+        branch: Branch,
+        residual: Tensor,
+        value: Tensor,
+        escaped: Sequence[Any],
+        inputs: Sequence[Any],
+        again: _Again,
+    ) -> None:
+        """What can be left out of the branch: samples, tokens, queries, heads."""
+        assert self.earlier is not None
+        name = gate.site.name
+        if not (claim.cached or branch.escapes):
+            claim.chain = _chain(branch, residual, inputs, claim.layout)
+        axes = self.axes[name] = batch_axes(claim, self.earlier[name])
+        if claim.sequence_first:
+            known = None if isinstance(axes, str) else axes
+            which = turns(known, inputs)
+            value, residual, *inputs = turn((value, residual, *inputs), (True, True, *which))
+            again.inputs, branch = turn(again.inputs, which), Turned.of(branch, known)
+        if isinstance(axes, str):
+            claim.per_sample = claim.per_token = axes
+        elif claim.cached:
+            claim.per_sample = claim.per_token = "it writes a key/value cache, which skipping would leave incomplete"
+            claim.per_prompt = _reason(lambda: _separable_by_sample(branch, value, again, axes))
+        elif claim.shared:
+            what = "the size of its result" if _is_size(escaped) else "a second output"
+            claim.per_sample = claim.per_token = (
+                f"its module also gives {what}, which is read outside the branch and would be missing"
+            )
+        else:
+            claim.per_sample = _reason(lambda: _separable_by_sample(branch, value, lambda: inputs, axes))
+            claim.per_token = _reason(lambda: _separable_by_token(branch, value, residual, inputs, axes, claim.layout))
+        if claim.per_token and claim.layout == "NTC":
+            claim.per_token = _reason(lambda: self._queries(claim, gate, branch, value, again, escaped))
+        if not claim.problem and _attends(claim.operations):
+            claim.heads = self._heads(gate, branch, value, again, claim)
+
+    def _is_sequence_first(self, name: str, residual: Tensor) -> bool:
+        """Whether samples lie along the second axis: with another batch size that one changes, and the first does not."""
+        first, second, _ = residual.shape
+        before = None if self.earlier is None or name not in self.earlier else self.earlier[name].residual
+        if before is None:
+            return first != self.size and second == self.size
+        return len(before) == 3 and before[0] == first and before[1] != second == self.size
 
     def _queries(
         self,
@@ -229,8 +261,11 @@ def batch_axes(small: Claim, large: Claim) -> tuple[RegionInput, ...] | str:
         axis = _batch_axis(a, b, small.samples, large.samples)
         if isinstance(axis, str):
             return f"input {name}: {axis}"
-        token_axis = 1 if axis == 0 and _carries_tokens(a, small.residual) else None
-        found.append(RegionInput(name, axis, token_axis))
+        if small.sequence_first and axis == 1 and _carries_tokens(a, small.residual[:-1]):
+            found.append(RegionInput(name, 0, 1, sequence_first=True))
+            continue
+        lead = small.residual[:2][::-1] if small.sequence_first else small.residual[:-1]
+        found.append(RegionInput(name, axis, 1 if axis == 0 and _carries_tokens(a, lead) else None))
     return tuple(found)
 
 
@@ -363,9 +398,8 @@ def _batch_axis(small: Any, large: Any, n: int, m: int) -> int | str | None:
     return changed[0]
 
 
-def _carries_tokens(shape: Any, residual: torch.Size) -> bool:
-    lead = tuple(residual[:-1])
-    return isinstance(shape, tuple) and len(shape) >= len(lead) and shape[: len(lead)] == lead
+def _carries_tokens(shape: Any, lead: Sequence[int]) -> bool:
+    return isinstance(shape, tuple) and len(shape) >= len(lead) and shape[: len(lead)] == tuple(lead)
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

@@ -38,12 +38,14 @@ class RegionInput:
     """One value that a branch reads.
 
     `batch_axis` / `token_axis` say along which axis it is cut when samples / tokens are left out; None means that it is
-    shared by all of them.
+    shared by all of them. Where `sequence_first`, the branch reads it as `(T, N, ...)` and the axes are those of
+    `(N, T, ...)`, as a gate sees it.
     """
 
     name: str
     batch_axis: int | None = None
     token_axis: int | None = None
+    sequence_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class Site:
         shared: Whether a further output of the branch is read outside (T5's position bias), so that it runs whatever is
             decided.
         folded: Whether samples and tokens share the first axis of the residual stream here, `(N * T, C)` (OPT).
+        sequence_first: Whether tokens come before samples in the residual stream here, `(T, N, C)`, as in torch's transformer
+            layers by default; `layout` and all that a gate sees are then those of the stream turned to `(N, T, C)`.
         heads: Where the heads are that a site of kind `heads` decides, else None.
         chain: The layers of the branch where they are a chain (`surgery.chains`), else None.
     """
@@ -88,6 +92,7 @@ class Site:
     query: QueryRoles | None = None
     shared: bool = False
     folded: bool = False
+    sequence_first: bool = False
     heads: HeadRoles | None = None
     chain: Chain | None = None
 
@@ -137,7 +142,8 @@ class SitePlan:
         """
         mine, theirs = self.site, other.site
         inside = is_within(mine.host, theirs.host)
-        same = all(getattr(mine, n) == getattr(theirs, n) for n in ("layout", "channels", "positions", "folded"))
+        shape = ("layout", "channels", "positions", "folded", "sequence_first")
+        same = all(getattr(mine, n) == getattr(theirs, n) for n in shape)
         alike = self.granularity == other.granularity and self.hidden == other.hidden
         free = not (self.leader or self.always_on or other.always_on)
         return inside and same and alike and free and mine.kind == "attention" and theirs.kind == "mlp"

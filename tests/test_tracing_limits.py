@@ -349,24 +349,3 @@ def test_a_list_of_samples_is_no_batch() -> None:
         assert torch.equal(detector(images), dense)
     with surgery.force(detector.backbone, 0.0):
         assert not torch.equal(detector(images), dense)
-
-
-class SamplesSecond(nn.Module):
-    """Torch's own layer as it is built by default: `(T, N, C)`."""
-
-    def __init__(self, batch_first: bool) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(C, 2, 2 * C, dropout=0.0, batch_first=batch_first)
-        self.turns = not batch_first
-
-    def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.layer(x.transpose(0, 1)).transpose(0, 1) if self.turns else self.layer(x)
-        return made
-
-
-def test_samples_on_the_second_axis_are_named() -> None:
-    x = torch.randn(2, T, C)
-    sites = surgery.find_sites(SamplesSecond(batch_first=False), x)
-    assert len(sites) == 0
-    assert all("second axis: build it with `batch_first=True`" in r.reason for r in sites.rejections), sites.rejections
-    assert len(surgery.find_sites(SamplesSecond(batch_first=True), x)) == 2
