@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from surgery.adapters.augmenting import augment as augmented
 from surgery.adapters.base import Loaded
 from surgery.adapters.columns import find_columns
 from surgery.adapters.labels import Labels, read_labels
@@ -35,7 +35,7 @@ class Loader:
         loaded: The model's preprocessing.
         batch_size: Samples per batch; the last batch may be smaller.
         seed: Of the augmentation.
-        augment: Flip and shift pictures at random.
+        augment: Change samples at random, anew on every pass; see `load_data`.
         parts: How many rows were left out since their text is part of another one.
     """
 
@@ -126,10 +126,11 @@ class Loader:
                 raise DataError(
                     f"row {row}: {' and '.join(roles.values())} holds NaN or infinity; clean or leave out this row"
                 )
+        hold = True
         if self._augment:
-            samples = [_augmented(sample, generator) for sample in samples]
+            samples, hold = augmented(samples, generator, getattr(self._loaded.preprocess, "text_keys", ()))
         labels: Tensor | None = None
-        if self.labels is not None:
+        if self.labels is not None and hold:
             labels = self.labels.read(table[self.labels.column], rows)
         return self._loaded.collate(samples, labels)
 
@@ -171,7 +172,8 @@ def load_data(
         shuffle: Mix the rows once; their order stays the same on every pass, so that batches held out stay held out.
         columns: Role -> column name where the right column is not found by itself; roles are image, text, pair, audio,
             value, target, label.
-        augment: Flip and shift pictures at random, anew on every pass.
+        augment: Change samples at random, anew on every pass: flip and shift pictures, and let half of the texts go on as
+            another one of their batch does; such texts have no labels.
         whole_texts: Leave out texts that are parts of other texts; `auto` does so where most of them are, and counts
             them in `Loader.parts`.
         group_by_length: Put texts of about the same length into a batch, so that little of it is padding; the batches
@@ -260,19 +262,3 @@ def _labels(table: Table, column: str | None, values: Mapping[str, Any], loaded:
 def _kinds(roles: Mapping[str, str], cells: Mapping[str, Any]) -> str:
     """Which columns a row was made of: `column 'review', str`."""
     return "; ".join(f"column {roles[role]!r}, {type(cell).__name__}" for role, cell in cells.items())
-
-
-def _augmented(sample: Any, generator: torch.Generator) -> Any:
-    """Flip left-right half of the time, shift by up to an eighth with reflected borders."""
-    if isinstance(sample, Mapping):
-        if "pixel_values" not in sample:
-            return sample
-        return {**sample, "pixel_values": _augmented(sample["pixel_values"], generator)}
-    if not isinstance(sample, Tensor) or sample.dim() != 3:
-        return sample
-    rows, columns = sample.shape[-2:]
-    pad = max(1, min(rows, columns) // 8)
-    top, left, flip = (int(torch.randint(0, n, (1,), generator=generator)) for n in (2 * pad + 1, 2 * pad + 1, 2))
-    padded = functional.pad(sample[None], (pad, pad, pad, pad), mode="reflect")[0]
-    image = padded[:, top : top + rows, left : left + columns]  # C H W
-    return image.flip(-1) if flip else image

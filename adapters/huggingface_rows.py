@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class HuggingFacePreprocess:
     image_processor: Any
     feature_extractor: Any
     max_length: int
+    text_keys: ClassVar[tuple[str, ...]] = TEXT_KEYS
+    """What holds one entry per token of a sample."""
 
     @classmethod
     def of(

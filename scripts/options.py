@@ -60,7 +60,9 @@ Validation = Annotated[
 ValidationSplit = Annotated[
     str, typer.Option("--validation-split", help="Split of --validation.", rich_help_panel="Data")
 ]
-Augment = Annotated[bool, typer.Option("--augment", help="Flip and shift pictures at random.", rich_help_panel="Data")]
+Augment = Annotated[
+    bool, typer.Option("--augment", help="Flip and shift pictures, splice texts, at random.", rich_help_panel="Data")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an older conversion in --out.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.", rich_help_panel="Data")]
 Limit = Annotated[

@@ -451,6 +451,22 @@ def test_augmentation_changes_pixels_and_keeps_rows(tmp_path, viewer):
     assert torch.equal(one, repeated)
 
 
+def test_augmented_texts_are_spliced_anew_on_every_pass_and_have_no_labels(tmp_path, reader):
+    words = ["good film", "bad film", "good plot", "bad plot"]
+    rows = [{"text": " ".join(words[(i + k) % 4] for k in range(2 + i % 2)), "label": i % 2} for i in range(12)]
+    path = write_rows(tmp_path / "a.parquet", rows)
+    plain, loader = load_data(path, reader, batch_size=6), load_data(path, reader, batch_size=6, augment=True)
+    passes = [[batch["input_ids"] for batch in loader] for _ in range(2)]
+    assert all("labels" in batch for batch in plain) and not any("labels" in batch for batch in loader)
+    whole = torch.cat([batch["input_ids"].flatten() for batch in plain])
+    first, second = (torch.cat([ids.flatten() for ids in one]) for one in passes)
+    assert not torch.equal(first, second) and not torch.equal(first, whole)
+    again = load_data(path, reader, batch_size=6, augment=True)
+    assert all(torch.equal(a["input_ids"], b) for a, b in zip(again, passes[0], strict=True))
+    for batch in again:
+        reader.model(**as_batch(batch).kwargs)
+
+
 # ---------------------------------------------------------------- order
 
 
