@@ -9,6 +9,7 @@ import typer
 from surgery.scripts import (
     audit,
     benchmark,
+    calibrate,
     compare,
     convert,
     coverage,
@@ -41,6 +42,7 @@ for page in (
     show.show,
     convert.convert,
     heal.heal,
+    calibrate.calibrate,
     score.score,
     benchmark.benchmark,
     compare.compare,

@@ -26,7 +26,7 @@ from surgery.calling import Batch, Outputs, batches
 from surgery.choosing import Snapshot, keep_the_better, prefer_static_where_it_wins
 from surgery.context import state_of
 from surgery.cutting import cut_order
-from surgery.errors import SurgeryError, check_budget, check_choice, check_count
+from surgery.errors import BudgetError, SurgeryError, check_budget, check_choice, check_count
 from surgery.finding import check_weights, find_sites
 from surgery.fitting import fit_skip_paths
 from surgery.gates import iter_gates
@@ -306,11 +306,31 @@ def heal_converted(
     held = list(batches(Head(held, max(samples // 4, 64))))
     looked = bool(state.looks)
     heal_backbone(gated, fit, kind, options=options, seed=seed, validation=held, progress=progress)
-    assert state.budget is not None
+    calibrate_anew(gated, held, second_look=looked, progress=progress)
+
+
+def calibrate_anew(
+    gated: nn.Module, data: Iterable[Any], *, second_look: bool = True, progress: Progress | None = None
+) -> None:
+    """Make the budget of a converted model hold on other inputs than those it was converted with; nothing is trained.
+
+    Args:
+        gated: A converted model; its budget, and what that counts, stay.
+        data: Batches of inputs as the model will get them; re-iterable.
+        second_look: Whether to decide about second looks anew, or to leave them out.
+        progress: Called while it works.
+
+    Raises:
+        BudgetError: If no budget is set, or it is out of reach.
+        DataError: If the data yields nothing, or can be read only once.
+    """
+    state = state_of(gated)
+    if state.budget is None:
+        raise BudgetError("no budget is set: convert for one, or call surgery.calibrate with one")
     unit: Cost = "flops" if state.costs.unit == "flops" else "latency"
-    calibrate(gated, held, state.budget, cost=unit, progress=progress)
-    if looked:
-        calibrate_second_look(gated, held, progress=progress)
+    calibrate(gated, data, state.budget, cost=unit, progress=progress)
+    if second_look and state.budget < 1:
+        calibrate_second_look(gated, data, progress=progress)
 
 
 def select(sites: Sites, wanted: Sequence[str]) -> Sites:

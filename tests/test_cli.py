@@ -55,7 +55,7 @@ def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
 COMMANDS = (
-    *("sites", "show", "convert", "heal", "score", "compare", "benchmark", "export"),
+    *("sites", "show", "convert", "heal", "calibrate", "score", "compare", "benchmark", "export"),
     *("record", "replay", "audit", "report", "app", "doctor", "demo"),
 )
 
@@ -130,6 +130,14 @@ def test_a_finished_conversion_is_healed_beside_itself(network: str, converted: 
     assert sorted((f.name, f.read_bytes()) for f in converted.iterdir()) == before
     assert read_json("score", out, "--data", "digits", "--limit", 64, "--no-peers")["directory"] == str(out)
     assert "--force" in run("heal", *common, expect=1).stderr
+
+
+def test_a_budget_holds_on_other_inputs(converted: Path, tmp_path: Path) -> None:
+    data, out = ("--data", "digits", "--split", "test", "--limit", 200), tmp_path / "calibrated"
+    made = read_json("calibrate", converted, *data, "--budget", 0.8, "--no-second-look", "--out", out)
+    assert made["out"] == str(out) and made["budget"] == 0.8
+    assert abs(read_json("score", out, *data, "--no-peers")["cost"] - 0.8) < 0.03
+    assert "--force" in run("calibrate", converted, *data, "--out", out, expect=1).stderr
 
 
 # -- help and usage ---------------------------------------------------------------------------------------------------
