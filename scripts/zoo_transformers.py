@@ -94,6 +94,9 @@ ENTRIES: tuple[Entry, ...] = (
     entry("deberta-v2", "DebertaV2ForSequenceClassification", "DebertaV2Config",
           {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
            "norm_rel_ebd": "layer_norm", "share_att_key": True}, texts(), DebertaV2Layer=2),
+    entry("xlnet", "XLNetForSequenceClassification", "XLNetConfig",
+          {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "pad_token_id": 0}, texts(),
+          note="samples on the second axis", XLNetRelativeAttention=1, XLNetFeedForward=1),
     entry("modernbert", "ModernBertForSequenceClassification", "ModernBertConfig",
           {**TEXT, "cls_token_id": 1, "sep_token_id": 2}, texts(), ModernBertEncoderLayer=2),
     # Images.
