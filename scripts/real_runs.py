@@ -47,7 +47,7 @@ class Run:
         epochs: Of the default column.
         routers_epochs: Of the column of routers alone.
         heal: Kind, rate and steps of the healed column.
-        augment: Whether pictures are flipped and shifted.
+        augment: Whether pictures are flipped and shifted, and texts spliced.
         budget: Converted for.
         lowest: Smallest budget that is trained for.
         second_look: What `convert` is told.
@@ -99,7 +99,7 @@ RUNS = (
     Run(
         "minilm", "MiniLM (BERT, 6 layers), SST-2", "hf:{weights}/minilm-sst2", "sst2", None, 32, (1, 32),
         (0.75, 0.6, 0.5, 0.4, 0.3), {0.75: "100 %", 0.6: "100 %", 0.5: "99.8 %", 0.4: "98.5 %", 0.3: "96 %"}, epochs=6,
-        lowest=0.3, second_look=False, texts=True,
+        augment=True, lowest=0.3, second_look=False, texts=True,
     ),
     Run(
         "minilm-default", "MiniLM, SST-2, as `convert` does by itself", "hf:{weights}/minilm-sst2", "sst2", None, 32, (1, 32),

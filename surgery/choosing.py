@@ -80,7 +80,7 @@ def prefer_static_where_it_wins(gated: nn.Module, held: Iterable[Any], *, ties: 
     if len(difference) < 2:
         return False
     mean, chance = float(difference.mean()), 1.96 * float(difference.std()) / math.sqrt(len(difference))
-    if not (mean > -chance if ties else mean > chance > 0):
+    if not (mean >= -chance if ties else mean > chance > 0):
         return False
     state.policy = "static"
     means = f"(mean divergence {float(routed.mean()):.4g} against {float(static.mean()):.4g})"

@@ -3,8 +3,8 @@
 find_sites -> plan -> insert_gates -> fit_skip_paths -> cut_order -> regress_routers -> calibrate -> train_routers ->
 calibrate (-> heal -> calibrate) -> calibrate_second_look
 
-Where every gate decides per sample, skip paths are trained for static policies first (`train_skip_paths`), and routers are
-trained only if routing is then worth more than the static policy of the same cost.
+Where every gate decides per sample, skip paths are trained for static policies first (`train_skip_paths`), routers only if the
+static policy of the same cost is then no nearer to dense, and routing runs only if it is nearer after that.
 """
 
 from __future__ import annotations
@@ -200,11 +200,11 @@ def convert(
     elif budget < 1:
         cut_order(gated, fit, samples=_CUT_SAMPLES // 4, progress=report)
     if trains and per_sample:
-        train_skip_paths(gated, fit, resume=resume, progress=report, **training)
+        train_skip_paths(gated, fit, budget=budget, resume=resume, progress=report, **training)
     regress_routers(gated, fit, samples=samples, seed=seed, progress=report)
     calibrate(gated, held, budget, cost=cost, progress=report)
 
-    is_static = trains and per_sample and prefer_static_where_it_wins(gated, held, ties=True)
+    is_static = trains and per_sample and prefer_static_where_it_wins(gated, held)
     if trains and not is_static:
         before = Snapshot.of(gated, held)
         interrupted = resume and output_dir is not None and (Path(output_dir) / TRAINING).exists()
@@ -212,7 +212,7 @@ def convert(
         calibrate(gated, held, budget, cost=cost, progress=report)
         keep_the_better(gated, held, before, budget)
     if budget < 1 and not is_static:
-        prefer_static_where_it_wins(gated, held)
+        prefer_static_where_it_wins(gated, held, ties=trains and per_sample)
     if budget < 1 and heal is not None:
         heal_backbone(gated, fit, heal, options=options, seed=seed, validation=held, progress=report)
         calibrate(gated, held, budget, cost=cost, progress=report)

@@ -22,7 +22,7 @@ from surgery.branches import Branch, take_samples
 from surgery.calling import Batch, batches, read_output
 from surgery.context import execution, force, handled, state_of
 from surgery.costs import place, run
-from surgery.errors import CheckpointError, SurgeryError
+from surgery.errors import CheckpointError, SurgeryError, check_budget
 from surgery.gates import Gate, iter_gates
 from surgery.objectives import divergence
 from surgery.options import Options
@@ -46,6 +46,7 @@ def train_skip_paths(
     gated: nn.Module,
     data: Iterable[Any],
     *,
+    budget: float | None = None,
     options: Options | None = None,
     seed: int = 0,
     validation: Iterable[Any] | None = None,
@@ -60,7 +61,9 @@ def train_skip_paths(
     Args:
         gated: A gated model with fitted skip paths and a cut order.
         data: Re-iterable batches; labels are not used.
-        options: `epochs`, `steps`, `nested_rate` and `temperature` are used.
+        budget: The one that matters most; cuts that cost from 0.45, or from it or the smallest of `options.budgets` where that is
+            smaller, to 0.95 of the dense model are trained for.
+        options: `epochs`, `steps`, `nested_rate`, `temperature` and the smaller of `budgets` are used.
         seed: Seed of the cuts drawn.
         validation: Held-out batches; where training made static policies worse there, it is undone.
         output_dir: Where to keep a checkpoint to resume from; written atomically, also on Ctrl-C.
@@ -73,6 +76,7 @@ def train_skip_paths(
     Raises:
         DataError: If the data yields nothing, or its length is unknown and `options.steps` is not given.
         SurgeryError: If no cut order was measured.
+        BudgetError: If the budget is outside (0, 1].
         CheckpointError: If the checkpoint is damaged, or of another model, plan or length, or of other options.
     """
     options, state, report = options or Options(), state_of(gated), progress or silent
@@ -80,7 +84,9 @@ def train_skip_paths(
         raise SurgeryError("static policies have no order yet; measure it first: surgery.cut_order(gated, data)")
     groups = parameter_groups([gate for _, gate in iter_gates(gated)], "skip_path", options.nested_rate, by_width=False)
     parameters = [p for group in groups for p in group["params"]]
-    levels = trained_levels(gated)
+    smallest = options.budgets[0] if options.budgets else LOWEST
+    lowest = min(LOWEST, smallest, 1.0 if budget is None else check_budget(budget))
+    levels = trained_levels(gated, lowest)
     if not parameters or not levels or options.nested_rate == 0:
         return []
     before = [p.detach().clone() for p in parameters]
@@ -91,7 +97,8 @@ def train_skip_paths(
     watched = watched_sites(state.names)
     losses: list[float] = []
     kept = _Kept(None if output_dir is None else Path(output_dir) / CHECKPOINT, parameters, optimiser, schedule)
-    settings = {"seed": seed, **{name: getattr(options, name) for name in ("nested_rate", "temperature", "accumulate")}}
+    same_options = ("nested_rate", "temperature", "accumulate")
+    settings = {"seed": seed, "lowest": lowest, **{name: getattr(options, name) for name in same_options}}
     if resume:
         losses, before, distance = kept.load(total, before, distance, settings)
     same = {"total": total, "before": before, "distance": distance, "options": settings}
@@ -188,12 +195,12 @@ def interrupted_at(output_dir: str | Path | None) -> bool:
     return output_dir is not None and (Path(output_dir) / CHECKPOINT).exists()
 
 
-def trained_levels(gated: nn.Module) -> list[int]:
-    """Numbers of cuts whose cost lies in the trained range; the nearest one where none does."""
+def trained_levels(gated: nn.Module, lowest: float = LOWEST) -> list[int]:
+    """Numbers of cuts whose cost lies in the trained range, from `lowest` on; the nearest one where none does."""
     state = state_of(gated)
     order = state.order
     costs = [static_cost(state.costs, order[count:]) for count in range(len(order) + 1)]
-    found = [count for count, cost in enumerate(costs) if count and LOWEST - 0.03 <= cost <= HIGHEST]
+    found = [count for count, cost in enumerate(costs) if count and lowest - 0.03 <= cost <= HIGHEST]
     return found or ([len(order)] if order else [])
 
 

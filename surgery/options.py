@@ -28,7 +28,7 @@ class Options:
         nested_rate: Peak learning rate of skip paths while they are trained for static policies; 0 leaves that out.
         budgets: Range that every step draws its budget from; by default from 0.45, or the budget if that is smaller, to
             0.9, or the budget if that is larger. Twice the same number trains for that budget alone. Skip paths of
-            static policies are trained for cuts from 0.42 to 0.95 whatever it says.
+            static policies are trained for cuts from the smallest of these, and 0.45 in any case, to 0.95.
         noise: Scale of the logistic noise on scores.
         temperature: Softmax temperature of the distillation.
         stream_weight: Weight of the error of the residual streams; by default 0 where every gate decides per token (the

@@ -322,19 +322,22 @@ def test_static_policy_runs_where_it_wins(images: list[Tensor]) -> None:
         for parameter in model.blocks[1].parameters():
             parameter.mul_(3)
 
-    def decide(matters: float, other: float) -> str:
+    def decide(matters: float, other: float, *, ties: bool = False, count: int = 8) -> str:
         gated = gate_all(model, data[0][:2], skip="identity")
         first_gate, second = gates(gated)
         state = state_of(gated)
         state.budget, state.threshold = 0.7, 0.0
         state.static = {first_gate.site.name: False, second.site.name: True}
         first_gate.router, second.router = Rate(other), Rate(matters)  # type: ignore[assignment]
-        prefer_static_where_it_wins(gated, data)
+        prefer_static_where_it_wins(gated, data[:count], ties=ties)
         assert bool(state.notes) == (state.policy == "static")
         return state.policy
 
     assert decide(0.5, 0.5) == "static"
-    assert decide(1.0, 0.5) == "routed"
+    assert decide(1.0, 0.5) == "routed" and decide(1.0, 0.5, ties=True) == "routed"
+    for other in (0.0, 0.011):  # the same, and nearer to dense for 2 of 64 samples, which may be chance
+        assert decide(1.0, other, count=2) == "routed" and decide(1.0, other, ties=True, count=2) == "static"
+    assert decide(1.0, 0.1, ties=True) == "routed"  # for 24 of 256 it is not
 
 
 class Rate(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import Residual, Stack, assert_same, convolution, frozen, gate_all, gates, interrupt_after_update, mlp
 
 import surgery
-from surgery import cutting, orders
+from surgery import cutting, nesting, orders
 from surgery.budgets import static_policy
 from surgery.context import handled, state_of
 from surgery.cutting import cut_order
@@ -201,6 +201,26 @@ def test_levels_cover_the_trained_range(network: nn.Module, images: list[Tensor]
     state.order = state.names
     costs = [static_cost(state.costs, state.order[count:]) for count in range(5)]
     assert trained_levels(gated) == [count for count in range(1, 5) if costs[count] >= 0.42]
+    assert trained_levels(gated, 0.1) == [count for count in range(1, 5) if costs[count] >= 0.07]
+
+
+@pytest.mark.parametrize(
+    ("more", "lowest"),
+    [
+        ({}, 0.45),
+        ({"budget": 0.6}, 0.45),
+        ({"budget": 0.3}, 0.3),
+        ({"options": Options(steps=1, budgets=(0.2, 0.9))}, 0.2),
+    ],
+)
+def test_cuts_go_down_to_the_smallest_budget(
+    more: dict[str, Any], lowest: float, network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated, asked = gate_all(network, images[0][:2], skip="depthwise"), []
+    cut_order(gated, images)
+    monkeypatch.setattr(nesting, "trained_levels", lambda gated, lowest: asked.append(lowest) or [1])
+    train_skip_paths(gated, images, **{"options": Options(steps=1), **more})
+    assert asked == [lowest]
 
 
 def test_an_order_comes_first() -> None:
