@@ -22,6 +22,7 @@ from surgery.rows import gathered, neighbours, rows_at
 from surgery.sites import CHANNELS_FIRST, Layout
 from surgery.skip_paths import AffineSkip, DepthwiseSkip, LinearSkip, LowRankSkip, NarrowSkip, SkipPath, chain_features
 
+_FEWEST = 32  # rows; a map of fewer says nothing about others
 _ROWS = 2**16  # per least-squares problem; more change the maps by less than their noise
 _NEIGHBOURS = 2**23  # numbers in the rows of a depthwise problem
 _HIDDEN = 2**26  # likewise of a narrow one
@@ -59,10 +60,6 @@ def fit_one(path: SkipPath, parts: Sequence[Around], ridge: float, weights: Weig
     """
     layout = path.layout
     index = torch.cat([part.rows.flatten() for part in parts]).nonzero().squeeze(1)
-    if len(index) < 32:
-        if weights is not None and isinstance(path, NarrowSkip):
-            narrowing.adopt_some(path, weights)
-        return 1.0
     order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[: _most_rows(path, weights)]
     index = index[order.to(index.device)]
     streams = [part.residual for part in parts]
@@ -71,6 +68,13 @@ def fit_one(path: SkipPath, parts: Sequence[Around], ridge: float, weights: Weig
     b = rows_at(bases, index, layout) if bases else torch.zeros_like(y)
     y = y - b
     x = _read(path, streams, index, weights)
+    known = _finite(x) & _finite(y) & _finite(b)
+    if not known.all():  # the model's own streams are no numbers there, and one such row would spoil the sums of all
+        index, x, y, b = index[known], x[known], y[known], b[known]
+    if len(index) < _FEWEST:
+        if weights is not None and isinstance(path, NarrowSkip):
+            narrowing.adopt_some(path, weights)
+        return 1.0
     held, used = slice(0, len(index) // 5), slice(len(index) // 5, None)
     if weights is not None and isinstance(path, NarrowSkip):
         kept = narrowing.narrowest(x[used], y[used], path.width, ridge)
@@ -114,6 +118,11 @@ def _solve(path: SkipPath, x: Tensor, y: Tensor, ridge: float) -> None:
         path.down.copy_(down)
         path.up.copy_(up)
         path.bias.copy_(bias)
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Which rows `(M, …)` hold neither NaN nor infinity, bool `(M,)`."""
+    return rows.flatten(1).isfinite().all(1)
 
 
 class _Rows:

@@ -169,6 +169,30 @@ def test_what_was_reset_or_never_fitted_can_be_trained(kind: str, problem: str) 
     assert_silent_yet_learns(path, torch.randn(shape))
 
 
+@pytest.mark.parametrize("kind", ["affine", "linear", "low-rank", "depthwise"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_samples_that_are_no_numbers_are_left_out(kind: str, value: float) -> None:
+    """Of 100 samples one overflows: the map is that of the other 99."""
+    maps = kind == "depthwise"
+    path = path_of(kind, 4, "NCHW" if maps else "NTC", 2)
+    x = torch.randn((100, 4, 3, 3) if maps else (100, 9, 4))
+    wanted = x * torch.tensor([-1.0, 3.0, 1.0, 1.0]).view((4, 1, 1) if maps else (4,))
+    x[7], wanted[7] = value, value
+    rows = torch.ones((100, 3, 3) if maps else (100, 9), dtype=torch.bool)
+    with torch.no_grad():
+        assert fit_one(path, [Around(x, wanted, x, rows)], 1e-4) < 1e-3
+    assert all(parameter.isfinite().all() for parameter in path.parameters())
+
+
+def test_narrow_paths_leave_out_samples_that_are_no_numbers() -> None:
+    model = Stack(mlp(C))
+    x = torch.randn(200, C)
+    x[::50] = 1e38  # finite, but what the branch makes of it is not
+    gated = gate_all(model, torch.randn(2, C), skip="narrow", width=0.5)
+    (left,) = fit_skip_paths(gated, [x]).values()
+    assert left < 0.9 and all(p.isfinite().all() for _, gate in iter_gates(gated) for p in gate.skip_path.parameters())
+
+
 def test_unpredictable_branch_is_reported_as_it_is() -> None:
     model = Stack(Noise(C, 0.1), weak())
     gated = gate_all(model, torch.randn(2, C), skip="linear")
