@@ -59,7 +59,8 @@ def split(data: Iterable[Any], validation: Iterable[Any] | None) -> tuple[Iterab
     """Data to fit on, and data to calibrate on.
 
     Fewer than five batches are split by rows: every fifth row is held out, and the last one of fewer. Batches of one row are
-    fitted on, but for the last one where nothing else is held out.
+    fitted on, but for the last one where nothing else is held out. So are five of which the last holds what was left over, less
+    than half of another one, and would be all that is held out.
 
     Raises:
         DataError: If `data` can be read only once, yields nothing, or holds one sample only.
@@ -71,11 +72,11 @@ def split(data: Iterable[Any], validation: Iterable[Any] | None) -> tuple[Iterab
     count = length_of(data)
     if count is None:
         for seen, _ in enumerate(data, start=1):
-            if seen >= EVERY:
+            if seen > EVERY:
                 break
         else:
             count = sum(1 for _ in data)
-    if count is not None and count < EVERY:
+    if count is not None and (count < EVERY or (count == EVERY and _ends_short(data))):
         return _by_rows(data)
     return Part(data, count, held=False), Part(data, count, held=True)
 
@@ -88,6 +89,12 @@ def check_reiterable(data: Iterable[Any]) -> None:
             "pass a list, a DataLoader, or a dataset"
         )
     check_batches(data)
+
+
+def _ends_short(data: Iterable[Any]) -> bool:
+    """Whether the last batch is less than half as large as the largest one."""
+    sizes = [batch.size for batch in batches(data)]
+    return 2 * sizes[-1] < max(sizes)
 
 
 def _by_rows(data: Iterable[Any]) -> tuple[list[Any], list[Any]]:

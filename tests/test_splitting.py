@@ -72,6 +72,16 @@ def test_few_batches_are_split_by_rows(wrap: Any) -> None:
     assert [batch.labels.tolist() for batch in held] == [[4, 9]] * 2
 
 
+@pytest.mark.parametrize("wrap", [list, Unsized], ids=["list", "stream"])
+def test_what_is_left_over_is_not_all_that_is_held_out(wrap: Any) -> None:
+    """Five batches, the last of three rows: of 43 rows, eight are held out and not three."""
+    fit, held = split(wrap([*numbered(4, rows=10), *[torch.full((3, 3), 4.0)]]), None)
+    assert [batch.size for batch in held] == [2, 2, 2, 2, 1]
+    assert [batch.size for batch in fit] == [8, 8, 8, 8, 2]
+    fit, held = split(wrap([*numbered(9, rows=10), torch.full((3, 3), 9.0)]), None)  # one whole batch is held out
+    assert numbers(held) == [4, 9]
+
+
 def test_small_batches_keep_their_last_row() -> None:
     fit, held = split([torch.arange(3.0)[:, None]], None)
     assert [b.args[0].flatten().tolist() for b in fit] == [[0, 1]]
