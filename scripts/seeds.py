@@ -212,8 +212,7 @@ def _cut(gated: nn.Module, parts: Parts, cost: float) -> Any:
     from surgery.context import state_of
 
     state = state_of(gated)
-    rates = {name: rate - parts.decided.again for name, rate in parts.decided.active_rate.items()}
-    return policies.cut(state.costs, state.ranks(rates), cost)
+    return policies.cut(state.costs, state.ranks(parts.decided.first_rate), cost)
 
 
 def _cuts(gated: nn.Module, parts: Parts, cost: float) -> set[tuple[str, ...]]:

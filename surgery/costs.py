@@ -80,9 +80,15 @@ class Decided:
     @property
     def active_rate(self) -> dict[str, float]:
         """Share of inputs (or tokens) for which each gate ran its branch; second looks count once more."""
+        again = self.again
+        return {name: rate + again for name, rate in self.first_rate.items()}
+
+    @property
+    def first_rate(self) -> dict[str, float]:
+        """The same of the first pass alone: the mean of what each gate decided, in [0, 1]."""
         weights = self.weights.double()
         means = (self.rates.double() * weights[:, None]).sum(0) / weights.sum().clamp_min(1e-12)
-        return {name: mean + self.again for name, mean in zip(self.names, means.tolist(), strict=True)}
+        return dict(zip(self.names, means.tolist(), strict=True))
 
     def costs(self, model: CostModel) -> Tensor:
         """Cost of each input as a fraction of dense, float64 `(N,)`; a router counts where it ran, a second look costs 1."""

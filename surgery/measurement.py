@@ -126,7 +126,7 @@ def measure(
         budget=state.budget,
         submodules=sum(active.values()) / len(active),
         active_rate=active,
-        entropy={name: entropy((rate, 1 - rate)) for name, rate in active.items()},
+        entropy={name: entropy((rate, 1 - rate)) for name, rate in run.ours.decided.first_rate.items()},
         policies=len(run.distinct),
         deciding=f"{run.decisions:,} {'tokens' if run.per_token else 'inputs'}",
         speed={size: ratios[None] for size, ratios in times.items()},

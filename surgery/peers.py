@@ -127,8 +127,7 @@ class Contest:
         self.gated, self.judge, self.ours, self.shuffled, self.dense = gated, judge, ours, shuffled, dense
         self.others, self.seed = others, seed
         self.state, self.names = state_of(gated), judge.names
-        again = ours.decided.again
-        self.rates = {name: rate - again for name, rate in ours.decided.active_rate.items()}  # of the first pass
+        self.rates = ours.decided.first_rate
         self.cost = ours.decided.cost(self.state.costs)
         ranks, costs = self.state.ranks(self.rates), self.state.costs
         self.absent: dict[str, str] = {}

@@ -113,6 +113,15 @@ def test_both_passes_count(looking: nn.Module, data: list[Tensor]) -> None:
     assert surgery.status(looking).again == pytest.approx(0.2, abs=0.01)
 
 
+def test_entropy_is_of_what_gates_decide(looking: nn.Module, data: list[Tensor]) -> None:
+    """A second look adds to the active rate, which may then be above 1, but decides nothing."""
+    for _, gate in iter_gates(looking):
+        gate.router.up.bias.data.fill_(50.0)  # open for everything
+    report = surgery.measure(looking, data, peers=False, speed=())
+    assert min(report.active_rate.values()) > 1
+    assert set(report.entropy.values()) == {0.0}
+
+
 @pytest.mark.parametrize("healed", [False, True])
 def test_replayed_with_its_second_looks(looking: nn.Module, data: list[Tensor], tmp_path: Path, healed: bool) -> None:
     if healed:
