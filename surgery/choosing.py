@@ -54,7 +54,7 @@ def distances_from_dense(gated: nn.Module, data: Iterable[Any], usage: Usage) ->
 
 def keep_the_better(gated: nn.Module, held: Iterable[Any], before: Snapshot, budget: float) -> None:
     """Go back to what was before training where that was nearer to dense on held-out batches, with a note."""
-    if Snapshot.of(gated, held).divergence > before.divergence:
+    if not Snapshot.of(gated, held).divergence <= before.divergence:  # NaN is no better
         before.restore(gated, budget)
         state_of(gated).note(
             "training did not improve on the one-shot conversion on held-out data; the one-shot result is kept"

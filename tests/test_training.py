@@ -31,6 +31,7 @@ from toys import (
 
 import surgery
 from surgery.calibration import calibrate
+from surgery.choosing import Snapshot, keep_the_better
 from surgery.context import state_of
 from surgery.errors import BudgetError, CheckpointError, DataError, SurgeryError
 from surgery.fitting import fit_skip_paths
@@ -506,6 +507,16 @@ def test_outputs_that_are_no_numbers_spoil_no_weights(data: list[tuple[Tensor, T
     after = gated.state_dict()
     assert all(value.isfinite().all() for value in after.values())
     assert set(after) != set(before) or any(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_weights_that_are_no_numbers_are_not_kept(fitted: nn.Module, data: Any) -> None:
+    gated = copy.deepcopy(fitted)
+    calibrate(gated, data, 0.6)
+    before = Snapshot.of(gated, data)
+    for parameter in trainable(gated).values():
+        parameter.data.fill_(torch.nan)
+    keep_the_better(gated, data, before, 0.6)
+    assert all(parameter.isfinite().all() for parameter in trainable(gated).values())
 
 
 def test_from_a_dense_start() -> None:
