@@ -19,7 +19,7 @@ from torch import nn
 from surgery.calling import Batch, batches, read_output
 from surgery.context import execution, state_of
 from surgery.costs import place, run
-from surgery.objectives import divergence
+from surgery.objectives import apart, scale_of
 from surgery.policies import constant, decided, static_cost
 from surgery.progress import Progress, silent
 from surgery.splitting import Head
@@ -53,11 +53,11 @@ def cut_order(
 
     def harm(cut: Sequence[str]) -> float:
         with decided(gated, constant([name for name in state.units if name not in cut])):
-            apart = [
-                divergence(read_output(run(gated, b)), d, b, values=state.gives_values).double()
+            parts = [
+                apart(read_output(run(gated, b)), d, b, values=state.gives_values, scale=scale).double()
                 for b, d in zip(given, dense, strict=True)
             ]
-        return float(torch.cat(apart).mean())
+        return float(torch.cat(parts).mean())
 
     def price(name: str) -> float:
         site = state.costs.sites[name]
@@ -66,6 +66,7 @@ def cut_order(
     with torch.no_grad():
         with execution(gated, "dense"):
             dense = [read_output(run(gated, batch)) for batch in given]
+        scale = scale_of(dense, given, values=state.gives_values)
         names = [name for name in state.units if name not in always]
         heap = [(harm([name]) / price(name), index, name) for index, name in enumerate(names)]
         heapq.heapify(heap)

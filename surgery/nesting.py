@@ -24,7 +24,7 @@ from surgery.context import execution, force, handled, state_of
 from surgery.costs import place, run
 from surgery.errors import CheckpointError, SurgeryError, check_budget
 from surgery.gates import Gate, iter_gates
-from surgery.objectives import divergence
+from surgery.objectives import Scale, apart, divergence
 from surgery.options import Options
 from surgery.policies import static_cost
 from surgery.progress import Progress, silent
@@ -229,18 +229,20 @@ def _distance(gated: nn.Module, data: Iterable[Any] | None, levels: Sequence[int
     """Mean divergence of two of the static policies from the dense model."""
     if data is None:
         return float("inf")
-    order, parts = state_of(gated).order, []
+    state, parts = state_of(gated), []
+    order, scale = state.order, Scale()
     with torch.no_grad():
         for one in batches(data):
             batch = place(one, gated)
             with execution(gated, "dense"):
                 dense = read_output(run(gated, batch))
+            scale.add(dense, batch, values=state.gives_values)
             for share in _LOOKS:
                 cut = order[: levels[round(share * (len(levels) - 1))]]
                 with force(gated, {name: name not in cut for name in order}):
                     output = read_output(run(gated, batch))
-                    parts.append(divergence(output, dense, batch, values=state_of(gated).gives_values))
-    return float(torch.cat(parts).mean())
+                    parts.append(apart(output, dense, batch, values=state.gives_values, scale=1.0))
+    return float(torch.cat(parts).mean()) / scale.value
 
 
 @dataclass(slots=True)

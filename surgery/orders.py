@@ -20,7 +20,7 @@ from surgery.costs import place, run
 from surgery.cutting import cut_order
 from surgery.fitting import fit_skip_paths
 from surgery.gates import iter_gates
-from surgery.objectives import divergence
+from surgery.objectives import Scale, apart
 from surgery.policies import constant, cut, decided
 from surgery.progress import Progress
 
@@ -108,15 +108,17 @@ def _distance(gated: nn.Module, held: Iterable[Any]) -> float:
     policies: dict[tuple[str, ...], list[torch.Tensor]] = {}
     for one in around:
         policies |= {one.lower: [], one.upper: []}
+    scale = Scale()
     with torch.no_grad():
         for given in batches(held):
             batch = place(given, gated)
             with execution(gated, "dense"):
                 dense = read_output(run(gated, batch))
+            scale.add(dense, batch, values=state.gives_values)
             for kept, parts in policies.items():
                 with decided(gated, constant(kept)):
                     output = read_output(run(gated, batch))
-                    parts.append(divergence(output, dense, batch, values=state.gives_values).double().cpu())
-    means = {kept: float(torch.cat(parts).mean()) for kept, parts in policies.items()}
+                    parts.append(apart(output, dense, batch, values=state.gives_values, scale=1.0).double().cpu())
+    means = {kept: float(torch.cat(parts).mean()) / scale.value for kept, parts in policies.items()}
     mixed = [(1 - one.share) * means[one.lower] + one.share * means[one.upper] for one in around]
     return sum(math.log(max(value, 1e-12)) for value in mixed) / len(mixed)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from surgery.calling import Batch
-from surgery.objectives import divergence, margin, token_weights
+from surgery.objectives import distances, divergence, margin, token_weights
 
 GENERATOR = torch.Generator()
 HALF = math.log(3)  # logits (log 3, 0) are probabilities (3/4, 1/4)
@@ -79,7 +79,8 @@ def test_margin_of_language_is_the_loss_of_the_next_token() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
     masked = margin(logits, Batch((), {"input_ids": ids, "attention_mask": mask}), GENERATOR)
     loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    torch.testing.assert_close(masked, loss[0, 0] + loss[0, 1] + loss[1, 1] + loss[1, 2])
+    # 0 and 1 of the first text; of the second one only its last token, since padding on the left predicts nothing
+    torch.testing.assert_close(masked, loss[0, 0] + loss[0, 1] + loss[1, 2])
 
 
 def test_margin_of_tokens_without_ids_is_that_of_the_likeliest() -> None:
@@ -87,6 +88,24 @@ def test_margin_of_tokens_without_ids_is_that_of_the_likeliest() -> None:
     assert margin(logits, Batch((torch.zeros(1, 2, 7),)), GENERATOR).item() == pytest.approx(
         -math.log(0.75) - math.log(0.5)
     )
+
+
+def test_margin_of_tokens_without_ids_leaves_padding_out() -> None:
+    logits = torch.tensor([[[HALF, 0.0], [9.0, 0.0]]])
+    batch = Batch((torch.zeros(1, 2, 7),), {"attention_mask": torch.tensor([[1, 0]])})
+    assert margin(logits, batch, GENERATOR).item() == pytest.approx(-math.log(0.75))
+
+
+def test_an_encoder_decoder_is_judged_by_the_tokens_of_its_decoder() -> None:
+    """Its texts are as long as what is written, by chance."""
+    logits, ids = torch.randn(1, 3, 5), torch.tensor([[4, 0, 2]])
+    mask = torch.tensor([[1, 1, 0]])
+    batch = Batch((), {"input_ids": ids.flip(1), "attention_mask": mask, "decoder_input_ids": ids})
+    expected = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+    torch.testing.assert_close(margin(logits, batch, GENERATOR), expected)
+    assert token_weights(logits[..., 0], batch).tolist() == [[1, 1, 1]]
+    padded = Batch((), {**batch.kwargs, "decoder_attention_mask": mask})
+    assert token_weights(logits[..., 0], padded).tolist() == [[1, 1, 0]]
 
 
 def test_margin_of_hidden_states_does_not_take_them_for_logits() -> None:
@@ -143,3 +162,46 @@ def test_margin_of_one_number_is_that_number_but_for_its_sign() -> None:
     output = torch.randn(4, requires_grad=True)
     (gradient,) = torch.autograd.grad(margin(output, Batch(), GENERATOR), output)
     assert gradient.abs().tolist() == [1.0] * 4
+
+
+def test_distances_do_not_depend_on_batches() -> None:
+    """Values 3, 4 and 0: the mean square is 25 / 3, also for the zero that is alone in its batch."""
+    dense = [torch.tensor([[3.0], [4.0]]), torch.tensor([[0.0]])]
+    outputs = [value + 1 for value in dense]
+    apart = distances(outputs, dense, dense, values=True)
+    assert apart.tolist() == pytest.approx([3 / 25] * 3)
+    whole = distances([torch.cat(outputs)], [torch.cat(dense)], [torch.cat(dense)], values=True)
+    assert torch.equal(apart, whole)
+
+
+def test_classes_that_are_ruled_out_are_no_distance() -> None:
+    dense = torch.tensor([[HALF, 0.0, -torch.inf]])
+    output = torch.tensor([[0.0, 0.0, -torch.inf]], requires_grad=True)
+    value = divergence(output, dense)
+    assert value.tolist() == pytest.approx([0.75 * math.log(1.5) + 0.25 * math.log(0.5)], abs=1e-6)
+    (gradient,) = torch.autograd.grad(value.sum(), output)
+    assert gradient.tolist() == [pytest.approx([-0.25, 0.25, 0.0])]
+    assert divergence(torch.zeros(1, 2), torch.tensor([[0.0, -torch.inf]])).tolist() == pytest.approx([math.log(2)])
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_what_the_dense_model_gives_no_number_for_does_not_count(values: bool) -> None:
+    dense = torch.tensor([[1.0, 3.0], [torch.nan, 1.0]])
+    output = torch.tensor([[2.0, 2.0], [1.0, 1.0]])
+    found = distances([output], [dense], [output], values=values)
+    assert found[1] == 0 and found[0] == divergence(output[:1], dense[:1], values=values)[0] > 0
+    assert distances([dense], [output], [output], values=values)[1].isnan()  # of ours it does
+    tokens = torch.stack((dense, dense), 1)  # N 2 2
+    padded = {"x": tokens.nan_to_num(), "attention_mask": torch.tensor([[1, 1], [0, 1]])}
+    assert distances([tokens.nan_to_num()], [tokens], [padded], values=values).tolist() == [0.0, 0.0]
+    tokens = tokens.clone()
+    tokens[1, 1] = 1.0  # what is no number is padding
+    assert distances([tokens.nan_to_num(5.0)], [tokens], [padded], values=values).tolist() == [0.0, 0.0]
+
+
+def test_padding_may_hold_what_is_no_number() -> None:
+    dense, batch = torch.zeros(1, 3, 2), Batch((), {"attention_mask": torch.tensor([[1, 1, 0]])})
+    output = dense.clone()
+    output[0, 2] = torch.nan
+    for values in (False, True):
+        assert divergence(output, dense, batch, values=values).tolist() == [0.0]
