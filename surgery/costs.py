@@ -192,11 +192,11 @@ def looked_at(events: Sequence[Event], size: int) -> Tensor:
 
 
 def weights_of(events: Sequence[Event], size: int) -> Tensor:
-    """Real tokens per sample where gates decide per token on padded input, else 1; `(N,)`."""
+    """Real tokens (or positions) per sample where gates decide per token, else 1; `(N,)`."""
     for event in events:
         if event.weights is not None:
             return event.weights.float().sum(1).cpu()
-    return torch.ones(size)
+    return torch.full((size,), float(next((e.decisions[0].numel() for e in events if e.gate.per_token), 1)))
 
 
 def place(batch: Batch, model: nn.Module) -> Batch:

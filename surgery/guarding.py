@@ -144,8 +144,7 @@ class Guard:
         self._budget = self.state.budget or 1.0
         self._calls = self._inputs = 0
         self._disagreed: deque[bool] = deque(maxlen=window)
-        self._rates = _Rates(window, len(self.state.units))
-        self._costs: deque[float] = deque(maxlen=window)
+        self._rates, self._costs = _Means(window, len(self.state.units)), _Means(window, 1)
         self._steps: list[Step] = []
         self._seed = seed
         self._metrics = None if metrics is None else _Metrics(metrics, self.state.units)
@@ -214,19 +213,19 @@ class Guard:
             seconds: What the call took.
         """
         found = Decided.of(events, self.state.units, size)
-        costs = found.costs(self.state.costs).tolist()
+        costs = found.costs(self.state.costs)
         with self._lock:
             self._inputs += size
             if budget == self._budget:  # what began before a change of the budget says nothing about the new one
                 self._rates.extend(found.rates, found.weights)
-                self._costs.extend(costs)
+                self._costs.extend(costs[:, None], found.weights)
                 if compared is not None:
                     self._disagreed.extend(compared)
                 reason = None if budget >= 1 else self._reason()
                 if reason is not None:
                     self._move(self._next(), reason)
             if self._metrics is not None:
-                self._metrics.observe(seconds, size, costs, None if compared is None else list(compared))
+                self._metrics.observe(seconds, size, costs.tolist(), None if compared is None else list(compared))
             self._report()
 
     def _reason(self) -> str | None:
@@ -264,7 +263,7 @@ class Guard:
         count, wrong = len(self._disagreed), sum(self._disagreed)
         low, high = wilson(wrong, count)
         names = self.state.units
-        active = dict(zip(names, self._rates.means(), strict=True)) if len(self._rates) else {}
+        active = dict(zip(names, self._rates.means().clamp(0, 1).tolist(), strict=True)) if len(self._rates) else {}
         drift = {}
         if active and self._budget < 1 and self.state.policy != "static":
             expected = passes_at(self.state, self._budget)[0].active_rate
@@ -279,7 +278,7 @@ class Guard:
             high=high,
             drift=drift,
             active_rate=active,
-            cost=sum(self._costs) / len(self._costs) if self._costs else None,
+            cost=float(self._costs.means()) if len(self._costs) else None,
             steps=tuple(self._steps),
         )
 
@@ -309,20 +308,20 @@ def running(gated: nn.Module, budget: float) -> Iterator[list[Event]]:
         yield events
 
 
-class _Rates:
-    """Active rates of the last inputs, with their sum at hand: it is asked for at every call."""
+class _Means:
+    """Weighted means over the last inputs, with their sums at hand: they are asked for at every call."""
 
-    def __init__(self, window: int, sites: int) -> None:
+    def __init__(self, window: int, columns: int) -> None:
         self._window: deque[tuple[Tensor, float]] = deque()
         self._most = window
-        self._sum, self._weight = torch.zeros(sites, dtype=torch.float64), 0.0
+        self._sum, self._weight = torch.zeros(columns, dtype=torch.float64), 0.0
 
     def __len__(self) -> int:
         return len(self._window)
 
-    def extend(self, rates: Tensor, weights: Tensor) -> None:
-        """Rates `(N, S)`, and how much each input counts `(N,)`; one of padding alone says nothing."""
-        for row, weight in zip(rates.double(), weights.tolist(), strict=True):
+    def extend(self, values: Tensor, weights: Tensor) -> None:
+        """Values `(N, columns)`, and how much each input counts `(N,)`; one of padding alone says nothing."""
+        for row, weight in zip(values.double(), weights.tolist(), strict=True):
             if weight <= 0:
                 continue
             if len(self._window) == self._most:
@@ -331,10 +330,9 @@ class _Rates:
             self._window.append((row, weight))
             self._sum, self._weight = self._sum + weight * row, self._weight + weight
 
-    def means(self) -> list[float]:
-        """Of every site."""
-        found: list[float] = (self._sum / self._weight).clamp(0, 1).tolist()
-        return found
+    def means(self) -> Tensor:
+        """Of every column, float64."""
+        return self._sum / self._weight
 
     def clear(self) -> None:
         """Forget all."""

@@ -19,7 +19,8 @@ from toys import Once, Set, Stack, convolution, gate_all, gates, mlp
 import surgery
 from surgery.budgets import budget_range, current_point, set_budget, static_policy
 from surgery.calibration import _monotone, calibrate
-from surgery.context import state_of
+from surgery.context import override, state_of
+from surgery.cost_curves import CostCurve
 from surgery.costs import observe
 from surgery.errors import BudgetError, DataError, NotConverted, SurgeryError
 from surgery.gates import iter_gates
@@ -68,6 +69,23 @@ def test_too_little_data_is_said_with_its_number(count: int, reason: str) -> Non
     gated = enliven(gate_all(model, first[:2]))
     with pytest.raises(BudgetError, match=rf"within 0.01 of 0.61 .*{reason}"):
         calibrate(gated, [first[:1].repeat(count, 1, 1, 1)], 0.61, grid=())
+
+
+def test_a_token_counts_as_much_in_a_short_text_as_in_a_long_one() -> None:
+    """Batches of one length each need no mask; thresholds go by tokens, and so do costs."""
+    gated = enliven(gate_all(Stack(mlp(8), mlp(8), head=nn.Linear(8, 3), pool=True), torch.randn(2, 5, 8)))
+    data = [torch.randn(4, 3, 8), torch.randn(4, 30, 8) + 1]
+    state = state_of(gated)
+    curve, opened = CostCurve(state.costs), [0, 0]
+    with override(state, thresholds=0.0), surgery.execution(gated, "skip"):
+        for batch in data:
+            with torch.no_grad(), surgery.tape(gated) as events:
+                gated(batch)
+            curve.collect(events)
+            opened = [count + int(event.decisions.sum()) for count, event in zip(opened, events, strict=True)]
+        decided = observe(gated, data, outputs=False).decided
+    assert list(decided.active_rate.values()) == pytest.approx([count / (4 * 33) for count in opened])
+    assert decided.cost(state.costs) == pytest.approx(curve.finish().cost(0.0), abs=1e-7)  # exact at its own threshold
 
 
 def test_gates_know_their_active_rate_at_every_budget(calibrated: Calibrated) -> None:

@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from subjects import enliven
 from torch import Tensor, nn
-from toys import Residual
+from toys import Masked, Residual, gate_all, mlp
 
 import surgery
 from surgery.budgets import point_at
 from surgery.calling import Batch
 from surgery.context import state_of
-from surgery.costs import costs_of
+from surgery.costs import costs_of, observe
 from surgery.errors import BudgetError, SurgeryError
-from surgery.guarding import _Rates, disagreements, stability, wilson
+from surgery.guarding import _Means, disagreements, stability, wilson
 from surgery.second_look import margin_of
 from surgery.state import LookPoint
 
@@ -60,14 +61,14 @@ def test_stability_index() -> None:
 
 
 def test_the_window_weighs_inputs_and_forgets_the_oldest() -> None:
-    rates = _Rates(2, 1)
+    rates = _Means(2, 1)
     rates.extend(torch.tensor([[1.0], [0.0]]), torch.tensor([3.0, 1.0]))
-    assert rates.means() == [0.75]
+    assert rates.means().tolist() == [0.75]
     rates.extend(torch.tensor([[0.0]]), torch.tensor([0.0]))  # padding alone
-    assert rates.means() == [0.75] and len(rates) == 2
+    assert rates.means().tolist() == [0.75] and len(rates) == 2
     rates.extend(torch.tensor([[1.0]]), torch.tensor([4.0]))
-    assert rates.means() == [pytest.approx(4 / 5)] and len(rates) == 2
-    alone = _Rates(2, 1)
+    assert rates.means().tolist() == [pytest.approx(4 / 5)] and len(rates) == 2
+    alone = _Means(2, 1)
     alone.extend(torch.zeros(2, 1), torch.zeros(2))
     assert len(alone) == 0
 
@@ -257,6 +258,22 @@ def test_a_model_with_a_second_look_is_guarded_with_it(converted: nn.Module, pol
     with torch.no_grad():
         guard(x)
     assert guard.health().cost == pytest.approx(expected, abs=1e-5)
+
+
+def test_cost_goes_by_tokens() -> None:
+    """As the budget does: of a text of two tokens and one of twenty, the longer one weighs more."""
+    mask = torch.arange(20) < torch.tensor([[2], [20]])
+    text = {"inputs_embeds": torch.randn(2, 20, 8), "attention_mask": mask.long()}
+    gated = enliven(gate_all(Masked(mlp(8), mlp(8)), text))
+    surgery.calibrate(gated, [text], 0.7)
+    guard = surgery.Guard(gated, dense_fraction=0.0)
+    with torch.no_grad():
+        guard(**text)
+    decided = observe(gated, [text]).decided
+    short, long = decided.costs(state_of(gated).costs).tolist()
+    assert short != pytest.approx(long, abs=0.01)
+    assert guard.health().cost == pytest.approx((2 * short + 20 * long) / 22)
+    assert guard.health().cost == pytest.approx(decided.cost(state_of(gated).costs))
 
 
 def test_sampled_share(converted: nn.Module) -> None:
