@@ -39,8 +39,11 @@ class CostCurve:
             self.scores.setdefault(event.site, []).append(kept.cpu())
 
     def finish(self) -> CostCurve:
-        """Sort."""
-        self.sorted = {name: torch.cat(parts).sort().values for name, parts in self.scores.items()}
+        """Sort; a score that is no number opens nothing, as one below every threshold."""
+        joined = {name: torch.cat(parts) for name, parts in self.scores.items()}
+        self.sorted = {
+            name: scores.masked_fill(scores.isnan(), -torch.inf).sort().values for name, scores in joined.items()
+        }
         self.scores.clear()
         return self
 

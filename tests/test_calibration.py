@@ -19,7 +19,7 @@ from toys import Once, Set, Stack, convolution, gate_all, gates, mlp
 import surgery
 from surgery.budgets import budget_range, current_point, set_budget, static_policy
 from surgery.calibration import _monotone, calibrate
-from surgery.context import override, state_of
+from surgery.context import Event, override, state_of
 from surgery.cost_curves import CostCurve
 from surgery.costs import observe
 from surgery.errors import BudgetError, DataError, NotConverted, SurgeryError
@@ -86,6 +86,16 @@ def test_a_token_counts_as_much_in_a_short_text_as_in_a_long_one() -> None:
         decided = observe(gated, data, outputs=False).decided
     assert list(decided.active_rate.values()) == pytest.approx([count / (4 * 33) for count in opened])
     assert decided.cost(state.costs) == pytest.approx(curve.finish().cost(0.0), abs=1e-7)  # exact at its own threshold
+
+
+def test_scores_that_are_no_numbers_open_nothing() -> None:
+    """Of four samples two are NaN, and closed at every threshold: at -5 half of the one site runs."""
+    gated = gate_all(Stack(mlp(8)), torch.randn(2, 8), skip="identity")
+    (gate,) = gates(gated)
+    scores = torch.tensor([torch.nan, 1.0, torch.nan, 2.0])
+    curve = CostCurve(state_of(gated).costs)
+    curve.collect([Event(gate.site.name, gate, scores > -5, scores, None)])
+    assert curve.finish().cost(-5.0) == pytest.approx(state_of(gated).costs.cost({gate.site.name: 0.5}))
 
 
 def test_gates_know_their_active_rate_at_every_budget(calibrated: Calibrated) -> None:
