@@ -345,7 +345,8 @@ class _Run:
         stream = stream_error(soft.streams, teacher, self.layouts).sum() / whole.size
         loss = distance + self.stream_weight * stream
         if options.label_weight and batch.labels is not None and output.dim() == 2 and not values:
-            entropy = F.cross_entropy(output.float(), batch.labels, reduction="sum")
+            labels = batch.labels if batch.labels.is_floating_point() else batch.labels.long()  # torch takes no others
+            entropy = F.cross_entropy(output.float(), labels, reduction="sum")
             loss = loss + options.label_weight * entropy / whole.size
         each, spent, weight = prices(soft.decided, self.state.costs)
         sums = self._sum(loss, distance, stream, spent, weight)

@@ -279,6 +279,8 @@ def test_labels_are_used_only_where_asked_for(train: Callable[..., Trained], dat
     assert 1.0 < entropy < 5.0  # of random labels over four classes: at least log 4 on average
     same, _ = train([x for x, _ in data], steps=4, label_weight=0.5)
     assert_same(same, free)
+    small, _ = train([(x, y.to(torch.int32)) for x, y in data], steps=4, label_weight=0.5)
+    assert_same(small, weighted)
 
 
 def test_accumulation_is_a_larger_batch(train: Callable[..., Trained], data: list[tuple[Tensor, Tensor]]) -> None:
