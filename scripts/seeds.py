@@ -183,14 +183,14 @@ def _run(
     from surgery.second_look import given_to_others
 
     state = state_of(gated)
-    judge = Judge(dense, state.units)
+    judge = Judge(dense, state.units, state.outputs)
     parts: dict[Any, Parts] = {"gated": Parts()}
     with torch.no_grad():
         for index, (batch, reference) in enumerate(zip(inputs, outputs, strict=True)):
             with tape(gated) as events:
                 output = call(gated, batch)
             judge.add(parts["gated"], batch, output, reference, events)
-            if not peers:
+            if not (peers and events):  # dense: there are no decisions to give to others
                 continue
             with decided(gated, policies.shuffled(events, index)) as others:
                 output = call(gated, batch)

@@ -387,6 +387,15 @@ def test_several_conversions_are_scored_as_each_alone(
     assert "(0." in seeds.markdown([point], dense.mean)
 
 
+def test_a_conversion_that_runs_dense_has_no_decisions_to_shuffle(
+    model: nn.Module, gated: nn.Module, data: list[tuple[Tensor, Tensor]]
+) -> None:
+    inputs = [Batch((x,), {}, y) for x, y in data]
+    dense, outputs, _ = seeds.dense_score(model, inputs)
+    found = seeds.score_at(gated, 1.0, model, inputs, outputs, peers=True)
+    assert (found.cost, found.scores.mean, set(found.peers)) == (1.0, dense.mean, {"static"})
+
+
 def test_one_checkpoint_is_compared_with_one_for_each_budget_by_input() -> None:
     def scored(right: list[float], cost: float) -> seeds.Scored:
         return seeds.Scored(
