@@ -265,8 +265,11 @@ def _named(values: Iterable[int], names: Sequence[str]) -> list[str]:
 
 def _grouped(seen: Observed, groups: Sequence[str]) -> tuple[GroupAudit, ...]:
     rows = []
-    for name in sorted(set(groups)):
-        chosen = torch.tensor([group == name for group in groups])
+    members: dict[str, list[int]] = {}
+    for index, name in enumerate(groups):
+        members.setdefault(name, []).append(index)
+    for name in sorted(members):
+        chosen = torch.tensor(members[name])
         costs, weights = seen.costs[chosen], seen.weights[chosen].double()
         parts = weights / weights.sum().clamp_min(1e-12)
         mean = float((parts * costs).sum())
@@ -274,7 +277,7 @@ def _grouped(seen: Observed, groups: Sequence[str]) -> tuple[GroupAudit, ...]:
         half = 1.96 * math.sqrt(spread * len(costs) / (len(costs) - 1)) if len(costs) > 1 else math.nan
 
         def share(a: Tensor | None, b: Tensor | None, chosen: Tensor = chosen) -> float | None:
-            return None if a is None or b is None else float((a == b)[chosen].float().mean())
+            return None if a is None or b is None else float((a[chosen] == b[chosen]).float().mean())
 
         rows.append(
             GroupAudit(

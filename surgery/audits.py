@@ -122,7 +122,9 @@ class Observed:
                 found[b""] += 1
                 continue
             longest = max(len(values) for values in one.values())
-            alike = [values if len(values) == longest else values[:1].expand(longest) for values in one.values()]
+            # of a text of padding alone, gates per token decided nothing
+            known = [values if len(values) else torch.zeros(1, dtype=torch.bool) for values in one.values()]
+            alike = [values if len(values) == longest else values[:1].expand(longest) for values in known]
             for row in torch.stack(alike, 1).numpy():
                 found[row.tobytes()] += 1
         return found

@@ -122,6 +122,19 @@ def test_one_group_of_all_costs_what_all_cost() -> None:
     assert same.cost == pytest.approx(0.6) and same.high - 0.6 == pytest.approx(1.96 * 0.4 / math.sqrt(3))
 
 
+def test_a_text_of_padding_alone_has_a_policy() -> None:
+    """A gate per token decided nothing there, one per sample did."""
+    token, sample = torch.tensor([True, False]), torch.tensor([True])
+    seen = Observed(
+        ("token", "sample"), *[torch.zeros(2)] * 3, ["", ""], None, None, None,
+        [{"token": token, "sample": sample}, {"token": token[:0], "sample": sample}],
+    )  # fmt: skip
+    assert sorted(seen.policies.values()) == [
+        1,
+        2,
+    ]  # open and open once; closed and open of a token, and of the padding
+
+
 def test_a_dense_model_in_training_is_left_as_it_is() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Residual(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))), nn.Linear(4, 2)).eval()
