@@ -154,6 +154,7 @@ class _Run:
         self.ours, self.shuffled, self.dense = Parts(), Parts(), Parts()
         self.importance = Importance()
         self.distinct: set[bytes] = set()
+        self.inputs = 0
         self.decisions = 0
         self.per_token = False
         self.decides = False
@@ -166,6 +167,7 @@ class _Run:
         """Run dense, ours, and ours with its decisions shuffled."""
         for index, batch in enumerate(self._batches("measuring")):
             self.seen.append(_mark(batch))
+            self.inputs += batch.size
             dense = call_dense(self.reference, batch)
             self.judge.add(self.dense, batch, dense, dense, None)
             with tape(self.gated) as events:
@@ -184,7 +186,7 @@ class _Run:
                 others.looked.append(rows)
             self.looked.append(events.looked[-1] if events.looked else None)
             self.judge.add(self.shuffled, batch, output, dense, others)
-            if sum(size for size, _ in self.seen[:-1]) < IMPORTANCE_INPUTS:
+            if self.inputs - batch.size < IMPORTANCE_INPUTS:
                 with execution(self.gated, "dense"), handled(self.gated, self.importance):
                     call(self.gated, batch)
 
