@@ -5,13 +5,14 @@ Axis letters: `S` sites, `K` clusters.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from surgery.audits import Audit, Observed
-from surgery.budgets import point_at
+from surgery.budgets import passes_at
 from surgery.context import state_of
 from surgery.gates import iter_gates
 from surgery.logs import Log, Row
@@ -159,16 +160,38 @@ def _drift(log: Log, state: GatedState) -> tuple[list[float], list[float], dict[
     rows = sorted(log, key=lambda row: row.time)
     parts = _slices(rows, min(SLICES, max(1, len(rows) // 8)))
     budget = next((row.budget for row in rows if row.budget is not None), None)
-    expected = point_at(state, budget).active_rate if budget is not None and budget < 1 else {}
+    expected = passes_at(state, budget)[0].active_rate if budget is not None and budget < 1 else {}
     start, times, costs = rows[0].time, [], []
     divergence: dict[str, list[float]] = {name: [] for name in log.sites if name in expected}
     for part in parts:
         times.append((part[len(part) // 2].time - start).total_seconds())
-        costs.append(sum(row.cost for row in part) / len(part))
-        rates = [row.rates() for row in part]
+        weights = [max((total for _, total in _decided(row).values()), default=1) for row in part]
+        costs.append(sum(row.cost * weight for row, weight in zip(part, weights, strict=True)) / max(sum(weights), 1))
+        rates = first_rates(part)
         for name, values in divergence.items():
-            values.append(jensen_shannon(sum(one.get(name, 1.0) for one in rates) / len(rates), expected[name]))
+            values.append(jensen_shannon(rates.get(name, 1.0), expected[name]))
     return times, costs, divergence
+
+
+def first_rates(rows: Sequence[Row]) -> dict[str, float]:
+    """Share of the decisions of some rows that were open, per site: of all real tokens alike, and of first passes."""
+    opened: Counter[str] = Counter()
+    made: Counter[str] = Counter()
+    for row in rows:
+        for site, (count, total) in _decided(row).items():
+            opened[site] += count
+            made[site] += total
+    return {site: opened[site] / total for site, total in made.items() if total}
+
+
+def _decided(row: Row) -> dict[str, tuple[int, int]]:
+    """How many of a row's decisions were open, and how many there were, per site; padding does not count."""
+    found: dict[str, tuple[int, int]] = {}
+    for decision in (one for taken in row.passes for one in taken):
+        values = decision.values if decision.real is None else decision.values[decision.real]
+        count, total = found.get(decision.site, (0, 0))
+        found[decision.site] = count + int(values.sum()), total + values.numel()
+    return found
 
 
 def _slices(rows: Sequence[Row], count: int) -> list[list[Row]]:

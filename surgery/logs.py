@@ -74,12 +74,16 @@ class Row:
     output: Tensor | None
 
     def rates(self) -> dict[str, float]:
-        """Share of this input's decisions that were open, per site; padding does not count, and a second look opens all."""
+        """Share of this input's decisions that were open, per site; padding does not count, and a second look opens all. Of
+        padding alone nothing was open.
+        """
         found: dict[str, list[float]] = {}
         for one in self.passes:
             for decision in one:
                 values = decision.values if decision.real is None else decision.values[decision.real]
-                found.setdefault(decision.site, []).append(1.0 if self.looked else float(values.float().mean()))
+                found.setdefault(decision.site, []).append(
+                    1.0 if self.looked else float(values.sum()) / max(values.numel(), 1)
+                )
         return {site: sum(values) / len(values) for site, values in found.items()}
 
 

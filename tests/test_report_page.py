@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -20,8 +21,9 @@ from test_cli import convert, network, read_json, run  # noqa: F401  (network is
 from surgery.adapters import digits
 from surgery.audits import GroupAudit
 from surgery.errors import DataError
+from surgery.logs import Decision, Row
 from surgery.scripts import report_figures
-from surgery.scripts.report_gallery import _slices, jensen_shannon
+from surgery.scripts.report_gallery import _slices, first_rates, jensen_shannon
 from surgery.scripts.report_inputs import _patch_map, _shares, viridis
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -133,6 +135,20 @@ def test_rows_of_one_call_stay_together() -> None:
     parts = _slices(rows, 4)  # type: ignore[arg-type]
     assert [row.time for part in parts for row in part] == [row.time for row in rows]
     assert [len(part) for part in parts] == [10, 10, 10] and _slices(rows[:5], 3) == [rows[:5]]  # type: ignore[arg-type]
+
+
+def test_rates_of_a_log_go_by_tokens_and_first_passes() -> None:
+    """Two real tokens, one of them open; four closed ones of an input that was looked at again; padding alone."""
+
+    def row(values: list[bool], real: list[bool] | None, looked: bool) -> Row:
+        decision = Decision("mlp", torch.tensor(values), None, None if real is None else torch.tensor(real))
+        known: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Row))
+        return Row(**{**known, "passes": ((decision,),), "looked": looked})
+
+    short = row([True, False, True], [True, True, False], looked=False)
+    long, empty = row([False] * 4, None, looked=True), row([True], [False], looked=False)
+    assert first_rates([short, long, empty]) == {"mlp": 1 / 6}
+    assert [one.rates() for one in (short, long, empty)] == [{"mlp": 0.5}, {"mlp": 1.0}, {"mlp": 0.0}]
 
 
 def digit(path: Path) -> None:
