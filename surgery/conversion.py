@@ -25,6 +25,7 @@ from surgery.calibration import calibrate, check_floor
 from surgery.calling import Batch, Outputs, batches
 from surgery.choosing import Snapshot, keep_the_better, prefer_static_where_it_wins
 from surgery.context import state_of
+from surgery.costs import place
 from surgery.cutting import cut_order
 from surgery.errors import BudgetError, SurgeryError, check_budget, check_choice, check_count
 from surgery.finding import check_weights, find_sites
@@ -166,7 +167,8 @@ def convert(
         find_checkpoint(output_dir)
 
     report("finding sites", 0, None)
-    found = sites if isinstance(sites, Sites) else find_sites(model, first(fit) if example is None else example)
+    called = example if example is not None or isinstance(sites, Sites) else place(first(fit), model)
+    found = sites if isinstance(sites, Sites) else find_sites(model, called)
     if not isinstance(sites, Sites) and sites:
         found = select(found, sites)
     plan = found.plan(

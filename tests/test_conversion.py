@@ -259,6 +259,12 @@ def test_a_granularity_that_a_site_does_not_allow_is_noted(vit: nn.Module, image
     assert not any("not possible" in note for note in state_of(gated).notes)
 
 
+def test_data_are_brought_to_the_dtype_of_the_model(vit: nn.Module, images: list[Tensor]) -> None:
+    half = copy.deepcopy(vit).bfloat16()
+    gated = surgery.convert(half, 0.8, data=images, tune="oneshot", second_look=False)
+    assert gated(images[0].bfloat16()).dtype == torch.bfloat16
+
+
 def test_one_shot_does_not_train(vit: nn.Module, images: list[Tensor]) -> None:
     stages: set[str] = set()
     surgery.convert(vit, 0.6, data=images, tune="oneshot", progress=lambda stage, *_: stages.add(stage))
