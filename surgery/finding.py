@@ -259,44 +259,60 @@ def _probe(
     rejections: list[Rejection] = []
     larger = batch.rows(torch.tensor([*range(batch.size), 0], device=batch.device))
     while hosts:
-        named = _name(model, hosts)
-        inlined = list(dict.fromkeys(n for host in hosts for n in host.inlined))
-        trial_sites = {site.name: site for site in (site for _, _, site in named)}
-        plan = Plan(
-            tuple(SitePlan(site, "sample", "identity", hidden=1) for site in trial_sites.values()),
-            type(model).__name__,
-            1,
-            patterns={host.name: [p.to_list() for p in host.patterns] for host in hosts},
-            inlined=tuple(inlined),
-        )
-        modules = {site.name: [model.get_submodule(m) for m in site.modules] for _, _, site in named}
-        input_names = {site.name: tuple(n.name for n in region.inputs) for _, region, site in named}
         try:
-            gated = insert_gates(model, plan)
-            parameters = {site.name: _parameters(gated, site) for _, _, site in named}
-            first = Probe(input_names, modules, parameters, larger.size)
-            with handled(gated, first):
-                _run(gated, larger)
-            second = Probe(input_names, modules, parameters, batch.size, first.claims)
-            with handled(gated, second):
-                output = tensors(_run(gated, batch))
-            equal = _equal(output, reference)
+            trial = _try(model, batch, larger, hosts)
+            equal = _equal(trial.output, reference)
         except Exception as error:  # anything may go wrong in a model that was traced wrongly; it is then narrowed down
             logger.debug("trial conversion failed", exc_info=True)
             if refused := _refuses(model, larger):
                 return [], [], [Rejection(host.name or "model", refused) for host in hosts], []
-            hosts, found = _narrow(model, batch, hosts, reference, f"{type(error).__name__}: {error}")
+            hosts, found = _narrow(model, batch, larger, hosts, reference, f"{type(error).__name__}: {error}")
             rejections += found
             continue
         if not equal:
-            hosts, found = _narrow(model, batch, hosts, reference, "")
+            hosts, found = _narrow(model, batch, larger, hosts, reference, "")
             rejections += found
             continue
-        once = is_causal(model) and any(claim.cached for claim in second.claims.values())
-        sites, failed = _judge(named, second, modules, once)
-        heads = [one for site in sites if (one := _heads(site, second.claims[site.name], once)) is not None]
-        return sites, heads, rejections + failed, inlined
+        probe = trial.probe
+        once = is_causal(model) and any(claim.cached for claim in probe.claims.values())
+        sites, failed = _judge(trial.named, probe, once)
+        heads = [one for site in sites if (one := _heads(site, probe.claims[site.name], once)) is not None]
+        return sites, heads, rejections + failed, trial.inlined
     return [], [], rejections, []
+
+
+@dataclass(slots=True)
+class _Trial:
+    """A trial conversion that ran, with every branch in full."""
+
+    named: list[tuple[Host, Region, Site]]
+    inlined: list[str]
+    probe: Probe
+    output: list[Tensor]
+
+
+def _try(model: nn.Module, batch: Batch, larger: Batch, hosts: list[Host]) -> _Trial:
+    """Convert `hosts` for a trial and run what was generated, with two batch sizes."""
+    named = _name(model, hosts)
+    inlined = list(dict.fromkeys(n for host in hosts for n in host.inlined))
+    plan = Plan(
+        tuple(SitePlan(site, "sample", "identity", hidden=1) for _, _, site in named),
+        type(model).__name__,
+        1,
+        patterns={host.name: [p.to_list() for p in host.patterns] for host in hosts},
+        inlined=tuple(inlined),
+    )
+    modules = {site.name: [model.get_submodule(m) for m in site.modules] for _, _, site in named}
+    input_names = {site.name: tuple(n.name for n in region.inputs) for _, region, site in named}
+    gated = insert_gates(model, plan)
+    parameters = {site.name: _parameters(gated, site) for _, _, site in named}
+    first = Probe(input_names, modules, parameters, larger.size)
+    with handled(gated, first):
+        _run(gated, larger)
+    second = Probe(input_names, modules, parameters, batch.size, first.claims)
+    with handled(gated, second):
+        output = tensors(_run(gated, batch))
+    return _Trial(named, inlined, second, output)
 
 
 def _refuses(model: nn.Module, larger: Batch) -> str:
@@ -321,21 +337,14 @@ def _run(model: nn.Module, batch: Batch) -> Any:
 
 
 def _narrow(
-    model: nn.Module, batch: Batch, hosts: list[Host], reference: list[Tensor], reason: str
+    model: nn.Module, batch: Batch, larger: Batch, hosts: list[Host], reference: list[Tensor], reason: str
 ) -> tuple[list[Host], list[Rejection]]:
     """Try every host alone; keep those that are bit-equal."""
     kept, rejections = [], []
     for host in hosts:
         why = ""
-        plan = Plan(
-            tuple(SitePlan(site, "sample", "identity", hidden=1) for _, _, site in _name(model, [host])),
-            "",
-            1,
-            patterns={host.name: [p.to_list() for p in host.patterns]},
-            inlined=host.inlined,
-        )
         try:
-            if not _equal(tensors(_run(insert_gates(model, plan), batch)), reference):
+            if not _equal(_try(model, batch, larger, [host]).output, reference):
                 why = "its traced forward does not give the same result"
         except Exception as error:  # the reason goes into the table
             why = (
@@ -354,9 +363,7 @@ def _narrow(
     return kept, rejections
 
 
-def _judge(
-    named: list[tuple[Host, Region, Site]], probe: Probe, modules: Mapping[str, list[nn.Module]], once: bool
-) -> tuple[list[Site], list[Rejection]]:
+def _judge(named: list[tuple[Host, Region, Site]], probe: Probe, once: bool) -> tuple[list[Site], list[Rejection]]:
     sites, rejections = [], []
     order = {name: index for index, name in enumerate(probe.claims)}
     for _, _, site in sorted(named, key=lambda entry: order.get(entry[2].name, len(order))):
@@ -367,11 +374,11 @@ def _judge(
         if claim is None or reason:
             rejections.append(Rejection(site.name, reason))
         else:
-            sites.append(_site(site, claim, probe, modules[site.name], once))
+            sites.append(_site(site, claim, probe, once))
     return sites, rejections
 
 
-def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module], once: bool) -> Site:
+def _site(trial: Site, claim: Claim, probe: Probe, once: bool) -> Site:
     granularities: list[Granularity] = [] if claim.per_sample else ["sample"]
     if not claim.per_token:
         granularities.append("token")
@@ -387,7 +394,7 @@ def _site(trial: Site, claim: Claim, probe: Probe, modules: list[nn.Module], onc
     positions = int(torch.Size(shape[1:]).numel()) // channels
     axes = probe.axes[trial.name]
     assert not isinstance(axes, str)
-    named = list(zip(trial.modules, modules, strict=True))
+    named = list(zip(trial.modules, probe.modules[trial.name], strict=True))
     heaviest = sorted(named, key=lambda pair: -sum(p.numel() for p in pair[1].parameters()))
     return replace(
         trial,

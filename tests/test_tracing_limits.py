@@ -293,6 +293,31 @@ def test_a_block_that_is_shared_in_two_ways_leaves_others_alone() -> None:
     assert any("several times per call" in rejection.reason for rejection in sites.rejections), sites.rejections
 
 
+class WritesIntoItsArgument(nn.Module):
+    """Calls a block for what it writes into the stream, and drops what it returns."""
+
+    class Block(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.add_(self.mlp(self.norm(x)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = self.Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 2 * x
+        self.block(x)
+        return x
+
+
+def test_a_block_that_cannot_be_gated_leaves_others_alone() -> None:
+    model = nn.Sequential(Residual(), WritesIntoItsArgument(), Residual())
+    sites = check(model, tokens(), ["0", "2"])
+    assert [(r.where, r.reason) for r in sites.rejections] == [
+        ("1.block", "its traced forward does not give the same result")
+    ]
+
+
 class Drawing(Residual):
     """Reads its input in an order that it draws, as ViLT reads the patches of an image."""
 
