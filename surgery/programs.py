@@ -30,6 +30,7 @@ from surgery.errors import PlanMismatch, TraceError
 from surgery.first_calls import difference, kind_of_object
 from surgery.generating import code_of, function_of, functions_of
 from surgery.key_values import KeyWriter
+from surgery.nested_calls import nested_stream, run_padded
 from surgery.patterns import Held, Pattern, Signature, pattern_of
 from surgery.query_rows import QueryRows
 from surgery.regions import Region, find_regions, is_rest, or_nothing
@@ -122,6 +123,8 @@ class Programs:
         """
         if runs_dense(module._modules[GATES].state):  # type: ignore[union-attr, arg-type]
             return self.base.forward(module, *args, **kwargs)
+        if (nested := nested_stream(self.base, args, kwargs)) is not None:
+            return run_padded(lambda *call, **named: self.run(module, call, named), nested)
         if self.dtype is not None and (self.dtype != weights_dtype(module) or is_autocast(module)):
             logger.warning(
                 "%s: this call runs dense, since its weights were %s when gates were inserted", self.name, self.dtype

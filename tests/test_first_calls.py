@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from subjects import assert_equal, outputs
+from subjects import assert_close, assert_equal, outputs
 from torch import Tensor, nn
 from tracing_toys import Base, C, N, T, convert, tokens
 
@@ -297,4 +297,25 @@ def test_masks_of_a_transformer_encoder(found_with: str, caplog: pytest.LogCaptu
             torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5, equal_nan=True)
     finally:
         torch.backends.mha.set_fastpath_enabled(was)
+    assert "runs dense" not in caplog.text
+
+
+def test_encoders_that_cut_padding_off(caplog: pytest.LogCaptureFixture) -> None:
+    """Without gradients torch's encoder calls its layers with a nested tensor, and gives zeros for padding."""
+    layer = nn.TransformerEncoderLayer(C, 2, 2 * C, batch_first=True)
+    toy = nn.TransformerEncoder(layer, 2).eval()
+    x = {"src": tokens(), "src_key_padding_mask": PADDING}
+    sites, gated = convert(toy, **x)
+    assert len(sites) == 4, str(sites)
+    assert_equal(outputs(gated, x), outputs(toy, x))
+    with surgery.force(gated, 1.0):
+        assert_close(outputs(gated, x), outputs(toy, x), 1e-6)
+    with surgery.force(gated, 0.0), surgery.tape(gated) as decisions:
+        assert not outputs(gated, x)[0][PADDING].any()
+    assert [len(event.decisions) for event in decisions] == [N] * 4
+    found = []
+    for mode in ("skip", "mask"):
+        with surgery.execution(gated, mode), surgery.force(gated, 0.5, 1):  # type: ignore[arg-type]
+            found.append(outputs(gated, x))
+    assert_close(*found, 1e-5)
     assert "runs dense" not in caplog.text
