@@ -114,7 +114,8 @@ def train_skip_paths(
                     generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 64 + index) % 2**63)
                     cuts = torch.tensor(levels)[torch.randint(len(levels), (batch.size,), generator=generator)]
                     part = _loss(gated, batch, cuts, watched, layouts, options.temperature) / options.accumulate
-                    part.backward()
+                    if part.requires_grad:  # a branch that is cut need not run in every batch
+                        part.backward()
                     loss = loss + part.detach().cpu()
                 clip(parameters, _CLIP)
                 optimiser.step()

@@ -34,6 +34,10 @@ _NOTHING_KNOWN = (
     "what skipping it changes is NaN or infinite for every input, or all is padding; look at what the dense model gives "
     "on this data"
 )
+_NEVER_RAN = (
+    "it ran for the example, but for none of the data that routers are fitted on; give data in which it runs, or leave it out "
+    "(`sites=`)"
+)
 _TIE_BREAK = 0.01  # what is left of a prediction that is worth nothing, so that thresholds between inputs exist
 
 
@@ -116,6 +120,8 @@ def regress_routers(
     for index, (name, gate) in enumerate(gates.items()):
         set_offset(gate)
         if not gate.leader:
+            if name not in features:
+                raise DataError(f"{name}: {_NEVER_RAN}")
             rows, harm = _some(torch.cat(features[name]), torch.cat(harms[name]), _ROWS, generator)
             if len(rows) == 0:
                 raise DataError(f"{name}: {_NOTHING_KNOWN}")

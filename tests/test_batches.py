@@ -68,6 +68,18 @@ def test_models_with_tensors_in_lists_are_converted() -> None:
     assert made[0].args[1][0].shape == (16, 1) and not torch.equal(made[0].args[1][0], data[0][1][0])
 
 
+class InOneDict(Scaled):
+    def forward(self, inputs: dict[str, Any]) -> Tensor:  # type: ignore[override]
+        return super().forward(inputs["x"], [inputs["factor"]])
+
+
+def test_models_that_take_one_dict_are_measured() -> None:
+    data = [{"inputs": {"x": torch.randn(16, 8), "factor": torch.rand(16, 1)}} for _ in range(4)]
+    model = InOneDict().eval()
+    gated = surgery.insert_gates(model, surgery.find_sites(model, data[0]))
+    assert surgery.measure(gated, data, dense=model).samples == 64
+
+
 def test_an_example_of_one_sample_with_a_list() -> None:
     assert len(surgery.find_sites(Scaled().eval(), (torch.randn(1, 8), [torch.rand(1, 1)]))) == 2
 

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Residual, Stack, assert_same, convolution, frozen, gate_all, gates, interrupt_after_update, mlp
+from toys import (
+    Residual,
+    Sometimes,
+    Stack,
+    assert_same,
+    convolution,
+    frozen,
+    gate_all,
+    gates,
+    interrupt_after_update,
+    mlp,
+)
 
 import surgery
 from surgery import cutting, nesting, orders
@@ -221,6 +232,15 @@ def test_cuts_go_down_to_the_smallest_budget(
     monkeypatch.setattr(nesting, "trained_levels", lambda gated, lowest: asked.append(lowest) or [1])
     train_skip_paths(gated, images, **{"options": Options(steps=1), **more})
     assert asked == [lowest]
+
+
+def test_batches_in_which_nothing_that_is_cut_runs() -> None:
+    data: list[dict[str, Tensor]] = [{"x": torch.randn(4, 8)} for _ in range(8)]
+    data += [{"x": torch.randn(4, 8), "more": torch.randn(4, 8)} for _ in range(8)]
+    gated = gate_all(Sometimes(8).eval(), data[-1], granularity="sample", skip="affine")
+    state_of(gated).order = ["sometimes", "always"]
+    losses = train_skip_paths(gated, data, options=Options(epochs=1))
+    assert len(losses) == 16 and all(map(math.isfinite, losses))
 
 
 def test_an_order_comes_first() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Divided, Masked, Noise, Stack, assert_same, frozen, gate_all, gates, mlp
+from toys import Divided, Masked, Noise, Sometimes, Stack, assert_same, frozen, gate_all, gates, mlp
 
 from surgery import regression
 from surgery.calling import Batch
@@ -217,6 +217,12 @@ def test_rows_whose_harm_is_no_number_are_left_out(shape: tuple[int, ...]) -> No
     assert [one.rows for one in found.values()] == [int(40 * rows / 2 * 0.8)] * 2
     with pytest.raises(DataError, match=r"blocks\.0.*NaN or infinite for every input"):
         regress_routers(gated, [bad])
+
+
+def test_a_branch_that_never_runs_is_named() -> None:
+    gated = gate_all(Sometimes(C).eval(), {"x": torch.randn(4, C), "more": torch.randn(4, C)})
+    with pytest.raises(DataError, match="sometimes: it ran for the example, but for none of the data"):
+        regress_routers(gated, [torch.randn(8, C) for _ in range(4)])
 
 
 def test_no_data() -> None:

@@ -109,6 +109,18 @@ class Noise(nn.Module):
         return self.size * torch.sin(F.linear(x, self.weight))
 
 
+class Sometimes(nn.Module):
+    """A branch that runs where there is something for it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.always, self.sometimes = mlp(channels), mlp(channels)
+
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        x = x + self.always(x)
+        return x if more is None else x + self.sometimes(x * more)
+
+
 class Set(nn.Module):
     """A router that opens where the first channel is positive; where it decides per sample, that of the first token."""
 
