@@ -182,7 +182,7 @@ class ActiveQueries(TorchFunctionMode):
             return torch.zeros_like(query), None
         index = self.index.T.unsqueeze(-1).expand(-1, -1, query.shape[-1])  # K N C
         made, _ = WHOLE(query.gather(0, index), key, value, *args, **kwargs)
-        return torch.zeros_like(query).scatter_(0, index, made), None
+        return made.new_zeros(query.shape).scatter_(0, index, made), None  # autocast may have chosen another dtype
 
     def _attend(
         self,

@@ -50,6 +50,19 @@ def test_a_host_that_asks_for_dtypes_runs_dense(caplog: pytest.LogCaptureFixture
     assert "runs dense" in caplog.text
 
 
+def test_some_queries_of_torchs_own_attention() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True).eval()
+    x = torch.randn(3, 5, 16)
+    gated = surgery.insert_gates(model, surgery.find_sites(model, x))
+    found = []
+    for mode in ("skip", "mask"):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), surgery.execution(gated, mode):  # type: ignore[arg-type]
+            with surgery.force(gated, 0.5, 1):
+                found.append(gated(x))
+    assert found[0].dtype == found[1].dtype
+    torch.testing.assert_close(*found, rtol=0, atol=0.05)
+
+
 def test_keys_and_values_are_left_to_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
     model: Any = decoder("llama", layers=2).float()
