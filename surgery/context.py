@@ -377,10 +377,10 @@ def draw(rate: float, seed: int, site: str, samples: Tensor, positions: Tensor |
     Returns:
         bool `(N,)` or `(N, T)`.
     """
-    if positions is None and len(samples) <= _FEW and samples.device.type == "cpu":
+    if positions is None and 0 < len(samples) <= _FEW and samples.device.type == "cpu":
         # a few Python integers are faster than a dozen operations on tensors
         return torch.tensor([draw_one(rate, seed, site, sample, None) for sample in samples.tolist()])
-    if positions is not None and positions.numel() <= _FEW and positions.device.type == "cpu":
+    if positions is not None and 0 < positions.numel() <= _FEW and positions.device.type == "cpu":
         return torch.tensor(
             [
                 [draw_one(rate, seed, site, sample, place) for place in places]

@@ -166,3 +166,9 @@ def test_draws_of_few_and_of_many_tokens_are_the_same() -> None:
     many = draw(0.4, -3, "a", samples, positions)
     few = [draw(0.4, -3, "a", samples, positions[:, t : t + 1]) for t in range(50)]
     assert torch.equal(torch.cat(few, 1), many)
+
+
+def test_draws_of_nothing() -> None:
+    none = torch.arange(0)
+    assert draw(0.4, 0, "a", none, None).dtype == torch.bool
+    assert draw(0.4, 0, "a", torch.arange(3), none.expand(3, 0)).dtype == torch.bool
