@@ -39,6 +39,7 @@ from surgery.state import CostModel, GatedState, SiteCost
 from surgery.tracing import GATES, base_class
 
 _SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel")  # by name, since not every torch has them
+_COMPILED = "OptimizedModule"  # by name as well: importing torch's compiler takes seconds
 
 
 class Gates(nn.Module):
@@ -165,7 +166,8 @@ def check_convertible(model: nn.Module) -> None:
     """Refuse what is not a dense module.
 
     Raises:
-        UnsupportedModel: If it is not a module, is wrapped for several devices, or holds no Python code that it was made from.
+        UnsupportedModel: If it is not a module, is wrapped for several devices or compiled, or holds no Python code that it
+            was made from.
         AlreadyConverted: If it carries gates.
     """
     if not isinstance(model, nn.Module):
@@ -174,6 +176,12 @@ def check_convertible(model: nn.Module) -> None:
         raise UnsupportedModel(
             f"this model is wrapped for training on several devices; convert what is inside, `model.module`, and wrap the result "
             f"in {type(model).__name__} again"
+        )
+    compiled = next((name for name, part in model.named_modules() if type(part).__name__ == _COMPILED), None)
+    if compiled is not None:
+        raise UnsupportedModel(
+            f"{compiled or 'this model'} was made by torch.compile; convert the module that it was made from (in it, "
+            "`._orig_mod`), and compile the result"
         )
     how = _compiled_by(model)
     if how:

@@ -289,7 +289,10 @@ def test_programs_are_no_modules() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         programs = [torch.jit.trace(model, data[0]), torch.jit.script(nn.Linear(8, 8))]
-    for program, by in ((exported, "export"), (nn.Sequential(exported), "export"), *((one, "jit") for one in programs)):
+    compiled = torch.compile(model)
+    inside = [(exported, "export"), (compiled, "compile")]
+    inside += [(nn.Sequential(made), by) for made, by in inside]
+    for program, by in (*inside, *((one, "jit") for one in programs)):
         with pytest.raises(
             errors.UnsupportedModel, match=rf"was made by torch\.{by}.*convert the module that it was made from"
         ):
