@@ -21,6 +21,7 @@ from surgery.tracing import CACHE_NAMES, GATES, has_side_effect
 
 _ADD_FUNCTIONS = frozenset({operator.add, operator.iadd, torch.add})
 _SUB_FUNCTIONS = frozenset({operator.sub, operator.isub, torch.sub, torch.subtract})
+_FUSED = (torch.addcmul, torch.addcdiv, torch.lerp)
 PACKED = "its weights are packed (quantized) and cannot be read; convert the model first, and quantize afterwards"
 _SHAPE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 _SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "__len__"})
@@ -161,11 +162,21 @@ def _other_sums(graph: fx.Graph, module: nn.Module) -> list[tuple[str, str]]:
     """Branches that come to the stream by other means than a plain sum, with the reason why they are none here."""
     found = []
     for node in graph.nodes:
-        scaled = _is(node, _ADD_FUNCTIONS | _SUB_FUNCTIONS, "add", "add_", "sub", "sub_") and "alpha" in node.kwargs
-        if (scaled or _is(node, _SUB_FUNCTIONS, "sub", "sub_")) and _is_branch(graph, node, module):
-            how = "added with a factor (`alpha`)" if scaled else "subtracted"
-            found.append((_label(node.args[1]), f"its result is {how}; only what is added as it is can be skipped"))
+        how = _how_added(node)
+        if how and (branch := _branch_in(graph, node, module)) is not None:
+            found.append((_label(branch), f"its result is {how}; only what is added as it is can be skipped"))
     return found
+
+
+def _how_added(node: fx.Node) -> str:
+    """By what other means than a plain sum a node may add to its first operand; "" where it does not."""
+    if _is(node, _ADD_FUNCTIONS | _SUB_FUNCTIONS, "add", "add_", "sub", "sub_") and "alpha" in node.kwargs:
+        return "added with a factor (`alpha`)"
+    if _is(node, _SUB_FUNCTIONS, "sub", "sub_"):
+        return "subtracted"
+    if _is(node, _FUSED, *(f"{f.__name__}{end}" for f in _FUSED for end in ("", "_"))):
+        return f"added by `{getattr(node.target, '__name__', node.target)}`"
+    return ""
 
 
 def _is(node: fx.Node, functions: Collection[Any], *methods: str) -> bool:
@@ -174,17 +185,17 @@ def _is(node: fx.Node, functions: Collection[Any], *methods: str) -> bool:
     return node.op == "call_function" and node.target in functions
 
 
-def _is_branch(graph: fx.Graph, node: fx.Node, module: nn.Module) -> bool:
-    """Whether the right operand is work on the left one."""
-    if len(node.args) != 2 or not all(isinstance(operand, fx.Node) for operand in node.args):
-        return False
-    left, right = node.args
-    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
-    ancestors = _ancestors(graph)
-    if left not in ancestors[right]:
-        return False
-    region = _cone(right, node, left, ancestors, {node: index for index, node in enumerate(graph.nodes)})
-    return not isinstance(region, str) and _works(region, module)
+def _branch_in(graph: fx.Graph, node: fx.Node, module: nn.Module) -> fx.Node | None:
+    """The operand that is work on the first one, if there is one."""
+    stream, *others = node.args
+    if not isinstance(stream, fx.Node):
+        return None
+    ancestors, order = _ancestors(graph), {node: index for index, node in enumerate(graph.nodes)}
+    for other in (operand for operand in others if isinstance(operand, fx.Node)):
+        region = _cone(other, node, stream, ancestors, order) if stream in ancestors[other] else ""
+        if not isinstance(region, str) and _works(region, module):
+            return other
+    return None
 
 
 def _packed(region: Region, module: nn.Module) -> str:
@@ -426,6 +437,8 @@ def _is_shape_expression(node: fx.Node) -> bool:
     if node.op == "call_function":
         if node.target is getattr:
             return node.args[1] in _SHAPE_ATTRIBUTES
+        if node.target is len:
+            return True
         if getattr(node.target, "__module__", "") in ("_operator", "operator") and node.all_input_nodes:
             return all(_is_shape_expression(source) for source in node.all_input_nodes)
     return node.op == "call_method" and node.target in _SHAPE_METHODS

@@ -17,6 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def _traced(
     keyword.update({name: tracer.argument(name, kind) for name, kind in pattern.keywords})
     stand_in = _stand_in(module, "", tracer, frozenset(inlined), root=True)
     try:
-        result = cls.forward(stand_in, *positional, **keyword)
+        result = _counting(cls.forward)(stand_in, *positional, **keyword)
         if until_cached:
             raise TraceError(f"{cls.__name__}.forward updates no cache")
         tracer.graph.output(tracer.create_arg(result))
@@ -124,6 +125,7 @@ def _traced(
     if tracer.asked:
         tracer.graph.output_node().meta[DTYPE] = tracer.dtype
     _remove_dropout(tracer.graph)
+    _name_no_terms(tracer.graph)
     remove_dead_code(tracer.graph)
     return tracer.graph
 
@@ -153,6 +155,17 @@ def _remove_dropout(graph: fx.Graph) -> None:
             training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
             if training is False:
                 node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
+
+
+def _name_no_terms(graph: fx.Graph) -> None:
+    """Write `torch.add(input=a, other=b)` and `a.add(other=b)` as sums whose terms are given by position."""
+    for node in graph.nodes:
+        if node.target not in (torch.add, "add", "add_"):
+            continue
+        named = dict(node.kwargs)
+        terms = (*node.args, *(named.pop(name) for name in ("input", "other") if name in named))
+        if len(terms) == 2 and named.get("alpha", 1) == 1 and named.keys() <= {"alpha"}:
+            node.args, node.kwargs = terms, {}
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -450,6 +463,30 @@ class _Sized(_Argument):
 
     def __len__(self) -> int:
         raise TraceError("the number of samples decides what is computed")
+
+
+def _counting(function: Any) -> Any:
+    """The function, in which `len(x)` of a traced value is recorded; Python itself would want a number there."""
+    if not isinstance(function, FunctionType) or "len" not in _names_in(function.__code__):
+        return function
+    scope = {"len": _length, **function.__globals__}
+    made = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Names that code reads from outside, inner functions included."""
+    return {*code.co_names, *(n for inner in code.co_consts if isinstance(inner, CodeType) for n in _names_in(inner))}
+
+
+def _length(value: Any) -> Any:
+    """`len(value)`. The number of a shape's sizes is the rank, where the call pattern holds it."""
+    if not isinstance(value, fx.Proxy):
+        return len(value)
+    if isinstance(value, fx.proxy.Attribute) and value.attr == "shape" and isinstance(value.root, _Argument):
+        return value.root.ndim
+    return value.tracer.create_proxy("call_function", len, (value,), {})
 
 
 _ONLY_ASK = (F._none_or_dtype.__code__, torch.is_tensor.__code__)

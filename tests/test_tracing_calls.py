@@ -250,6 +250,26 @@ def test_shape_reads_are_the_branchs_own() -> None:
     assert sites[0].granularities == ("sample",)
 
 
+class Lengths(nn.Module):
+    """The rank and the number of samples by `len`, as everywhere else in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(T * C, T * C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x.shape) != 3:
+            raise ValueError("three axes are expected")
+        parts = [self.mix(x.reshape(len(x), -1))]
+        return x + sum(part.view(len(x), T, C) for part in parts) / len(parts)
+
+
+def test_lengths_are_read_as_python_reads_them() -> None:
+    x = tokens()
+    sites = check(Lengths(), x, ["mix"], x)
+    assert sites[0].granularities == ("sample",)
+
+
 class Windowed(nn.Module):
     """A branch whose program depends on the size of the map (TinyViT)."""
 

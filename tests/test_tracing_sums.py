@@ -29,6 +29,16 @@ class MethodAdd(Base):
         return x.add(self.mlp(self.norm(x)))
 
 
+class NamedTerms(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(input=x, other=self.mlp(self.norm(x)), alpha=1)
+
+
+class NamedTerm(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add(other=self.mlp(self.norm(x)))
+
+
 class PlusEqual(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = self.mlp(self.norm(x))
@@ -45,7 +55,7 @@ class PlusEqualOnStream(Base):
         return x
 
 
-@pytest.mark.parametrize("toy", [Residual, ResidualSwapped, TorchAdd, MethodAdd, PlusEqual])
+@pytest.mark.parametrize("toy", [Residual, ResidualSwapped, TorchAdd, MethodAdd, NamedTerms, NamedTerm, PlusEqual])
 def test_plain_sum(toy: type[nn.Module]) -> None:
     x = tokens()
     sites = check(toy(), x, ["mlp"], x)
@@ -75,7 +85,7 @@ def test_the_left_operand_decides_how_a_sum_lies_in_memory() -> None:
             assert gated[1](x).stride() == toy[1](x).stride() != x.stride()  # type: ignore[index]
 
 
-@pytest.mark.parametrize("toy", [Residual, ResidualSwapped, TorchAdd, MethodAdd, PlusEqual])
+@pytest.mark.parametrize("toy", [Residual, ResidualSwapped, TorchAdd, MethodAdd, NamedTerms, NamedTerm, PlusEqual])
 def test_a_sum_lies_in_memory_as_the_original_one_does(toy: type[nn.Module]) -> None:
     x = torch.randn(N, C, T).transpose(1, 2)
     _, gated = convert(model := toy(), x)
@@ -458,6 +468,16 @@ class Weighted(Base):
         return torch.add(x, self.mlp(self.norm(x)), alpha=0.5)
 
 
+class Fused(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(x, self.mlp(self.norm(x)), self.norm.weight)
+
+
+class Interpolated(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.lerp(self.mlp(self.norm(x)), 0.5)
+
+
 class InPlace(Base):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
@@ -465,7 +485,14 @@ class InPlace(Base):
 
 
 @pytest.mark.parametrize(
-    ("toy", "reason"), [(Weighted, "added with a factor"), (Subtracting, "subtracted"), (InPlace, "subtracted")]
+    ("toy", "reason"),
+    [
+        (Weighted, "added with a factor"),
+        (Subtracting, "subtracted"),
+        (InPlace, "subtracted"),
+        (Fused, "added by `addcmul`"),
+        (Interpolated, "added by `lerp`"),
+    ],
 )
 def test_sums_of_another_kind_are_reported(toy: type[nn.Module], reason: str) -> None:
     sites = surgery.find_sites(toy(), tokens())
