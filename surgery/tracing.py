@@ -107,7 +107,7 @@ def _traced(
     keyword.update({name: tracer.argument(name, kind) for name, kind in pattern.keywords})
     stand_in = _stand_in(module, "", tracer, frozenset(inlined), root=True)
     try:
-        result = _counting(cls.forward)(stand_in, *positional, **keyword)
+        result = _answering(cls.forward)(stand_in, *positional, **keyword)
         if until_cached:
             raise TraceError(f"{cls.__name__}.forward updates no cache")
         tracer.graph.output(tracer.create_arg(result))
@@ -465,11 +465,13 @@ class _Sized(_Argument):
         raise TraceError("the number of samples decides what is computed")
 
 
-def _counting(function: Any) -> Any:
-    """The function, in which `len(x)` of a traced value is recorded; Python itself would want a number there."""
-    if not isinstance(function, FunctionType) or "len" not in _names_in(function.__code__):
+def _answering(function: Any) -> Any:
+    """The function, in which two questions about traced values are answered that Python's own builtins cannot: `len(x)` is
+    recorded, since Python would want a number, and `isinstance(x, Tensor)` is true of tensor arguments.
+    """
+    if not isinstance(function, FunctionType) or not _names_in(function.__code__) & _ANSWERS.keys():
         return function
-    scope = {"len": _length, **function.__globals__}
+    scope = {**_ANSWERS, **function.__globals__}
     made = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
@@ -489,6 +491,12 @@ def _length(value: Any) -> Any:
     return value.tracer.create_proxy("call_function", len, (value,), {})
 
 
+def _is_instance(value: Any, kinds: Any) -> bool:
+    """`isinstance(value, kinds)`; tensor arguments are tensors."""
+    return isinstance(value, kinds) or (issubclass(type(value), _Argument) and issubclass(Tensor, kinds))
+
+
+_ANSWERS: dict[str, Any] = {"len": _length, "isinstance": _is_instance}
 _ONLY_ASK = (F._none_or_dtype.__code__, torch.is_tensor.__code__)
 _CLASSES: dict[str, type] = {"float": float, "int": int}
 _CONSTANTS: dict[str, Any] = {"none": None, "true": True, "false": False}
@@ -549,7 +557,7 @@ def _stand_in(
 
     def record(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if path in inlined:
-            return cls.forward(self, *args, **kwargs)
+            return _answering(cls.forward)(self, *args, **kwargs)
         return tracer.create_proxy("call_module", path, args, kwargs)
 
     def refuse(self: nn.Module, name: str, value: Any = None) -> None:

@@ -270,6 +270,21 @@ def test_lengths_are_read_as_python_reads_them() -> None:
     assert sites[0].granularities == ("sample",)
 
 
+class Asking(Base):
+    """Takes a tensor, or several in a list."""
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(x, (list, tuple)):
+            x = torch.stack(list(x))
+        if not isinstance(x, Tensor):
+            raise TypeError("a tensor is expected")
+        return x + self.mlp(self.norm(x))
+
+
+def test_an_argument_that_is_asked_whether_it_is_a_tensor() -> None:
+    check(Asking(), tokens(), ["mlp"])
+
+
 class Windowed(nn.Module):
     """A branch whose program depends on the size of the map (TinyViT)."""
 
