@@ -29,6 +29,7 @@ from surgery.copying import share
 from surgery.errors import PinError, check_choice
 from surgery.gates import Gate, iter_gates
 from surgery.healing import make_permanent
+from surgery.nested_calls import nested_stream, run_padded
 from surgery.patterns import Pattern, signature_of
 from surgery.programs import Programs
 from surgery.rewriting import subclass
@@ -298,6 +299,8 @@ def _straight(programs: Programs, program: Callable[..., Any], pattern: Pattern)
 
     @functools.wraps(programs.base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (nested := nested_stream(programs.base, args, kwargs)) is not None:
+            return run_padded(functools.partial(forward, self), nested)
         values = []
         for index, (name, default, by_name) in enumerate(named):
             if index < len(args) and not by_name:

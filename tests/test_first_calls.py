@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -308,6 +309,7 @@ def test_encoders_that_cut_padding_off(caplog: pytest.LogCaptureFixture) -> None
     sites, gated = convert(toy, **x)
     assert len(sites) == 4, str(sites)
     assert_equal(outputs(gated, x), outputs(toy, x))
+    assert_close(outputs(surgery.pin(gated, x, "mask", threshold=-math.inf), x), outputs(toy, x), 1e-6)
     with surgery.force(gated, 1.0):
         assert_close(outputs(gated, x), outputs(toy, x), 1e-6)
     with surgery.force(gated, 0.0), surgery.tape(gated) as decisions:
