@@ -45,6 +45,8 @@ _generation: ContextVar[_Generation | None] = ContextVar("surgery_generation", d
 _INPUTS = ("input_ids", "inputs_embeds", "input_values", "input_features", "pixel_values")
 _UNSEEN = ("flash", "flex", "paged")
 """In the names of attention implementations that call neither torch's attention product nor two matrix products."""
+_PACKED = "cu_seq_lens_q"
+"""What transformers passes where a row holds several sequences: in continuous batching, and in batches without padding."""
 _NOTES = ("output_attentions", "output_router_logits")
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
@@ -196,6 +198,8 @@ def _scope_of(model: nn.Module, arguments: Mapping[str, Any]) -> Scope:
     if forced is not None and _generation.get() is None:
         forced.count += rows
     _check_attention(model)
+    if arguments.get(_PACKED) is not None:
+        _check_packed(context.state_of(model))
     if any(planned.granularity == "prefill" for planned in context.state_of(model).plan.sites):
         _see_prompt(scope, context.state_of(model), arguments)
     return scope
@@ -215,6 +219,23 @@ def _check_attention(model: nn.Module) -> None:
         raise PlanMismatch(
             f"{inside[0]}: attention runs as {name!r}, inside of which no token or head can be left out; "
             "use model.set_attn_implementation('sdpa'), or 'eager'"
+        )
+
+
+def _check_packed(state: GatedState) -> None:
+    """Refuse several sequences in one row where routers decide once for a row, since one sequence would decide for another.
+
+    Raises:
+        PlanMismatch: If there is such a gate in this call.
+    """
+    over = context.overrides_of(state)
+    if over.forced is not None or context.default_execution(state, over) in ("dense", "static"):
+        return
+    apart = [p.site.name for p in state.plan.sites if p.granularity != "token" and not p.always_on]
+    if apart:
+        raise PlanMismatch(
+            f"{apart[0]}: this call holds several sequences in one row (continuous batching, or a batch without padding), and "
+            "would decide once for all of them; use generate() or padded batches, or convert with granularity='token'"
         )
 
 

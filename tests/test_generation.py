@@ -10,9 +10,11 @@ import decoders
 import pytest
 import torch
 from decoders import MODELS, decoder
+from subjects import enliven
 from torch import nn
 
 import surgery
+from surgery.errors import PlanMismatch
 from surgery.gates import Gate
 from surgery.key_values import KeyWriter
 
@@ -219,11 +221,44 @@ def test_attention_that_cannot_be_seen_is_refused_by_name(name: str, built: Any)
     was = model.config._attn_implementation
     gated.config._attn_implementation = name
     try:
-        with pytest.raises(surgery.errors.PlanMismatch, match=f"self_attn: attention runs as '{re.escape(name)}'"):
+        with pytest.raises(PlanMismatch, match=f"self_attn: attention runs as '{re.escape(name)}'"):
             with surgery.force(gated, 0.5):
                 gated(input_ids=IDS, attention_mask=MASK)
     finally:
         gated.config._attn_implementation = was
+
+
+def test_continuous_batching_gives_what_generate_gives() -> None:
+    model = decoder("llama", layers=2)
+    plan = surgery.find_sites(model, {"input_ids": IDS, "attention_mask": MASK}).plan()
+    gated = enliven(surgery.insert_gates(model, plan))
+    surgery.context.state_of(gated).budget = 0.5
+    prompts = [[11, 12, 13, 14, 15], [21, 22, 23]]
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    batching = transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)
+    got = gated.generate_batch(prompts, transformers.GenerationConfig(**options), batching).values()
+    alone = [gated.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
+    dense = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
+    assert [one.generated_tokens for one in got] == alone != dense
+
+
+@pytest.mark.parametrize("granularity", ["sample", "prefill"])
+def test_one_decision_for_several_sequences_in_a_row_is_refused(granularity: Any) -> None:
+    model = decoder("llama", layers=2)
+    plan = surgery.find_sites(model, {"input_ids": IDS, "attention_mask": MASK}).plan(granularity=granularity)
+    gated = enliven(surgery.insert_gates(model, plan))
+    packed = {
+        "input_ids": torch.tensor([[11, 12, 13, 21, 22]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
+        "cu_seq_lens_q": torch.tensor([0, 3, 5]),
+        "use_cache": False,
+    }
+    with torch.no_grad():
+        with surgery.execution(gated, "skip"), pytest.raises(PlanMismatch, match="several sequences in one row"):
+            gated(**packed)
+        for mode in ("dense", "static"):
+            with surgery.execution(gated, mode):
+                gated(**packed)
 
 
 def test_returned_attention_weights_are_those_of_every_token(built: Any) -> None:
