@@ -259,15 +259,25 @@ def call_dense(model: nn.Module, batch: Batch) -> Any:
         raise refusal(model, batch, error) from error
 
 
+def span_of(output: Any) -> dict[str, Tensor]:
+    """The logits of where an answer begins and ends, each `(N, T)`, by name; empty where the output holds none."""
+    found = {name: getattr(output, name, None) for name in ("start_logits", "end_logits")}
+    known = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    return known if len({value.shape for value in known.values()}) == 1 and len(known) == 2 else {}
+
+
 def read_output(output: Any) -> Tensor:
     """The tensor that matters: logits where there are some, else the first floating-point tensor.
 
     Returns:
-        `(N, K)` class logits, `(N, T, K)` token logits, `(N,)` numbers, or an embedding of any shape.
+        `(N, K)` class logits, `(N, T, K)` token logits, `(N, 2, T)` logits of an answer's first and last token, `(N,)`
+        numbers, or an embedding of any shape.
 
     Raises:
         DataError: If the output holds no floating-point tensor, or single numbers only.
     """
+    if span := span_of(output):
+        return torch.stack(list(span.values()), 1)
     for name in ("logits", "logits_per_image", "last_hidden_state"):
         value = getattr(output, name, None)
         if isinstance(value, Tensor):
@@ -294,9 +304,14 @@ def kind_of(model: nn.Module, batch: Batch, output: Any, outputs: Outputs = "aut
     """What an output holds: what the user said in `outputs`, else what the model, its shape or its labels tell, if they do."""
     if outputs != "auto":
         return outputs
-    if getattr(getattr(model, "config", None), "problem_type", None) == "regression":  # transformers
+    problem = getattr(getattr(model, "config", None), "problem_type", None)  # transformers
+    if problem in ("regression", "multi_label_classification"):
         return "values"
-    value = read_output(output)
+    value, labels = read_output(output), batch.labels
+    if labels is not None and labels.is_floating_point() and labels.shape == value.shape:
+        return "values"  # several classes at once, or several numbers
+    if span_of(output):
+        return "logits"
     if value.dim() not in (2, 3) or value.shape[-1] < 2:
         return "values"
     if any(getattr(output, name, None) is value for name in ("logits", "logits_per_image")):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import context
-from surgery.calling import Batch, as_batch, call, device_of, dtype_of, read_output
+from surgery.calling import Batch, as_batch, call, device_of, dtype_of, read_output, span_of
 from surgery.context import state_of
 from surgery.errors import ExportError, MissingDependency, OutputExists, SurgeryError, check_choice, first_line
 from surgery.gates import iter_gates
@@ -78,7 +78,8 @@ class _Noted:
 
 
 class Program(nn.Module):
-    """A pinned model with tensors in and tensors out: the main output, then the decisions that are wanted.
+    """A pinned model with tensors in and tensors out: the main output (of an answer its start and end), then the decisions
+    that are wanted.
 
     Args:
         pinned: What `surgery.pin` gave.
@@ -94,7 +95,7 @@ class Program(nn.Module):
         self.noted = _Noted()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`(output, *decisions)`; their names are noted."""
+        """`(*outputs, *decisions)`; their names are noted."""
         running = running_of(self.model)
         found: dict[str, Tensor] = {}
         running.decisions = found if self.decisions else None
@@ -102,11 +103,18 @@ class Program(nn.Module):
             result = call(self.model, self.batch.filled(tensors))
         finally:
             running.decisions = None
-        output = read_output(result)
-        fields = result.items() if isinstance(result, Mapping) else ()
-        name = next((str(name) for name, value in fields if value is output), "output")
-        self.noted.outputs = (name, *(f"decisions.{site}" for site in found))
-        return (output, *found.values())
+        outputs = _outputs(result)
+        self.noted.outputs = (*outputs, *(f"decisions.{site}" for site in found))
+        return (*outputs.values(), *found.values())
+
+
+def _outputs(result: Any) -> dict[str, Tensor]:
+    """What a program gives of a model's output, by name."""
+    if span := span_of(result):
+        return span
+    output = read_output(result)
+    fields = result.items() if isinstance(result, Mapping) else ()
+    return {next((str(name) for name, value in fields if value is output), "output"): output}
 
 
 def export(

@@ -32,6 +32,7 @@ ORDER = ("unhealed", "one pass", "static", "static+look", "frozen", "importance"
 """The peers that share the gates and skip paths, as they are listed."""
 _LOOKS = (0.0, 0.06, 0.12, 0.2)  # what a static cut at least leaves for second looks, of which the best is taken
 _MOST = 0.6
+_ROUNDING = 1e-9  # differences of means below it are none: a cut of the same cost is interpolated
 _FEWEST = 20  # inputs without which a share of second looks cannot be told from chance
 
 
@@ -211,8 +212,9 @@ class Contest:
 
         def add(name: str, cost: float, score: Scores, speed: dict[int, Ratio]) -> None:
             ours = self.ours.score
-            low, high = interval(ours, score, resamples, self.seed)
-            found[name] = Peer(name, cost, score.mean, ours.mean - score.mean, low, high, speed)
+            gaps = (ours.mean - score.mean, *interval(ours, score, resamples, self.seed))
+            difference, low, high = (0.0 if abs(gap) < _ROUNDING else gap for gap in gaps)
+            found[name] = Peer(name, cost, score.mean, difference, low, high, speed)
 
         def timed(key: Any) -> dict[int, Ratio]:
             return {size: by_key[key] for size, by_key in times.items() if key in by_key}

@@ -138,6 +138,21 @@ def test_a_torch_program_agrees_and_names_its_decisions(tmp_path: Path) -> None:
     assert [bool(d) for d in decisions] == [bool(d) for d in found.values()]
 
 
+def test_an_answer_is_exported_as_its_start_and_its_end(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForQuestionAnswering(BertConfig(vocab_size=50, **sizes)).eval()
+    example = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+    gated = surgery.insert_gates(model, surgery.find_sites(model, example).plan())
+    done = export(gated, tmp_path / "m.onnx", example, execution="mask")
+    with torch.no_grad(), surgery.execution(gated, "mask"):
+        expected = gated(**example)
+    assert done.outputs == ("start_logits", "end_logits")
+    found = run_onnx(done.path, example)
+    assert_close(list(found.values()), [expected.start_logits, expected.end_logits], TOLERANCE)
+
+
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 def test_a_static_file_lacks_what_never_runs(suffix: str, tmp_path: Path) -> None:
     gated = toys.gate_all(

@@ -250,6 +250,17 @@ def test_static_policy_pays_for_no_router(gated: nn.Module, data: Any) -> None:
     )
 
 
+def test_rounding_is_no_difference(gated: nn.Module, data: Any) -> None:
+    state = state_of(gated)
+    state.policy, state.static, state.outputs = "static", {state.names[0]: False, state.names[1]: True}, "values"
+    costs = {name: SiteCost(cost, 2.9, 1.0) for name, cost in zip(state.names, (32.2, 58.3), strict=True)}
+    state.costs = CostModel("flops", 103.7, costs)  # the static cut misses 4e-16 of the way to that of this cost
+    found = measure(gated, [x + 0.1 for x, _ in data], **NO_TIME)
+    static = found.peer("static")
+    assert (static.difference, static.low, static.high) == (0, 0, 0)
+    assert not any("is better in" in note for note in found.notes)
+
+
 def test_without_labels_the_agreement_is_compared(gated: nn.Module, data: Any) -> None:
     found = measure(gated, [x for x, _ in data], **NO_TIME)
     assert found.metric == {} and found.dense_metric == {}

@@ -16,6 +16,7 @@ from toys import Stack, mlp
 import surgery
 from surgery.calling import Batch, is_logits, kind_of, read_output, tensors
 from surgery.errors import DataError, SurgeryError, UnsupportedModel
+from surgery.scoring import agreement_of
 from surgery.second_look import given_to_others
 
 
@@ -101,6 +102,16 @@ def test_a_second_look_replaces_rows_in_every_wrapping(wrap: Callable[[Tensor], 
     assert type(result) is type(given) and rows.sum() == 2
     assert torch.equal(read_output(result), rows[:, None].expand(6, 3).float())
     assert not read_output(given).any()  # others may hold it
+
+
+def test_an_answer_is_where_it_begins_and_where_it_ends() -> None:
+    start, end = torch.randn(2, 5), torch.randn(2, 5)
+    span = SimpleNamespace(start_logits=start, end_logits=end)
+    assert torch.equal(read_output(span), torch.stack((start, end), 1)) and is_logits(nn.Identity(), Batch(), span)
+    other = SimpleNamespace(start_logits=start, end_logits=-end)
+    name, agreed = agreement_of(nn.Identity(), Batch(), other, span)
+    assert name == "argmax" and agreed.mean == 0.5
+    assert read_output(SimpleNamespace(start_logits=start, end_logits=None, logits=end)) is end
 
 
 def test_a_loss_is_no_output() -> None:
@@ -194,6 +205,10 @@ def test_logits_or_values() -> None:
     assert not is_logits(plain, Batch(), torch.randn(4)) and not is_logits(plain, Batch(), torch.randn(4, 1))
     assert is_logits(plain, Batch(), named) and not is_logits(regression, Batch(), named)
     assert is_logits(regression, Batch(), named, "logits") and not is_logits(plain, Batch(), named, "values")
+    several = nn.Identity()
+    several.config = SimpleNamespace(problem_type="multi_label_classification")  # type: ignore[assignment]
+    assert not is_logits(several, Batch(), named)  # every number counts, and what they have in common too
+    assert not is_logits(plain, Batch(labels=torch.ones(2, 3)), named)
     hidden = SimpleNamespace(last_hidden_state=torch.randn(2, 4, 9))
     kinds = [
         kind_of(plain, Batch(), one) for one in (named, hidden, torch.randn(2, 3), torch.randn(2, 4, 9), torch.randn(2))
