@@ -81,7 +81,7 @@ class Judge:
         Raises:
             DataError: If this batch can be scored in another way than those before it.
         """
-        found = metric_of(self.reference, batch, output)
+        found = metric_of(self.reference, batch, output, self.outputs)
         name = None if found is None else found[0]
         if not self.started:
             self.metric, self.started = name, True

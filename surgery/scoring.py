@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.calling import Batch, Outputs, is_logits, read_output
+from surgery.calling import Batch, Outputs, is_logits, kind_of, read_output
 from surgery.errors import DataError
 
 IGNORED = -100  # label of positions that do not count, as in torch's cross entropy
@@ -58,8 +58,8 @@ class Scores:
         return Scores(torch.lerp(self.values, other.values, share), self.weights)
 
 
-def metric_of(model: nn.Module, batch: Batch, output: Any) -> tuple[str, Scores] | None:
-    """The metric that fits model and labels, by name, or None where nothing tells right from wrong.
+def metric_of(model: nn.Module, batch: Batch, output: Any, outputs: Outputs = "auto") -> tuple[str, Scores] | None:
+    """The metric that fits model and labels, by name, or None where nothing tells right from wrong, as of values.
 
     Integer labels `(N,)` give `accuracy`, integer labels per token `token_accuracy`; language models that predict the
     next token give `nats_per_token` from the tokens that they are called with.
@@ -67,6 +67,8 @@ def metric_of(model: nn.Module, batch: Batch, output: Any) -> tuple[str, Scores]
     Raises:
         DataError: If labels do not fit the logits.
     """
+    if kind_of(model, batch, output, outputs) == "values":
+        return None
     logits, labels = read_output(output), batch.labels
     tokens = next_tokens(model, batch, logits)
     if tokens is not None:
@@ -126,8 +128,8 @@ def next_tokens(model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None
         return None
     if can_generate is not None and not can_generate():
         return None
-    if can_generate is None and batch.labels is not None:  # a tagger of the user's own
-        return None
+    if can_generate is None and (batch.labels is not None or int(ids.max()) >= logits.shape[-1]):
+        return None  # a tagger or an encoder of the user's own
     name = "decoder_attention_mask" if "decoder_input_ids" in batch.kwargs else "attention_mask"
     mask = batch.kwargs.get(name)
     following = ids[:, 1:]

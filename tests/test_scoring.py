@@ -125,3 +125,17 @@ def test_mixing_is_linear_in_the_share() -> None:
     a, b = Scores(torch.tensor([0.0, 1.0]), torch.ones(2)), Scores(torch.tensor([1.0, 1.0]), torch.ones(2))
     assert a.mixed(b, 0.25).values.tolist() == [0.25, 1.0]
     assert Scores.joined([a, b]).mean == 0.75
+
+
+def test_hidden_states_predict_no_tokens() -> None:
+    hidden, ids = torch.randn(2, 4, 8), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 9]])
+    assert metric_of(PLAIN, Batch((), {"input_ids": ids}), hidden) is None  # 9 is no entry of the last axis
+    assert metric_of(PLAIN, Batch((), {"input_ids": ids - 2}), hidden, "values") is None
+
+
+def test_values_are_not_classes() -> None:
+    values, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    headless = nn.Identity()
+    headless.num_classes = 0  # type: ignore[assignment]
+    assert metric_of(PLAIN, Batch((values,), labels=labels), values, "values") is None
+    assert metric_of(headless, Batch((values,), labels=labels), values) is None  # as timm's are
