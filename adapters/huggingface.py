@@ -122,6 +122,12 @@ huggingface_native.register()
 
 
 def _write(model: nn.Module, save: Callable[..., Any], directory: Path) -> None:
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise CheckpointError(
+            f"{type(model).__name__} wraps a model of transformers, whose weights it cannot write in one piece; "
+            "merge adapters before converting (peft: merge_and_unload), or use surgery.save(gated, directory) and "
+            "surgery.load(directory, model=…)"
+        )
     try:
         with _quiet():
             save(model, save_directory=str(directory))

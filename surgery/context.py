@@ -356,12 +356,19 @@ def state_of(gated: nn.Module) -> GatedState:
     Raises:
         NotConverted: If there is none.
     """
-    state = gated.__dict__.get("_surgery_state")
+    state = getattr(gated, "__dict__", {}).get("_surgery_state")
     if state is None:
-        raise NotConverted(
-            f"{type(gated).__name__} has no gates; convert it first: gated = surgery.convert(model, budget=0.6)"
-        )
+        raise NotConverted(f"{type(gated).__name__} has no gates; {_where_gates_are(gated)}")
     return state
+
+
+def _where_gates_are(model: Any) -> str:
+    """What to give in the place of a model without gates: the part of a wrapper (peft, accelerate) that has some."""
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    inner = next((name for name, part in parts if "_surgery_state" in part.__dict__), None)
+    if inner is not None:
+        return f"the converted model inside of it has: give its `{inner}`"
+    return "convert it first: gated = surgery.convert(model, budget=0.6)"
 
 
 def draw(rate: float, seed: int, site: str, samples: Tensor, positions: Tensor | None) -> Tensor:

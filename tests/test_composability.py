@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.nn.utils import prune
 
 import surgery
 from surgery.context import state_of
+from surgery.errors import CheckpointError, NotConverted
 from surgery.gates import Gate, iter_gates
 from surgery.scripts.zoo import call, find
 
@@ -66,6 +69,31 @@ def test_lora_adapts_active_query_tokens_as_masked_ones() -> None:
         with torch.no_grad(), surgery.execution(gated, mode):  # type: ignore[arg-type]
             results.append(call(tuned, example).logits)
     assert_close([results[1]], [results[0]])
+
+
+def test_a_model_of_peft_is_saved_beside_its_gates_only(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    one = subject("transformers/bert")
+    tuned = peft.get_peft_model(copy.deepcopy(one.model), peft.LoraConfig(r=2, target_modules=["query"])).eval()
+    gated = surgery.insert_gates(tuned, surgery.find_sites(tuned, one.example).plan())
+    for form in ("base", "native"):
+        with pytest.raises(CheckpointError, match="merge adapters before converting"):
+            surgery.save(gated, tmp_path / form, **{form: True})
+        assert not (tmp_path / form).exists()
+    surgery.save(gated, tmp_path / "gates")
+    assert_equal(outputs(surgery.load(tmp_path / "gates", model=tuned), one.example), outputs(gated, one.example))
+
+
+def test_the_gated_model_inside_a_wrapper_is_named() -> None:
+    peft = pytest.importorskip("peft")
+    gated = copy.deepcopy(subject("transformers/bert").gated)
+    tuned = peft.get_peft_model(gated, peft.LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(
+        NotConverted, match="has no gates; the converted model inside of it has: give its `base_model.model`"
+    ):
+        surgery.status(tuned)
+    with pytest.raises(NotConverted, match="str has no gates; convert it first"):
+        surgery.status("bert-c60")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["timm/vit_pico", "transformers/bert"])
