@@ -23,7 +23,20 @@ ERROR = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 TAKE_DIRECTORIES = frozenset(
-    ("app", "audit", "benchmark", "compare", "export", "heal", "push", "record", "replay", "report", "score")
+    (
+        "app",
+        "audit",
+        "benchmark",
+        "calibrate",
+        "compare",
+        "export",
+        "heal",
+        "push",
+        "record",
+        "replay",
+        "report",
+        "score",
+    )
 )
 """Commands whose DIR is a converted model; those that are left take a MODEL, or neither."""
 # What to type next, by error, then by command, by what the command takes, or for all (""). Messages that name an option or a
