@@ -110,8 +110,10 @@ def train_skip_paths(
             for step in range(len(losses), total):
                 loss = torch.zeros(())
                 for index in range(options.accumulate):
-                    batch = place(next(stream), gated)
+                    batch = next(stream)
                     generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 64 + index) % 2**63)
+                    mixed = torch.randperm(batch.size, generator=generator)  # the first rows get the deepest cuts
+                    batch = place(batch.rows(mixed.to(batch.device)), gated)
                     cuts = torch.tensor(levels)[torch.randint(len(levels), (batch.size,), generator=generator)]
                     part = _loss(gated, batch, cuts, watched, layouts, options.temperature) / options.accumulate
                     if part.requires_grad:  # a branch that is cut need not run in every batch

@@ -25,6 +25,7 @@ from toys import (
 import surgery
 from surgery import cutting, nesting, orders
 from surgery.budgets import static_policy
+from surgery.calling import Batch
 from surgery.context import handled, state_of
 from surgery.cutting import cut_order
 from surgery.errors import CheckpointError, SurgeryError
@@ -195,6 +196,25 @@ def test_training_brings_static_policies_nearer(network: nn.Module, images: list
     losses = train_skip_paths(gated, images, options=Options(steps=60), validation=images)
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert_same(frozen(gated), {**backbone, **routers})
+
+
+def test_every_sample_gets_every_depth(
+    network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rows of a batch get the deepest cuts, so which ones these are changes from step to step."""
+    gated, first = gate_all(network, images[0][:2], skip="depthwise"), []
+    cut_order(gated, images)
+    whole = nesting._loss
+
+    def noted(gated: nn.Module, batch: Batch, *more: Any) -> Tensor:
+        rows = batch.tensors[0]
+        assert torch.equal(rows.flatten(1).sort(0).values, images[0].flatten(1).sort(0).values)
+        first.append(next(i for i, image in enumerate(images[0]) if torch.equal(image, rows[0])))
+        return whole(gated, batch, *more)
+
+    monkeypatch.setattr(nesting, "_loss", noted)
+    train_skip_paths(gated, images[:1], options=Options(steps=12))
+    assert len(first) == 12 and len(set(first)) > 6
 
 
 def test_training_that_makes_static_policies_worse_is_undone(network: nn.Module, images: list[Tensor]) -> None:
