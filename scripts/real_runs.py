@@ -99,7 +99,7 @@ RUNS = (
     Run(
         "minilm", "MiniLM (BERT, 6 layers), SST-2", "hf:{weights}/minilm-sst2", "sst2", None, 32, (1, 32),
         (0.75, 0.6, 0.5, 0.4, 0.3), {0.75: "100 %", 0.6: "100 %", 0.5: "99.8 %", 0.4: "98.5 %", 0.3: "96 %"}, epochs=6,
-        augment=True, lowest=0.3, second_look=False, texts=True,
+        lowest=0.3, second_look=False, texts=True,
     ),
     Run(
         "minilm-default", "MiniLM, SST-2, as `convert` does by itself", "hf:{weights}/minilm-sst2", "sst2", None, 32, (1, 32),
