@@ -128,8 +128,9 @@ class _Twins:
         if number == len(self.drawn):
             if self.decisions == "nested":
                 # sites that are cut late see streams where nearly everything before is cut, the first ones all kinds
-                levels = torch.rand(self.count, generator=torch.Generator().manual_seed(0)) * len(self.order)
-                kept = (levels <= self.order.index(site)).view(-1, *(1,) * (len(shape) - 1))
+                if self.levels is None:
+                    self.levels = torch.rand(self.count, generator=self.generator) * len(self.order)
+                kept = (self.levels <= self.order.index(site)).view(-1, *(1,) * (len(shape) - 1))
                 self.drawn.append(kept.expand(self.count, *shape[1:]))
             else:
                 if self.levels is None:

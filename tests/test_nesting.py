@@ -198,6 +198,15 @@ def test_training_brings_static_policies_nearer(network: nn.Module, images: list
     assert_same(frozen(gated), {**backbone, **routers})
 
 
+def test_nested_cuts_go_by_the_seed(network: nn.Module, images: list[Tensor]) -> None:
+    gated, found = gate_all(network, images[0][:2], skip="linear"), []
+    cut_order(gated, images)
+    for seed in (0, 0, 1):
+        fit_skip_paths(gated, images, decisions="nested", seed=seed)
+        found.append(torch.cat([value.flatten() for value in skip_paths(gated).values()]))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 def test_every_sample_gets_every_depth(
     network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
