@@ -15,7 +15,7 @@ import inspect
 import operator
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from types import CodeType, FunctionType
 from typing import Any
@@ -29,7 +29,6 @@ from surgery.containers import Guard, original_of
 from surgery.errors import TraceError, first_line
 from surgery.notes import collector, is_idle
 from surgery.patterns import Pattern, signature_of
-from surgery.starred import Starred, holds_sizes, is_unpacked, joined, with_sizes
 
 DTYPE = "dtype"  # key in the metadata of an output node: the dtype that decided what `forward` does
 ATTRIBUTES = "attributes"  # key in the metadata of an output node: the plain attributes that `forward` read
@@ -238,11 +237,6 @@ class _Proxy(fx.Proxy):
             result.node.meta[INPLACE] = True
         return result
 
-    def __len__(self) -> int:
-        if holds_sizes(self.node) and is_unpacked(sys._getframe(1)):
-            return 1  # Python asks how much room to make
-        return int(super().__len__())
-
     def __gt__(self, other: Any) -> Any:
         return True if self._is_size_beside(other) else super().__gt__(other)  # type: ignore[misc]
 
@@ -359,24 +353,9 @@ class _Tracer(fx.proxy.TracerBase):
             self._attributes[name] = fx.Proxy(self.create_node("get_attr", name, (), {}), self)
         return self._attributes[name]
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        if holds_sizes(obj.node) and is_unpacked(sys._getframe(2)):
-            return iter([Starred(obj.node)])
-        return super().iter(obj)
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> fx.Proxy:
-        args = with_sizes(kind, target, args)
-        if any(isinstance(one, Starred) for one in (*args, *kwargs.values())):
-            cls = base_class(self.module)
-            raise TraceError(f"{cls.__name__}.forward unpacks the sizes of a tensor whose rank is not known")
-        return super().create_proxy(kind, target, args, kwargs, *more, **named)
-
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
-        if isinstance(a, (tuple, list)) and any(isinstance(one, Starred) for one in a):
-            add = lambda *terms: self.create_node("call_function", operator.add, terms, {})  # noqa: E731  (short)
-            return joined([one if isinstance(one, Starred) else self.create_arg(one) for one in a], add)
         a = original_of(a)
         if isinstance(a, Tensor):
             raise TraceError(
