@@ -59,8 +59,12 @@ def test_the_budget_holds_on_other_inputs() -> None:
 def test_second_looks_go_or_are_decided_anew() -> None:
     torch.manual_seed(0)
     gated = surgery.convert(Tokens().eval(), 0.6, data=inputs(0, 0), tune="oneshot", second_look=True)
-    assert state_of(gated).looks
-    calibrate_anew(gated, inputs(0, 1), second_look=False)
+    before = state_of(gated).looks
+    assert before
+    calibrate_anew(gated, inputs(4, 1))
+    anew = state_of(gated).looks
+    assert {look.budget for look in anew} >= {0.6} and anew != before
+    calibrate_anew(gated, inputs(4, 1), second_look=False)
     assert not state_of(gated).looks
 
 

@@ -318,6 +318,26 @@ def test_training_that_makes_it_worse_is_undone(
     assert any("one-shot result is kept" in note for note in state_of(gated).notes)
 
 
+def test_per_sample_static_is_asked_about_before_and_after_routers_are_trained(
+    vit: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    budgets: list[float] = []
+
+    def prefer(*_: Any, ties: bool = False) -> bool:
+        asked.append(ties)
+        return False
+
+    monkeypatch.setattr("surgery.conversion.prefer_static_where_it_wins", prefer)
+    monkeypatch.setattr("surgery.conversion.train_skip_paths", lambda *_, budget, **__: budgets.append(budget))
+    options = Options(steps=2)
+    surgery.convert(vit, 0.7, data=images, granularity="sample", options=options, second_look=False)
+    assert asked == [False, True] and budgets == [0.7]
+    asked.clear()
+    surgery.convert(vit, 0.7, data=images, granularity="sample", tune="oneshot", second_look=False)
+    assert asked == [False]
+
+
 def test_static_policy_runs_where_it_wins(images: list[Tensor]) -> None:
     """A router that opens the branch that matters for half of the inputs, where it could open it for all."""
     model = Stack(mlp(4), nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4)), head=nn.Linear(4, 3))
