@@ -26,6 +26,8 @@ from surgery.objectives import margin
 from surgery.routers import Router, SampleRouter
 from surgery.sites import CHANNELS_FIRST
 
+_TINY = 1e-12
+
 
 @dataclass(slots=True)
 class HarmLabels:
@@ -61,6 +63,11 @@ def label_harm(gated: nn.Module, batch: Batch, generator: torch.Generator | None
     for site, gradient in zip(sites, gradients, strict=True):
         labels[site.gate.site.name] = HarmLabels(site.features, _harm(site, gradient), site.weights)
     return labels
+
+
+def floor_of(mean: Tensor) -> Tensor:
+    """A small share of the mean harm, to be added so that exact zeros have a finite logarithm."""
+    return 1e-3 * mean + _TINY
 
 
 @dataclass(slots=True)

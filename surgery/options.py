@@ -37,6 +37,10 @@ class Options:
         heal_rate: Peak learning rate of healing.
         heal_rank: Rank of low-rank changes while healing.
         label_weight: Weight of cross-entropy with the labels, if the data has some.
+        harm_weight: Weight of first-order harm, labelled anew for every batch, as an auxiliary target of routers: which
+            inputs a gate should be open for (`surgery.auxiliary`). Takes a forward and a backward pass more a batch.
+        diversity_weight: Weight of the mutual information of input and decision, which keeps gates from treating all
+            inputs of a batch alike (`surgery.auxiliary`).
         accumulate: Batches per optimiser step.
         save_every: Steps between checkpoints.
         mixed_precision: `no`, `fp16` or `bf16`.
@@ -58,6 +62,8 @@ class Options:
     heal_rate: float = 1e-3
     heal_rank: int = 8
     label_weight: float = 0.0
+    harm_weight: float = 0.0
+    diversity_weight: float = 0.0
     accumulate: int = 1
     save_every: int = 100
     mixed_precision: str = "no"
@@ -68,7 +74,7 @@ class Options:
             if not ((isinstance(value, int) and value >= 1) or (name == "steps" and value is None)):
                 raise SurgeryError(f"Options.{name} must be a whole number of at least 1, got {value!r}")
         rates = ("router_rate", "skip_rate", "nested_rate", "heal_rate")
-        for name in (*rates, "noise", "stream_weight", "anneal", "label_weight"):
+        for name in (*rates, "noise", "stream_weight", "anneal", "label_weight", "harm_weight", "diversity_weight"):
             value = getattr(self, name)
             if not (value is None and name == "stream_weight") and not (is_number(value) and value >= 0):
                 raise SurgeryError(f"Options.{name} must be a number that is not negative, got {value!r}")

@@ -21,7 +21,7 @@ from surgery.context import state_of
 from surgery.costs import place
 from surgery.errors import DataError, check_count
 from surgery.gates import Gate, iter_gates
-from surgery.harm import HarmLabels, label_harm
+from surgery.harm import HarmLabels, floor_of, label_harm
 from surgery.progress import Progress, silent
 from surgery.routers import Router, SampleRouter
 
@@ -182,7 +182,7 @@ class _Fitted:
 
 
 def _fit(router: Router, rows: Tensor, harm: Tensor, seed: int) -> _Fitted:
-    target = torch.log(harm + _floor(harm))
+    target = torch.log(harm + floor_of(harm.mean(0)))
     generator = torch.Generator().manual_seed(seed)
     if len(rows) < _FEWEST:
         _initialise(router, generator)
@@ -224,11 +224,6 @@ def _initialise(router: nn.Module, generator: torch.Generator) -> None:
             weight = (torch.rand(module.weight.shape, generator=generator) * 2 - 1) * bound
             module.weight.data.copy_(weight)
             module.bias.data.zero_()
-
-
-def _floor(harm: Tensor) -> Tensor:
-    """A small share of the typical harm, so that exact zeros have a finite logarithm."""
-    return 1e-3 * harm.mean(0) + _TINY
 
 
 def _correlation(predicted: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from surgery.auxiliary import diversity_gradients, harm_gradients
 from surgery.calling import Batch, batches, check_batches, device_of, length_of, read_output
 from surgery.context import handled, state_of
 from surgery.costs import place, run
 from surgery.errors import CheckpointError, DataError, SurgeryError, check_budget
 from surgery.gates import iter_gates
+from surgery.harm import label_harm
 from surgery.held_out import HeldOut
 from surgery.objectives import divergence
 from surgery.options import HIGHEST, LOWEST, PRECISIONS, Options
@@ -359,17 +361,39 @@ class _Run:
             factor * price / sums[4].to(price) * d.probability * (1 - d.probability)
             for price, d in zip(each, soft.decided, strict=True)
         ]
-        for total, gradients in ((harms, pulls), (costs, pushes)):
+        auxiliary = self._auxiliary(batch, soft, factor * self.scaler.get_scale())
+        guided = [pull + more for pull, more in zip(pulls, auxiliary, strict=True)] if auxiliary else pulls
+        for total, gradients in ((harms, guided), (costs, pushes)):
             for kept, gradient in zip(total, router_gradients(soft.decided, gradients, self.routers), strict=True):
                 kept += gradient
         pull, push = self._sum(*(torch.stack([g.sum() for g in gs]).sum() for gs in (pulls, pushes)))
         ours = torch.stack((sums[0], sums[1], sums[2], sums[3] / sums[4])) * share
         return torch.cat((ours, torch.stack((pull, push)) / processes))
 
+    def _auxiliary(self, batch: Batch, soft: SoftGates, factor: float) -> list[Tensor]:
+        """Gradients of the scores for auxiliary targets, per gate; none where there are no such targets.
+
+        They are not part of what the price of compute is found from: they say for which inputs, not how often.
+        """
+        options, found = self.options, []
+        if options.harm_weight:
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+                labels = label_harm(self.gated, batch, torch.Generator().manual_seed(soft.seed))
+            found.append((options.harm_weight, harm_gradients(soft.decided, labels, self._total)))
+        if options.diversity_weight:
+            gradients = diversity_gradients(soft.decided, soft.threshold, self._total)
+            found.append((options.diversity_weight, gradients))
+        weighted = [[factor * weight * gradient for gradient in gradients] for weight, gradients in found]
+        return [torch.stack(each).sum(0) for each in zip(*weighted, strict=True)]
+
     def _sum(self, *values: Tensor) -> Tensor:
         """Sums over all processes, float64 on the CPU."""
-        stacked = torch.stack([v.detach().float() for v in values])
-        return self.accelerator.reduce(stacked, "sum").double().cpu()
+        return self._total(torch.stack([v.detach().float() for v in values])).double().cpu()
+
+    def _total(self, value: Tensor) -> Tensor:
+        """The sum of a float32 tensor over all processes."""
+        total: Tensor = self.accelerator.reduce(value.detach().float(), "sum")
+        return total
 
     def _reduce_gradients(self) -> None:
         if self.accelerator.num_processes == 1:

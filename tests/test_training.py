@@ -452,6 +452,8 @@ def test_bad_arguments(train: Callable[..., Trained]) -> None:
         {"mixed_precision": "fp8"},
         {"budgets": (0.8, 0.2)},
         {"stream_weight": -1.0},
+        {"harm_weight": -0.1},
+        {"diversity_weight": float("nan")},
     ],
     ids=lambda option: next(iter(option)),
 )

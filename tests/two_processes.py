@@ -24,7 +24,8 @@ def train() -> dict[str, Tensor]:
     data = [torch.randn(7, C) for _ in range(4)]  # an odd size: processes get different shares
     gated = gate_all(model, data[0])
     state_of(gated).threshold = -0.2
-    history = train_routers(gated, data, budget=0.5, options=Options(steps=6, accumulate=2, router_rate=1e-2))
+    options = Options(steps=6, accumulate=2, router_rate=1e-2, harm_weight=0.3, diversity_weight=0.2)
+    history = train_routers(gated, data, budget=0.5, options=options)
     result = {name: p.detach().clone() for name, p in trainable(gated).items()}
     return {**result, "cost": torch.tensor(history.columns()["cost"]), "loss": torch.tensor(history.columns()["loss"])}
 
