@@ -22,7 +22,7 @@ from surgery.adaptation import KINDS as HEALING
 from surgery.adaptation import check_healable
 from surgery.adaptation import heal as heal_backbone
 from surgery.calibration import calibrate, check_floor
-from surgery.calling import Batch, Outputs, batches
+from surgery.calling import Batch, Outputs, as_batch, batches, evaluating
 from surgery.choosing import Snapshot, keep_the_better, prefer_static_where_it_wins
 from surgery.context import state_of
 from surgery.costs import place
@@ -31,6 +31,7 @@ from surgery.errors import BudgetError, SurgeryError, check_budget, check_choice
 from surgery.finding import check_weights, find_sites
 from surgery.fitting import fit_skip_paths
 from surgery.gates import iter_gates
+from surgery.labelling import why_no_gradient
 from surgery.latency import check_time_floor
 from surgery.look_calibration import calibrate_second_look
 from surgery.made_inputs import made_inputs
@@ -171,18 +172,30 @@ def convert(
     found = sites if isinstance(sites, Sites) else find_sites(model, called)
     if not isinstance(sites, Sites) and sites:
         found = select(found, sites)
-    plan = found.plan(
-        granularity=granularity,
-        skip=skip,
-        width=width,
-        first_tokens=first_tokens,
-        first_layers=first_layers,
-        routers=routers,
-        cost=cost,
-        budget=min((budget, *(options.budgets or ())[:1])),
-        trained=trains and options.skip_rate > 0,
+
+    def gate_all(trained: bool) -> tuple[Plan, nn.Module]:
+        """The plan, and the network with its gates, for skip paths that are trained or not."""
+        plan = found.plan(
+            granularity=granularity,
+            skip=skip,
+            width=width,
+            first_tokens=first_tokens,
+            first_layers=first_layers,
+            routers=routers,
+            cost=cost,
+            budget=min((budget, *(options.budgets or ())[:1])),
+            trained=trained and options.skip_rate > 0,
+        )
+        return plan, insert_gates(model, plan)
+
+    plan, gated = gate_all(trains)
+    reason = (
+        untrainable(gated, as_batch(called), asked=tune in ("routers", "train"), heal=heal) if trains or heal else ""
     )
-    gated = insert_gates(model, plan)
+    if reason:
+        trains = False
+        plan, gated = gate_all(trains)
+        state_of(gated).note(f"not trained, since {reason}; fitted from forward passes")
     state = state_of(gated)
     state.outputs = outputs
     for text in (*plan_notes(found, plan, granularity, width, routers), *dear_routers(gated)):
@@ -203,7 +216,7 @@ def convert(
         cut_order(gated, fit, samples=_CUT_SAMPLES // 4, progress=report)
     if trains and per_sample:
         train_skip_paths(gated, fit, budget=budget, resume=resume, progress=report, **training)
-    regress_routers(gated, fit, samples=samples, seed=seed, progress=report)
+    regress_routers(gated, fit, samples=samples, seed=seed, labels=options.harm_labels, progress=report)
     calibrate(gated, held, budget, cost=cost, progress=report)
 
     is_static = trains and per_sample and prefer_static_where_it_wins(gated, held)
@@ -241,6 +254,21 @@ def check_reachable(gated: nn.Module, held: Iterable[Any], budget: float, cost: 
         check_floor(gated, budget)
     elif budget < 1:
         check_time_floor(gated, held, budget)
+
+
+def untrainable(gated: nn.Module, batch: Batch, *, asked: bool, heal: str | None) -> str:
+    """Why nothing can be trained, as a clause, or an empty one; `asked` is whether training was asked for.
+
+    Raises:
+        SurgeryError: If what was asked for cannot be done.
+    """
+    with evaluating(gated):
+        reason = why_no_gradient(gated, place(batch, gated))
+    if reason and heal:
+        raise SurgeryError(f"healing learns by gradients, and {reason}; leave out heal=…")
+    if reason and asked:
+        raise SurgeryError(f"training learns by gradients, and {reason}; use tune='oneshot', which does without")
+    return reason
 
 
 def plan_notes(

@@ -48,21 +48,35 @@ class HarmLabels:
 def label_harm(gated: nn.Module, batch: Batch, generator: torch.Generator | None = None) -> dict[str, HarmLabels]:
     """Label every site of a gated model on one batch, with all gates open.
 
-    Costs one forward and one backward pass; the backbone's parameters need no gradient.
+    Costs one forward and one backward pass; the backbone's parameters need no gradient. Where no gradient reaches a site its
+    harm is 0; see `surgery.labelling`.
     """
-    collector = _Collector()
+    return harm_and_unreached(gated, batch, generator)[0]
+
+
+def harm_and_unreached(
+    gated: nn.Module, batch: Batch, generator: torch.Generator | None = None
+) -> tuple[dict[str, HarmLabels], list[str]]:
+    """`label_harm`, and the sites that no gradient reaches: nothing there reaches the output, or the model cuts gradients off.
+
+    Raises:
+        RuntimeError: Of torch, if something has no derivative.
+    """
+    collector = Collector()
     with torch.enable_grad(), handled(gated, collector):
         output = read_output(run(gated, batch))
         values = state_of(gated).gives_values
         objective = margin(output, batch, generator or torch.Generator().manual_seed(0), values=values)
     sites = collector.sites
     gradients: Sequence[Tensor | None] = [None] * len(sites)
-    if objective.requires_grad:  # else no branch reaches the output
+    if objective.requires_grad:
         gradients = torch.autograd.grad(objective, [s.probe for s in sites], allow_unused=True)
-    labels = {}
+    labels, unreached = {}, []
     for site, gradient in zip(sites, gradients, strict=True):
         labels[site.gate.site.name] = HarmLabels(site.features, _harm(site, gradient), site.weights)
-    return labels
+        if gradient is None:
+            unreached.append(site.gate.site.name)
+    return labels, unreached
 
 
 def floor_of(mean: Tensor) -> Tensor:
@@ -71,7 +85,9 @@ def floor_of(mean: Tensor) -> Tensor:
 
 
 @dataclass(slots=True)
-class _Seen:
+class Seen:
+    """One site in one call with all gates open."""
+
     gate: Gate
     probe: Tensor
     difference: Tensor | None
@@ -81,12 +97,13 @@ class _Seen:
 
 
 @dataclass(slots=True)
-class _Collector:
+class Collector:
     """Gate handler: open gates, with a zero added to every branch output to take gradients at."""
 
-    sites: list[_Seen] = field(default_factory=list)
+    sites: list[Seen] = field(default_factory=list)
 
     def __call__(self, gate: Gate, branch: Branch, left: Tensor | None, residual: Tensor, inputs: Sequence[Any]) -> Any:
+        """Execute one gate."""
         stream = residual.detach()
         difference = None
         if isinstance(gate, HeadGate):
@@ -102,7 +119,7 @@ class _Collector:
         with torch.no_grad():
             weights = gate.padding(stream) if gate.per_token else None
             features = self._features(gate, stream)
-        self.sites.append(_Seen(gate, probe, difference, features, weights))
+        self.sites.append(Seen(gate, probe, difference, features, weights))
         result = added(branch, left, value)
         return (result, *escaped) if branch.escapes else result
 
@@ -121,7 +138,7 @@ def _scaled(x: Tensor, probes: list[Tensor]) -> Tensor:
     return x * probes[-1]
 
 
-def _harm(site: _Seen, gradient: Tensor | None) -> Tensor:
+def _harm(site: Seen, gradient: Tensor | None) -> Tensor:
     if site.difference is None:  # the effect of a head, unsigned per position
         return torch.zeros_like(site.probe[:, 0, :, 0]) if gradient is None else gradient.float().abs().sum((1, 3))
     if gradient is None:  # the branch does not reach the output

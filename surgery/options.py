@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
-from surgery.errors import SurgeryError, is_number
+from surgery.errors import SurgeryError, check_choice, is_number
+from surgery.labelling import Labels
 
 LOWEST, HIGHEST = 0.45, 0.9  # budgets that a checkpoint serves beside its own
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -41,6 +43,8 @@ class Options:
             inputs a gate should be open for (`surgery.auxiliary`). Takes a forward and a backward pass more a batch.
         diversity_weight: Weight of the mutual information of input and decision, which keeps gates from treating all
             inputs of a batch alike (`surgery.auxiliary`).
+        harm_labels: What routers are fitted to before training: `first_order`, `leave_one_out` or `auto`, as `labels` of
+            `surgery.regress_routers`.
         accumulate: Batches per optimiser step.
         save_every: Steps between checkpoints.
         mixed_precision: `no`, `fp16` or `bf16`.
@@ -64,6 +68,7 @@ class Options:
     label_weight: float = 0.0
     harm_weight: float = 0.0
     diversity_weight: float = 0.0
+    harm_labels: Labels = "auto"
     accumulate: int = 1
     save_every: int = 100
     mixed_precision: str = "no"
@@ -80,6 +85,7 @@ class Options:
                 raise SurgeryError(f"Options.{name} must be a number that is not negative, got {value!r}")
         if not is_number(self.temperature) or self.temperature <= 0:
             raise SurgeryError(f"Options.temperature must be a positive number, got {self.temperature!r}")
+        check_choice("Options.harm_labels", self.harm_labels, get_args(Labels))
         if self.budgets is not None:
             self.budgets = _range(self.budgets)
         if self.mixed_precision not in tuple(PRECISIONS):

@@ -1,4 +1,4 @@
-"""`regress_routers`: routers learn to predict log harm, in seconds, without a gradient through the backbone's
+"""`regress_routers`: routers learn to predict log harm, in seconds, without a gradient for the backbone's
 parameters.
 
 Axis letters: `N` samples, `T` tokens, `F` router features, `M` rows.
@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from surgery.calling import batches
 from surgery.context import state_of
 from surgery.costs import place
-from surgery.errors import DataError, check_count
+from surgery.errors import DataError, check_choice, check_count
 from surgery.gates import Gate, iter_gates
-from surgery.harm import HarmLabels, floor_of, label_harm
+from surgery.harm import HarmLabels, floor_of
+from surgery.labelling import Labeller, Labels
 from surgery.progress import Progress, silent
 from surgery.routers import Router, SampleRouter
 
@@ -64,9 +65,10 @@ def regress_routers(
     *,
     samples: int = 2048,
     seed: int = 0,
+    labels: Labels = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Predictability]:
-    """Fit every router to first-order harm labels (`surgery.harm`) and set every gate's offset to its log saving.
+    """Fit every router to harm labels and set every gate's offset to its log saving.
 
     Where sites share a router, it is fitted to the labels of all of them at once.
 
@@ -75,6 +77,9 @@ def regress_routers(
         data: Batches; labels are not used.
         samples: Number of samples to label.
         seed: Seed of initialisation and row sampling.
+        labels: `first_order` (`surgery.harm`: a forward and a backward pass), `leave_one_out` (`surgery.leaving_out`: a forward
+            pass for every site), or `auto` for the second only where the model lets no gradient through, or a backward pass
+            does not fit into memory, with a note.
         progress: Called with batches labelled and routers fitted.
 
     Returns:
@@ -83,8 +88,10 @@ def regress_routers(
     Raises:
         DataError: If the data yields nothing, or there is no row of a site to learn from.
         NotConverted: If the model has no gates.
+        SurgeryError: If `labels` is none of the above.
     """
     check_count("samples", samples, 1)
+    check_choice("labels", labels, get_args(Labels))
     report = progress or silent
     groups = {name: [name] for name, gate in iter_gates(gated) if not gate.leader}
     for name, gate in iter_gates(gated):
@@ -93,13 +100,14 @@ def regress_routers(
     features: dict[str, list[Tensor]] = {}
     harms: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
+    labeller = Labeller(gated, labels, generator)
     unknown: Counter[str] = Counter()
     count = 0
     for batch in batches(data):
         batch = place(batch, gated)
-        labels = label_harm(gated, batch, generator)
-        for name in (name for name in labels if name in groups):
-            rows, harm = _rows_of([labels[member] for member in groups[name]])
+        found = labeller.label(batch)
+        for name in (name for name in found if name in groups):
+            rows, harm = _rows_of([found[member] for member in groups[name]])
             known = rows.isfinite().all(1) & harm.isfinite().reshape(len(harm), -1).all(1)
             if not known.all():  # the model's own output is no number there
                 unknown[name] += int((~known).sum())
