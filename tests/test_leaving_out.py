@@ -168,14 +168,92 @@ def test_a_site_that_reaches_nothing_is_no_reason(data: list[Tensor]) -> None:
 
 
 def test_labels_are_asked_for_by_name(data: list[Tensor]) -> None:
-    one, other, by_default = (gate_all(stack(), data[0][:2]) for _ in range(3))
+    one, other = (gate_all(stack(), data[0][:2]) for _ in range(2))
     surgery.regress_routers(one, data, labels="first_order")
     surgery.regress_routers(other, data, labels="leave_one_out")
-    surgery.regress_routers(by_default, data)
-    pairs = list(zip(iter_gates(one), iter_gates(other), iter_gates(by_default), strict=True))
-    assert all(torch.equal(a.router.up.weight, c.router.up.weight) for (_, a), _, (_, c) in pairs)
-    assert not any(torch.equal(a.router.up.weight, b.router.up.weight) for (_, a), (_, b), _ in pairs)
+    pairs = list(zip(iter_gates(one), iter_gates(other), strict=True))
+    assert not any(torch.equal(a.router.up.weight, b.router.up.weight) for (_, a), (_, b) in pairs)
     with pytest.raises(SurgeryError, match="labels must be one of auto, first_order, leave_one_out"):
         surgery.regress_routers(one, data, labels="second")  # type: ignore[arg-type]
     with pytest.raises(SurgeryError, match="harm_labels must be one of"):
         surgery.Options(harm_labels="second")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("routers", ["own", "shared"])
+def test_levels_come_from_leaving_out(routers: Any) -> None:
+    one = subject("timm/vit_pico")
+    torch.manual_seed(0)
+    data = [one.example + 0.3 * torch.randn_like(one.example) for _ in range(8)]
+    plan = surgery.find_sites(one.model, one.example).plan(routers=routers)
+    gates = [surgery.insert_gates(one.model, plan) for _ in range(2)]
+    surgery.regress_routers(gates[0], data, labels="first_order")
+    surgery.regress_routers(gates[1], data)
+    labeller = Labeller(gates[1])
+    for batch in data:
+        labeller.label(as_batch(batch))
+    levels = labeller.levels()
+    for (name, first), (_, both) in zip(iter_gates(gates[0]), iter_gates(gates[1]), strict=True):
+        # the same router but for a constant: scores are logarithms
+        torch.testing.assert_close(both.router.up.weight, first.router.up.weight, atol=1e-4, rtol=1e-3)
+        shift = both.router.up.bias - first.router.up.bias
+        torch.testing.assert_close(shift, levels[name].log(), atol=1e-3, rtol=1e-3)
+    assert len({round(float(level), 4) for level in levels.values()}) > 1
+
+
+def test_a_level_by_hand() -> None:
+    gated, batch = gate_all(stack(), torch.randn(2, C)), as_batch(torch.randn(12, C))
+    labeller = Labeller(gated)
+    labels = labeller.label(batch)
+    absent = label_by_leaving_out(gated, batch)
+    for name, level in labeller.levels().items():
+        expected = absent[name].harm.mean().sqrt() / labels[name].harm.mean()
+        torch.testing.assert_close(level, expected.reshape(1))
+
+
+def test_levels_are_found_from_a_share_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    gated, sizes = gate_all(stack(), torch.randn(2, C)), []
+
+    def counted(gated: nn.Module, batch: Any) -> Any:
+        sizes.append(batch.size)
+        return label_by_leaving_out(gated, batch)
+
+    monkeypatch.setattr("surgery.labelling.label_by_leaving_out", counted)
+    labeller = Labeller(gated)
+    for size in (10, 40, 40, 400, 2000, 40):
+        labeller.label(as_batch(torch.randn(size, C)))
+    assert sizes == [10, 6, 5, 50, 185]  # 16 at least, then an eighth of each, 256 in all
+
+
+def test_heads_have_a_level_each() -> None:
+    one = subject("timm/vit_pico")
+    gated = surgery.insert_gates(one.model, surgery.find_sites(one.model, one.example).filter(kind="heads"))
+    labeller = Labeller(gated)
+    labels = labeller.label(as_batch(one.example))
+    for name, level in labeller.levels().items():
+        assert level.shape == labels[name].harm.shape[1:] and len(set(level.tolist())) > 1
+
+
+def test_levels_mend_the_order_of_sites() -> None:
+    """A branch whose effects cancel: much at each position, nothing together, which first order cannot see."""
+
+    class Cancelling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(C, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            wave = torch.tensor([1.0, -1.0]).repeat(x.shape[1] // 2)[:, None]
+            return self.inner(x) * 0 + 5 * wave  # cancels in the mean over positions
+
+    torch.manual_seed(0)
+    model = Stack(Cancelling(), mlp(C), head=nn.Linear(C, 4), pool=True).eval()
+    data = [torch.randn(32, 6, C) for _ in range(6)]
+    sites = surgery.find_sites(model, data[0][:2])
+    scores = {}
+    for labels in ("first_order", "auto"):
+        gated = surgery.insert_gates(model, sites.plan(granularity="sample", skip="identity"))
+        surgery.regress_routers(gated, data, labels=labels)  # type: ignore[arg-type]
+        with torch.no_grad():
+            scores[labels] = [float((gate.scores(data[0]) + gate.offset).mean()) for _, gate in iter_gates(gated)]
+    assert scores["first_order"][0] > scores["first_order"][1]  # the branch that does nothing seems to matter most
+    assert scores["auto"][0] < scores["auto"][1]
