@@ -216,7 +216,12 @@ def convert(
         cut_order(gated, fit, samples=_CUT_SAMPLES // 4, progress=report)
     if trains and per_sample:
         train_skip_paths(gated, fit, budget=budget, resume=resume, progress=report, **training)
-    regress_routers(gated, fit, samples=samples, seed=seed, labels=options.harm_labels, progress=report)
+    labels = options.harm_labels
+    if (
+        labels == "auto" and trains and per_sample
+    ):  # beside trained static policies levels bring nothing (docs/lab/routers.md)
+        labels = "first_order"
+    regress_routers(gated, fit, samples=samples, seed=seed, labels=labels, progress=report)
     calibrate(gated, held, budget, cost=cost, progress=report)
 
     is_static = trains and per_sample and prefer_static_where_it_wins(gated, held)

@@ -1,10 +1,13 @@
-"""A lab page: do auxiliary targets of routers in training bring anything, or keep them from collapse?
+"""A lab page: what should routers be fitted to, and do auxiliary targets in training keep them from collapse?
 
-    python -m surgery.scripts.auxiliary_trial hf:../shared/weights/minilm-sst2 --data ../shared/data/sst2/train.parquet \
-        --setting 0:0 --setting 0.1:0 --setting 0:0.1
+    python -m surgery.scripts.harm_trial python:scripts/networks.py:vit6 --data ../shared/data/cifar10/train.parquet \
+        --setting first_order --setting leave_one_out --setting auto
+    python -m surgery.scripts.harm_trial hf:../shared/weights/minilm-sst2 --data ../shared/data/sst2/train.parquet \
+        --tune train --setting auto:0:0 --setting auto:0.1:0 --setting auto:0:0.1
 
-Converted once, one-shot, and trained once for every setting `HARM:DIVERSITY`, from the same state on. Scored on other training
-data at equal realised cost: thresholds are set on these inputs, for all alike, and routers decide whether they pay or not.
+Converted once, one-shot; for every setting `LABELS[:HARM_WEIGHT:DIVERSITY_WEIGHT]` routers are then fitted anew, and trained with
+skip paths if asked for. Scored on other training data at equal realised cost: thresholds are set on these inputs, for all alike,
+and routers decide whether they pay or not. The first rows are of the static policy with the same fitted skip paths.
 """
 
 from __future__ import annotations
@@ -54,14 +57,18 @@ class Row:
 def main(
     model: Annotated[str, typer.Argument(help="MODEL: a classifier or language model.")],
     data: Annotated[str, typer.Option(help="Training data.")],
-    settings: Annotated[list[str], typer.Option("--setting", help="Repeatable: harm_weight:diversity_weight.")],
+    settings: Annotated[
+        list[str], typer.Option("--setting", help="Repeatable: LABELS[:HARM_WEIGHT:DIVERSITY_WEIGHT].")
+    ],
     limit: Annotated[int, typer.Option(help="Inputs to convert with.")] = 1500,
     held: Annotated[int, typer.Option(help="Other inputs to compare on.")] = 500,
     batch_size: Annotated[int, typer.Option(help="Inputs per batch.")] = 50,
     budgets: Annotated[list[float] | None, typer.Option("--budget", help="Repeatable; 0.75, 0.6, 0.5.")] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 1,
     granularity: Annotated[str, typer.Option(help="As in `surgery convert`.")] = "auto",
+    tune: Annotated[str, typer.Option(help="oneshot or train.")] = "oneshot",
     epochs: Annotated[int, typer.Option(help="Of training.")] = 3,
+    samples: Annotated[int, typer.Option(help="Inputs to label.")] = 2048,
     augment: options.Augment = False,
     threads: options.Threads = 1,
 ) -> None:
@@ -70,11 +77,11 @@ def main(
     from surgery.calling import batches
 
     options.set_up(threads, 0)
-    asked = budgets or [0.75, 0.6, 0.5]
+    asked, how = budgets or [0.75, 0.6, 0.5], (granularity, tune, epochs, samples)
     typer.echo(
         "| harm | diversity | seed | budget | cost | KL | KL, shuffled | agreement | entropy | policies | bits |"
     )
-    typer.echo("|---|---|---|---|---|---|---|---|---|---|---|")
+    typer.echo("|---|---|---|---|---|---|---|---|---|---|")
     for seed in range(seeds):
         loaded = load_model(model)
         common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "shuffle": True}
@@ -83,12 +90,12 @@ def main(
         fit: Any = list(batches(rows))[: limit // batch_size]
         if augment:
             fit = load_data(data, loaded, split="train", limit=limit, whole_texts="auto", augment=True, **common)
-        for setting, budget, row in compare(loaded.model, fit, other, settings, asked, seed, epochs, granularity):
+        for setting, budget, row in compare(loaded.model, fit, other, settings, asked, seed, how):
             numbers = (
                 f"{row.cost:.3f} | {row.divergence:.4f} | {row.shuffled:.4f} | {row.agreement:.3f} | {row.entropy:.2f} | "
                 f"{row.policies:,} for {row.decided} | {row.information:.2f}"
             )
-            typer.echo(f"| {setting.replace(':', ' | ')} | {seed} | {budget} | {numbers} |")
+            typer.echo(f"| {setting.replace(':', ', ')} | {seed} | {budget} | {numbers} |")
 
 
 def compare(
@@ -98,29 +105,43 @@ def compare(
     settings: Sequence[str],
     budgets: Sequence[float],
     seed: int,
-    epochs: int,
-    granularity: Any,
+    how: tuple[Any, str, int, int],
 ) -> Iterator[tuple[str, float, Row]]:
-    """Train for each setting, and score on inputs that nothing was fitted on."""
+    """Fit and train for each setting, and score on inputs that nothing was fitted on."""
     import surgery
     from surgery.calibration import calibrate
     from surgery.context import state_of
 
+    granularity, tune, epochs, samples = how
     start = surgery.convert(
-        model, min(budgets), data=fit, granularity=granularity, tune="oneshot", second_look=False, seed=seed
+        model,
+        min(budgets),
+        data=fit,
+        granularity=granularity,
+        tune="oneshot",
+        second_look=False,
+        samples=samples,
+        seed=seed,
     )
-    state_of(start).policy = "routed"
-    for setting in settings:
-        harm, _, diversity = setting.partition(":")
-        training = surgery.Options(epochs=epochs, harm_weight=float(harm), diversity_weight=float(diversity or 0))
-        gated = copy.deepcopy(start)
-        began = time.process_time()
-        surgery.train_routers(gated, fit, budget=min(budgets), options=training, seed=seed)
-        note(f"{setting}: {time.process_time() - began:.0f} s of CPU")
+
+    def scored(gated: nn.Module, policy: str) -> Iterator[tuple[float, Row]]:
         for budget in budgets:
             calibrate(gated, other, budget, grid=())
-            state_of(gated).policy = "routed"
-            yield setting, budget, score(gated, other)
+            state_of(gated).policy = policy
+            yield budget, score(gated, other)
+
+    yield from (("static", *row) for row in scored(copy.deepcopy(start), "static"))
+    for setting in settings:
+        labels, harm, diversity, *_ = (*setting.split(":"), "0", "0")
+        training = surgery.Options(epochs=epochs, harm_weight=float(harm), diversity_weight=float(diversity))
+        gated, began = copy.deepcopy(start), time.process_time()
+        state_of(gated).policy = "routed"
+        surgery.regress_routers(gated, fit, samples=samples, seed=seed, labels=labels)  # type: ignore[arg-type]
+        if tune == "train":
+            calibrate(gated, list(fit)[:10], min(budgets))
+            surgery.train_routers(gated, fit, budget=min(budgets), options=training, seed=seed)
+        note(f"{setting}: {time.process_time() - began:.0f} s of CPU")
+        yield from ((setting, *row) for row in scored(gated, "routed"))
 
 
 def score(gated: nn.Module, data: Sequence[Batch]) -> Row:
@@ -144,7 +165,7 @@ def score(gated: nn.Module, data: Sequence[Batch]) -> Row:
             with tape(gated) as events:
                 output = read_output(run(gated, batch))
             with decided(gated, shuffled(events, index)):
-                other = read_output(run(gated, batch))
+                other = read_output(run(gated, batch)) if state.policy == "routed" else output
             far.append(divergence(output, dense, batch, values=state.gives_values))
             mixed.append(divergence(other, dense, batch, values=state.gives_values))
             alike.append((output.argmax(-1) == dense.argmax(-1)).flatten())
