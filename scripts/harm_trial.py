@@ -1,9 +1,9 @@
 """A lab page: what should routers be fitted to, and do auxiliary targets in training keep them from collapse?
 
     python -m surgery.scripts.harm_trial python:scripts/networks.py:vit6 --data ../shared/data/cifar10/train.parquet \
-        --setting first_order --setting leave_one_out --setting auto
+        --setting first_order --setting leave_one_out
     python -m surgery.scripts.harm_trial hf:../shared/weights/minilm-sst2 --data ../shared/data/sst2/train.parquet \
-        --tune train --setting auto:0:0 --setting auto:0.1:0 --setting auto:0:0.1
+        --tune train --setting first_order --setting first_order:0.1:0 --setting first_order:0:0.1
 
 Converted once, one-shot; for every setting `LABELS[:HARM_WEIGHT:DIVERSITY_WEIGHT]` routers are then fitted anew, and trained with
 skip paths if asked for. Scored on other training data at equal realised cost: thresholds are set on these inputs, for all alike,
@@ -60,13 +60,13 @@ def main(
     settings: Annotated[
         list[str], typer.Option("--setting", help="Repeatable: LABELS[:HARM_WEIGHT:DIVERSITY_WEIGHT].")
     ],
-    limit: Annotated[int, typer.Option(help="Inputs to convert with.")] = 1500,
-    held: Annotated[int, typer.Option(help="Other inputs to compare on.")] = 500,
-    batch_size: Annotated[int, typer.Option(help="Inputs per batch.")] = 50,
-    budgets: Annotated[list[float] | None, typer.Option("--budget", help="Repeatable; 0.75, 0.6, 0.5.")] = None,
-    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 1,
-    granularity: Annotated[str, typer.Option(help="As in `surgery convert`.")] = "auto",
-    tune: Annotated[str, typer.Option(help="oneshot or train.")] = "oneshot",
+    limit: options.FitLimit = 1500,
+    held: options.Held = 500,
+    batch_size: options.BatchSize = 50,
+    budgets: options.TrialBudgets = None,
+    seeds: options.Seeds = 1,
+    granularity: options.Grain = "auto",
+    tune: options.TrialTune = "oneshot",
     epochs: Annotated[int, typer.Option(help="Of training.")] = 3,
     samples: Annotated[int, typer.Option(help="Inputs to label.")] = 2048,
     augment: options.Augment = False,
@@ -79,15 +79,16 @@ def main(
     options.set_up(threads, 0)
     asked, how = budgets or [0.75, 0.6, 0.5], (granularity, tune, epochs, samples)
     typer.echo(
-        "| harm | diversity | seed | budget | cost | KL | KL, shuffled | agreement | entropy | policies | bits |"
+        "| labels, harm, diversity | seed | budget | cost | KL | KL, shuffled | agreement | entropy | policies | bits |"
     )
     typer.echo("|---|---|---|---|---|---|---|---|---|---|")
     for seed in range(seeds):
         loaded = load_model(model)
         common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "shuffle": True}
-        rows = load_data(data, loaded, split="train", limit=limit + held, whole_texts="auto", **common)
-        other = list(batches(rows))[limit // batch_size :]
-        fit: Any = list(batches(rows))[: limit // batch_size]
+        read = load_data(data, loaded, split="train", limit=limit + held, whole_texts="auto", **common)
+        rows = list(batches(read))
+        fit: Any = rows[: limit // batch_size]
+        other = rows[limit // batch_size :]
         if augment:
             fit = load_data(data, loaded, split="train", limit=limit, whole_texts="auto", augment=True, **common)
         for setting, budget, row in compare(loaded.model, fit, other, settings, asked, seed, how):

@@ -76,6 +76,13 @@ Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.", rich_help_panel="Output")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
 
+# of the lab pages that convert one network in several ways and compare on other training data
+FitLimit = Annotated[int, typer.Option("--limit", min=1, help="Inputs to fit with.")]
+Held = Annotated[int, typer.Option("--held", min=1, help="Other inputs to compare on.")]
+TrialBudgets = Annotated[list[float] | None, typer.Option("--budget", help="Repeatable; 0.75, 0.6, 0.5.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds.")]
+Grain = Annotated[str, typer.Option("--granularity", help="As in `surgery convert`.")]
+TrialTune = Annotated[str, typer.Option("--tune", help="oneshot or train.")]
 
 Base = Annotated[
     str | None,

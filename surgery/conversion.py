@@ -186,18 +186,19 @@ def convert(
             budget=min((budget, *(options.budgets or ())[:1])),
             trained=trained and options.skip_rate > 0,
         )
-        return plan, insert_gates(model, plan)
+        gated = insert_gates(model, plan)
+        state_of(gated).outputs = outputs
+        return plan, gated
 
     plan, gated = gate_all(trains)
-    reason = (
-        untrainable(gated, as_batch(called), asked=tune in ("routers", "train"), heal=heal) if trains or heal else ""
-    )
-    if reason:
-        trains = False
-        plan, gated = gate_all(trains)
-        state_of(gated).note(f"not trained, since {reason}; fitted from forward passes")
+    if trains or heal:
+        asked = "healing" if heal else "training" if tune in ("routers", "train") else ""
+        reason = untrainable(gated, as_batch(called), asked)
+        if reason:
+            trains = False
+            plan, gated = gate_all(trains)
+            state_of(gated).note(f"not trained, since {reason}; fitted from forward passes")
     state = state_of(gated)
-    state.outputs = outputs
     for text in (*plan_notes(found, plan, granularity, width, routers), *dear_routers(gated)):
         state.note(text)
     check_reachable(gated, held, budget, cost)
@@ -216,12 +217,7 @@ def convert(
         cut_order(gated, fit, samples=_CUT_SAMPLES // 4, progress=report)
     if trains and per_sample:
         train_skip_paths(gated, fit, budget=budget, resume=resume, progress=report, **training)
-    labels = options.harm_labels
-    if (
-        labels == "auto" and trains and per_sample
-    ):  # beside trained static policies levels bring nothing (docs/lab/routers.md)
-        labels = "first_order"
-    regress_routers(gated, fit, samples=samples, seed=seed, labels=labels, progress=report)
+    regress_routers(gated, fit, samples=samples, seed=seed, labels=options.harm_labels, progress=report)
     calibrate(gated, held, budget, cost=cost, progress=report)
 
     is_static = trains and per_sample and prefer_static_where_it_wins(gated, held)
@@ -261,18 +257,17 @@ def check_reachable(gated: nn.Module, held: Iterable[Any], budget: float, cost: 
         check_time_floor(gated, held, budget)
 
 
-def untrainable(gated: nn.Module, batch: Batch, *, asked: bool, heal: str | None) -> str:
-    """Why nothing can be trained, as a clause, or an empty one; `asked` is whether training was asked for.
+def untrainable(gated: nn.Module, batch: Batch, asked: str) -> str:
+    """Why nothing can be trained, as a clause, or an empty one.
 
     Raises:
-        SurgeryError: If what was asked for cannot be done.
+        SurgeryError: If so, and it was `asked` for: training, healing, or an empty text.
     """
     with evaluating(gated):
         reason = why_no_gradient(gated, place(batch, gated))
-    if reason and heal:
-        raise SurgeryError(f"healing learns by gradients, and {reason}; leave out heal=…")
     if reason and asked:
-        raise SurgeryError(f"training learns by gradients, and {reason}; use tune='oneshot', which does without")
+        instead = "this model cannot be healed" if asked == "healing" else "use tune='oneshot', which does without"
+        raise SurgeryError(f"{asked} learns by gradients, and {reason}; {instead}")
     return reason
 
 
@@ -332,7 +327,7 @@ def heal_converted(
 
     Raises:
         BudgetError: If no budget below 1 is set.
-        SurgeryError: If the model has nothing to heal of that kind.
+        SurgeryError: If the model has nothing to heal of that kind, or no gradient goes through it.
         MissingDependency: If `lora` is asked for and peft is not installed.
         DataError: If the data yields nothing, or its length is unknown and `options.steps` is not given.
     """
@@ -340,6 +335,7 @@ def heal_converted(
     fit, held = split(data, validation)
     held = list(batches(Head(held, max(samples // 4, 64))))
     looked = bool(state.looks)
+    untrainable(gated, first(held), "healing")
     heal_backbone(gated, fit, kind, options=options, seed=seed, validation=held, progress=progress)
     calibrate_anew(gated, held, second_look=looked, progress=progress)
 

@@ -44,7 +44,7 @@ class Options:
         diversity_weight: Weight of the mutual information of input and decision, which keeps gates from treating all
             inputs of a batch alike (`surgery.auxiliary`).
         harm_labels: What routers are fitted to before training: `first_order`, `leave_one_out` or `auto`, as `labels` of
-            `surgery.regress_routers`; `auto` is `first_order` where skip paths are trained for decisions per sample.
+            `surgery.regress_routers`.
         accumulate: Batches per optimiser step.
         save_every: Steps between checkpoints.
         mixed_precision: `no`, `fp16` or `bf16`.

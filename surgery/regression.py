@@ -78,9 +78,8 @@ def regress_routers(
         samples: Number of samples to label.
         seed: Seed of initialisation and row sampling.
         labels: `first_order` (`surgery.harm`: a forward and a backward pass), `leave_one_out` (`surgery.leaving_out`: a forward
-            pass for every site), or `auto`: first-order ones, of which every site's mean is corrected by leaving it out for
-            some samples (`surgery.labelling`); only the second kind, with a note, where the model lets no gradient through or a
-            backward pass does not fit into memory.
+            pass for every site), or `auto` for the second only where the model lets no gradient through, or a backward pass of
+            the first batch does not fit into memory, with a note.
         progress: Called with batches labelled and routers fitted.
 
     Returns:
@@ -124,9 +123,6 @@ def regress_routers(
         state_of(gated).note(
             f"{max(unknown.values())} rows were not learned from: what skipping changes there is NaN or infinite"
         )
-    for name, level in labeller.levels().items():
-        members = next(members for members in groups.values() if name in members)
-        harms[members[0]] = [_levelled(harm, level, members.index(name)) for harm in harms[members[0]]]
     result: dict[str, Predictability] = {}
     gates = {name: gate for name, gate in iter_gates(gated) if not gate.always_on}
     for index, (name, gate) in enumerate(gates.items()):
@@ -148,15 +144,6 @@ def _some(rows: Tensor, harm: Tensor, count: int, generator: torch.Generator) ->
         return rows, harm
     chosen = torch.randperm(len(rows), generator=generator)[:count].to(rows.device)
     return rows[chosen], harm[chosen]
-
-
-def _levelled(harm: Tensor, level: Tensor, column: int) -> Tensor:
-    """Harm `(M,)` or `(M, H)` times its site's level; of sites that share a router, that of one column."""
-    if harm.dim() == 2 and len(level) == 1:
-        factors = torch.ones(harm.shape[1], device=harm.device)
-        factors[column] = level[0]
-        return harm * factors
-    return harm * level
 
 
 def set_offset(gate: Gate) -> None:

@@ -103,6 +103,7 @@ def train_routers(
         BudgetError: If the budget is outside (0, 1].
         DataError: If the data yields nothing, or its length is unknown and `options.steps` is not given.
         CheckpointError: If `resume` is set and there is no checkpoint, or it is of another model or of other options.
+        SurgeryError: If nothing is to be trained, or no gradient of the output reaches a gate.
     """
     budget = check_budget(budget)
     training = _Run(gated, data, budget, options or Options(), seed, validation, output_dir, tracker)
@@ -344,6 +345,11 @@ class _Run:
                 output = read_output(run(self.gated, batch))
         values = state_of(self.gated).gives_values
         distance = divergence(output, dense, batch, options.temperature, values=values).sum() / whole.size
+        if soft.decided and not distance.requires_grad:
+            raise SurgeryError(
+                "no gradient of the output reaches a gate (no_grad, inference_mode or detach in a forward), so nothing can be "
+                "learned; regress_routers and calibrate do without, as convert(tune='oneshot') does"
+            )
         stream = stream_error(soft.streams, teacher, self.layouts).sum() / whole.size
         loss = distance + self.stream_weight * stream
         if options.label_weight and batch.labels is not None and output.dim() == 2 and not values:

@@ -13,10 +13,11 @@ from toys import Stack, gate_all, mlp
 import surgery
 from surgery.calling import as_batch, read_output
 from surgery.context import state_of
+from surgery.conversion import heal_converted
 from surgery.costs import run
 from surgery.errors import SurgeryError
 from surgery.gates import iter_gates
-from surgery.harm import label_harm
+from surgery.harm import harm_and_unreached, label_harm
 from surgery.labelling import Labeller, why_no_gradient
 from surgery.leaving_out import label_by_leaving_out
 from surgery.objectives import divergence
@@ -168,92 +169,78 @@ def test_a_site_that_reaches_nothing_is_no_reason(data: list[Tensor]) -> None:
 
 
 def test_labels_are_asked_for_by_name(data: list[Tensor]) -> None:
-    one, other = (gate_all(stack(), data[0][:2]) for _ in range(2))
+    one, other, by_default = (gate_all(stack(), data[0][:2]) for _ in range(3))
     surgery.regress_routers(one, data, labels="first_order")
     surgery.regress_routers(other, data, labels="leave_one_out")
-    pairs = list(zip(iter_gates(one), iter_gates(other), strict=True))
-    assert not any(torch.equal(a.router.up.weight, b.router.up.weight) for (_, a), (_, b) in pairs)
+    surgery.regress_routers(by_default, data)
+    pairs = list(zip(iter_gates(one), iter_gates(other), iter_gates(by_default), strict=True))
+    assert all(torch.equal(a.router.up.weight, c.router.up.weight) for (_, a), _, (_, c) in pairs)
+    assert not any(torch.equal(a.router.up.weight, b.router.up.weight) for (_, a), (_, b), _ in pairs)
     with pytest.raises(SurgeryError, match="labels must be one of auto, first_order, leave_one_out"):
         surgery.regress_routers(one, data, labels="second")  # type: ignore[arg-type]
     with pytest.raises(SurgeryError, match="harm_labels must be one of"):
         surgery.Options(harm_labels="second")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("routers", ["own", "shared"])
-def test_levels_come_from_leaving_out(routers: Any) -> None:
-    one = subject("timm/vit_pico")
-    torch.manual_seed(0)
-    data = [one.example + 0.3 * torch.randn_like(one.example) for _ in range(8)]
-    plan = surgery.find_sites(one.model, one.example).plan(routers=routers)
-    gates = [surgery.insert_gates(one.model, plan) for _ in range(2)]
-    surgery.regress_routers(gates[0], data, labels="first_order")
-    surgery.regress_routers(gates[1], data)
-    labeller = Labeller(gates[1])
-    for batch in data:
-        labeller.label(as_batch(batch))
-    levels = labeller.levels()
-    for (name, first), (_, both) in zip(iter_gates(gates[0]), iter_gates(gates[1]), strict=True):
-        # the same router but for a constant: scores are logarithms
-        torch.testing.assert_close(both.router.up.weight, first.router.up.weight, atol=1e-4, rtol=1e-3)
-        shift = both.router.up.bias - first.router.up.bias
-        torch.testing.assert_close(shift, levels[name].log(), atol=1e-3, rtol=1e-3)
-    assert len({round(float(level), 4) for level in levels.values()}) > 1
+class HalfCut(nn.Module):
+    """A network of which the first half is run without gradients, as frozen extractors often are."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = Stack(*(mlp(C) for _ in range(3))), Stack(*(mlp(C) for _ in range(3)))
+        self.head = nn.Linear(C, 4)
 
-def test_a_level_by_hand() -> None:
-    gated, batch = gate_all(stack(), torch.randn(2, C)), as_batch(torch.randn(12, C))
-    labeller = Labeller(gated)
-    labels = labeller.label(batch)
-    absent = label_by_leaving_out(gated, batch)
-    for name, level in labeller.levels().items():
-        expected = absent[name].harm.mean().sqrt() / labels[name].harm.mean()
-        torch.testing.assert_close(level, expected.reshape(1))
-
-
-def test_levels_are_found_from_a_share_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    gated, sizes = gate_all(stack(), torch.randn(2, C)), []
-
-    def counted(gated: nn.Module, batch: Any) -> Any:
-        sizes.append(batch.size)
-        return label_by_leaving_out(gated, batch)
-
-    monkeypatch.setattr("surgery.labelling.label_by_leaving_out", counted)
-    labeller = Labeller(gated)
-    for size in (10, 40, 40, 400, 2000, 40):
-        labeller.label(as_batch(torch.randn(size, C)))
-    assert sizes == [10, 6, 5, 50, 185]  # 16 at least, then an eighth of each, 256 in all
-
-
-def test_heads_have_a_level_each() -> None:
-    one = subject("timm/vit_pico")
-    gated = surgery.insert_gates(one.model, surgery.find_sites(one.model, one.example).filter(kind="heads"))
-    labeller = Labeller(gated)
-    labels = labeller.label(as_batch(one.example))
-    for name, level in labeller.levels().items():
-        assert level.shape == labels[name].harm.shape[1:] and len(set(level.tolist())) > 1
-
-
-def test_levels_mend_the_order_of_sites() -> None:
-    """A branch whose effects cancel: much at each position, nothing together, which first order cannot see."""
-
-    class Cancelling(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(C, C)
-
-        def forward(self, x: Tensor) -> Tensor:
-            wave = torch.tensor([1.0, -1.0]).repeat(x.shape[1] // 2)[:, None]
-            return self.inner(x) * 0 + 5 * wave  # cancels in the mean over positions
-
-    torch.manual_seed(0)
-    model = Stack(Cancelling(), mlp(C), head=nn.Linear(C, 4), pool=True).eval()
-    data = [torch.randn(32, 6, C) for _ in range(6)]
-    sites = surgery.find_sites(model, data[0][:2])
-    scores = {}
-    for labels in ("first_order", "auto"):
-        gated = surgery.insert_gates(model, sites.plan(granularity="sample", skip="identity"))
-        surgery.regress_routers(gated, data, labels=labels)  # type: ignore[arg-type]
+    def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            scores[labels] = [float((gate.scores(data[0]) + gate.offset).mean()) for _, gate in iter_gates(gated)]
-    assert scores["first_order"][0] > scores["first_order"][1]  # the branch that does nothing seems to matter most
-    assert scores["auto"][0] < scores["auto"][1]
+            x = self.first(x)
+        return self.head(self.last(x))  # type: ignore[no-any-return]
+
+
+def test_a_gradient_that_is_cut_midway(data: list[Tensor]) -> None:
+    model = HalfCut().eval()
+    gated = gate_all(model, data[0][:2])
+    first = [name for name in state_of(gated).names if name.startswith("first")]
+    labels = label_harm(gated, as_batch(data[0]))
+    assert len(first) == 3 and all((labels[name].harm == 0).all() for name in first)
+    assert f"cuts off the gradient of {first[0]} and 2 more sites" in why_no_gradient(gated, as_batch(data[0]))
+    converted = surgery.convert(model, 0.6, data=data, second_look=False)
+    assert surgery.measure(converted, data, peers=False, speed=()).cost == pytest.approx(0.6, abs=0.03)
+    assert "not trained, since it cuts off" in " ".join(surgery.status(converted).notes)
+
+
+def test_training_itself_refuses_a_network_without_gradients(data: list[Tensor]) -> None:
+    gated = surgery.convert(Wrapped("detach").eval(), 0.6, data=data, second_look=False)
+    before = {name: value.clone() for name, value in gated.state_dict().items()}
+    with pytest.raises(SurgeryError, match="no gradient of the output reaches a gate"):
+        surgery.train_routers(gated, data, budget=0.6, options=surgery.Options(steps=2))
+    with pytest.raises(SurgeryError, match="healing learns by gradients"):
+        heal_converted(gated, data, "norms", options=surgery.Options(steps=2))
+    assert all(torch.equal(value, before[name]) for name, value in gated.state_dict().items())
+
+
+def test_no_batch_is_labelled_twice(data: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    count = []
+
+    def counted(*args: Any) -> Any:
+        count.append(args)
+        return harm_and_unreached(*args)
+
+    monkeypatch.setattr("surgery.labelling.harm_and_unreached", counted)
+    monkeypatch.setattr("surgery.harm.harm_and_unreached", counted)
+    surgery.regress_routers(gate_all(stack(), data[0][:2]), data)
+    assert len(count) == len(data)
+
+
+@pytest.mark.parametrize("tune", ["oneshot", "train"])
+def test_convert_passes_the_labels_on(tune: Any, data: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["labels"])
+        return surgery.regress_routers(*args, **kwargs)
+
+    monkeypatch.setattr("surgery.conversion.regress_routers", fit)
+    for options in (surgery.Options(steps=1), surgery.Options(steps=1, harm_labels="leave_one_out")):
+        surgery.convert(stack(), 0.7, data=data, second_look=False, tune=tune, options=options)
+    assert seen == ["auto", "leave_one_out"]

@@ -53,7 +53,7 @@ def test_planted_harm_is_learned(shape: tuple[int, ...]) -> None:
     gated = gate_all(model, data[0][:2], skip="affine")
     (gate,) = gates(gated)
     assert gate.per_token == (len(shape) > 1)
-    (found,) = regress_routers(gated, data, labels="first_order").values()
+    (found,) = regress_routers(gated, data).values()
     assert found.correlation > 0.8 and found.shrinkage > 0.7
     rows = 768 * (5 if gate.per_token else 1)
     assert found.rows == rows - rows // 5
@@ -184,7 +184,7 @@ def test_same_seed_same_routers() -> None:
 def test_very_little_data_gives_finite_routers(rows: int) -> None:
     gated = gate_all(Stack(mlp(C), head=nn.Linear(C, 2)), torch.randn(2, C))
     x = torch.randn(rows, C)
-    (found,) = regress_routers(gated, [x], labels="first_order").values()
+    (found,) = regress_routers(gated, [x]).values()
     (gate,) = gates(gated)
     with torch.no_grad():
         scores = gate.scores(x) + gate.offset

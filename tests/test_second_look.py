@@ -62,8 +62,7 @@ def dense() -> nn.Module:
 
 @pytest.fixture
 def gated(dense: nn.Module, data: list[Tensor]) -> Iterator[nn.Module]:
-    options = surgery.Options(harm_labels="first_order")  # of which second looks have something to mend at 0.7
-    yield surgery.convert(dense, 0.7, data=data, tune="oneshot", second_look=False, options=options)
+    yield surgery.convert(dense, 0.7, data=data, tune="oneshot", second_look=False)
 
 
 @pytest.fixture

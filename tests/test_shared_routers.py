@@ -399,7 +399,7 @@ def test_one_bottleneck_learns_both_labels(shape: tuple[int, ...]) -> None:
     gated = surgery.insert_gates(model, surgery.find_sites(model, data[0]).plan(skip="affine", routers="shared"))
     built = Built(model, gated, torch.randn(200, *shape))
     assert built.followers == {"mlp": "attn"}
-    found = regress_routers(gated, data, labels="first_order")
+    found = regress_routers(gated, data)
     assert list(found) == ["attn", "mlp"]
     assert all(one.correlation > 0.8 and one.shrinkage > 0.7 for one in found.values())
     state_of(gated).budget, state_of(gated).threshold = 0.5, float("-inf")

@@ -65,7 +65,7 @@ def fitted(data: list[tuple[Tensor, Tensor]]) -> nn.Module:
                 parameter.mul_(2)
     gated = gate_all(model, data[0][0][:2])
     fit_skip_paths(gated, data)
-    regress_routers(gated, data, samples=64, labels="first_order")
+    regress_routers(gated, data, samples=64)
     calibrate(gated, data, 0.8, grid=())
     return gated
 
@@ -494,7 +494,7 @@ def test_outputs_that_are_no_numbers_spoil_no_weights(data: list[tuple[Tensor, T
     gated = gate_all(Divided(mlp(C), mlp(C), mlp(C), head=nn.Linear(C, 4)), data[0][0][:2])
     fit_skip_paths(gated, data)
     surgery.cut_order(gated, data)
-    regress_routers(gated, data, samples=64, labels="first_order")
+    regress_routers(gated, data, samples=64)
     calibrate(gated, data, 0.8)
     bad = [(data[0][0].clone(), data[0][1]), *data[1:]]
     bad[0][0][0, 0] = 0
