@@ -16,6 +16,7 @@ from surgery.errors import MissingDependency
 BLUE, ORANGE, VERMILION, GREEN, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#666666"
 _STYLES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (VERMILION, "^", ":"), (GREEN, "D", "-."))
 _Z = 1.96
+_ACROSS = 4
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def draw_tradeoff(
 
 
 def draw_networks(path: Path, panels: Sequence[tuple[str, float, Sequence[Curve], Sequence[Curve]]]) -> None:
-    """Accuracy of several networks against cost in the upper row, against measured time in the lower one, in one PNG.
+    """Accuracy of several networks against cost and, below, against measured time, in one PNG, four networks side by side.
 
     Args:
         path: File to write.
@@ -75,14 +76,15 @@ def draw_networks(path: Path, panels: Sequence[tuple[str, float, Sequence[Curve]
     Raises:
         MissingDependency: If matplotlib is not installed.
     """
-    figure = _canvas((3.6 * len(panels), 7.4))
-    rows = figure.subplots(2, len(panels), squeeze=False)
+    across = min(len(panels), _ACROSS)
+    bands = -(-len(panels) // _ACROSS)
+    figure = _canvas((3.6 * across, 6.2 * bands + 0.9))
+    rows = figure.subplots(2 * bands, across, squeeze=False)
     kinds: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    for column, (title, dense, by_cost, by_time) in enumerate(panels):
-        for axes, curves, label in (
-            (rows[0][column], by_cost, "cost"),
-            (rows[1][column], by_time, "time"),
-        ):
+    for index, (title, dense, by_cost, by_time) in enumerate(panels):
+        band, column = divmod(index, across)
+        upper, lower = rows[2 * band][column], rows[2 * band + 1][column]
+        for axes, curves, label in ((upper, by_cost, "cost"), (lower, by_time, "time")):
             axes.axhline(100 * dense, color=GREY, linewidth=1)
             axes.plot([100], [100 * dense], marker="*", markersize=12, color="black", linestyle="none")
             for curve in curves:
@@ -94,14 +96,16 @@ def draw_networks(path: Path, panels: Sequence[tuple[str, float, Sequence[Curve]
                 )  # fmt: skip
             axes.set_xlabel(f"{label} (% of dense)")
             axes.grid(alpha=0.3)
-        rows[0][column].set_title(title, fontsize=10)
-        rows[1][column].axvline(100, color=GREY, linewidth=1)
-    for axes, what in zip((rows[0][0], rows[1][0]), ("accuracy (%)", "accuracy (%), first seed"), strict=True):
-        axes.set_ylabel(what)
+        upper.set_title(title, fontsize=10)
+        lower.axvline(100, color=GREY, linewidth=1)
+    for axes in rows[:, 0]:
+        axes.set_ylabel("accuracy (%)")
+    for axes in rows[-2:, across - (bands * across - len(panels)) :].flat:
+        axes.set_axis_off()
     found: dict[str, Any] = {}
     for axes in rows.flat:
         found |= {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found, loc="outside lower center", ncols=2 * len(panels), frameon=False, fontsize=9)
+    figure.legend(found.values(), found, loc="outside lower center", ncols=across + 1, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
 
 

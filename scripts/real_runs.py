@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from surgery.scripts import real_tables
+from surgery.scripts import real_page, real_tables
 
 if TYPE_CHECKING:
     from surgery.adapters import Loaded
     from surgery.calling import Batch
 
+STORIES = "Story writer (Llama, 5 layers), TinyStories"
 STAGES = ("convert", "score", "columns", "peers", "time", "write")
 MOBILENET = (
     "timm:mobilenetv2_100?pad_type=same&mean=0.5&std=0.5&crop_pct=0.986&pretrained=false"
@@ -145,12 +146,16 @@ def main(
     peer_inputs: Annotated[int, typer.Option(help="Test inputs for policies that ignore the input.")] = 1000,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     limit: Annotated[int | None, typer.Option(help="Use at most that many samples, for a quick look.")] = None,
-    write: Annotated[Path | None, typer.Option(help="Markdown page whose tables are replaced.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="Markdown page whose tables of these networks are replaced.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG to draw of the page's tables.")] = None,
 ) -> None:
     """Convert and score the real networks."""
     import torch
 
+    if picture is not None and write is None:
+        raise typer.BadParameter("--picture is drawn of the tables of --write PAGE")
     torch.set_num_threads(threads)
     os.environ["SURGERY_WEIGHTS"] = str(shared / "weights")
     out.mkdir(parents=True, exist_ok=True)
@@ -173,14 +178,13 @@ def main(
     if not only or "stories" in only:
         tell_stories(shared, out / "stories", wanted, seeds, columns, limit)
         typer.echo(stories_told(shared, out / "stories"))
-    if "write" in wanted:
-        results = [
-            work.load() for run in RUNS if (work := Work(run, shared, out, seeds, columns, threads, limit)).known
-        ]
-        if write is not None:
-            real_tables.replace(write, results, stories_told(shared, out / "stories"))
+    if "write" in wanted and write is not None:
+        works = [Work(run, shared, out, seeds, columns, threads, limit) for run in chosen]
+        sections = {work.run.title: real_tables.markdown(work.load()) for work in works if work.known}
+        told = stories_told(shared, out / "stories") if not only or "stories" in only else ""
+        real_page.replace(write, sections | ({STORIES: told} if told else {}))
         if picture is not None:
-            real_tables.draw(picture, results)
+            real_page.draw(picture, write)
 
 
 def tell_stories(shared: Path, out: Path, wanted: list[str], seeds: int, columns: bool, limit: int | None) -> None:
@@ -204,7 +208,7 @@ def stories_told(shared: Path, out: Path) -> str:
 
     setting = stories.Setting(shared, out, 0, 0, 0)
     tables = stories.markdown({variant.name: setting.load(variant) for variant in stories.VARIANTS})
-    return f"### Story writer (Llama, 5 layers), TinyStories\n\n{tables}\n" if tables else ""
+    return f"### {STORIES}\n\n{tables}\n" if tables else ""
 
 
 @dataclass
@@ -353,6 +357,8 @@ class Work:
 
     def time(self) -> None:
         """The first seed's conversion by the clock, on training inputs that the test does not hold."""
+        import torch
+
         from surgery.budgets import set_budget
         from surgery.calling import device_of, dtype_of
         from surgery.scripts.benchmark import inputs_of, steps_of
@@ -360,15 +366,20 @@ class Work:
 
         gated, loaded = self._gated(self.trained[0])
         where, found = device_of(loaded.model), {}
+        alone = [(1, False, 1)] * (1 in self.run.times and self.threads > 1)
+        kinds = [(size, False, self.threads) for size in self.run.times] + alone
+        kinds += [(self.run.times[-1], True, self.threads)] * self.run.texts
         for budget in self.run.budgets:
             set_budget(gated, budget)
             sizes = {}
-            for size, like in [(n, False) for n in self.run.times] + ([(self.run.times[-1], True)] * self.run.texts):
+            for size, like, threads in kinds:
+                torch.set_num_threads(threads)
                 inputs = inputs_of(loaded, str(self._file("train")), "train", size, 0, group_by_length=like)
                 steps, repeats = (steps_of(gated, inputs), steps_of(loaded.model, inputs)), 100 if size == 1 else 30
                 ratio = compare(*steps, repeats=repeats, device=where)
-                sizes[f"{size}{' of like length' * like}"] = ratio.to_dict()
+                sizes[f"{size}{', one thread' * (threads != self.threads)}{' of like length' * like}"] = ratio.to_dict()
             found[str(budget)] = sizes
+        torch.set_num_threads(self.threads)
         self.keep(times=found, conditions=conditions(where, dtype_of(loaded.model)))
 
     def _dense(self) -> Loaded:

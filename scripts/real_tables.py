@@ -1,23 +1,13 @@
-"""Tables and picture of the real runs (`surgery.scripts.real_runs`)."""
+"""Tables of the real runs (`surgery.scripts.real_runs`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from surgery.scripts.figures import Curve, draw_networks
 from surgery.scripts.seeds import gap_text, range_text
 
-START, END = "<!-- real runs: begin -->", "<!-- real runs: end -->"
 COLUMNS = {"trained": "routers and skip paths", "routers": "routers alone", "healed": "healed"}
-
-
-def replace(page: Path, results: Sequence[Mapping[str, Any]], more: str = "") -> None:
-    """Put the tables between the marks of a page."""
-    before, rest = page.read_text(encoding="utf-8").split(START, 1)
-    tables = "\n".join([*map(markdown, results), *([more] if more else [])])
-    page.write_text(f"{before}{START}\n\n{tables}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -116,33 +106,6 @@ def _times(result: Mapping[str, Any]) -> list[str]:
         ]
         lines.append(f"| {float(budget):.2f} | {' | '.join(cells)} |")
     return lines
-
-
-def draw(picture: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """One panel per network against cost, one below it against time."""
-    draw_networks(picture, [(r["title"], r["dense"], list(_curves(r)), list(_timed(r))) for r in results])
-
-
-def _curves(result: Mapping[str, Any]) -> Iterator[Curve]:
-    trained = result["trained"]
-    costs = [_mean(point["costs"]) for point in trained]
-    yield Curve(
-        "routers and skip paths trained", [(c, _mean(p["scores"])) for c, p in zip(costs, trained, strict=True)]
-    )
-    if "static" in trained[0]["peers"]:
-        static = [(c, _mean(p["peers"]["static"])) for c, p in zip(costs, trained, strict=True)]
-        yield Curve("static cut, same skip paths", static)
-    for column in ("routers", "healed"):
-        if result.get(column):
-            yield Curve(COLUMNS[column], [(_mean(p["costs"]), _mean(p["scores"])) for p in result[column]])
-
-
-def _timed(result: Mapping[str, Any]) -> Iterator[Curve]:
-    """Time by dense -> score of the first seed, a curve per batch size."""
-    times = result.get("times", {})
-    scores = {str(point["budget"]): point["scores"][0] for point in result["trained"]}
-    for size in next(iter(times.values()), {}):
-        yield Curve(f"N = {size}", [(ratios[size]["median"], scores[budget]) for budget, ratios in times.items()])
 
 
 def _mean(values: Sequence[float]) -> float:

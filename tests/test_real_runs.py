@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from surgery.scripts import real_runs, real_tables, stories
+from surgery.scripts import real_page, real_runs, stories
 
 NETWORK = """
 import torch
@@ -75,7 +75,7 @@ def test_one_command_makes_tables_and_picture(shared: Path, tmp_path: Path, monk
     out, page, picture = tmp_path / "out", tmp_path / "page.md", tmp_path / "picture.png"
     out.mkdir()
     (out / "net.py").write_text(NETWORK, encoding="utf-8")
-    page.write_text(f"{real_tables.START}\n{real_tables.END}\n", encoding="utf-8")
+    page.write_text(f"{real_page.START}\n{real_page.END}\n", encoding="utf-8")
 
     def run(**more: Any) -> None:
         real_runs.main(

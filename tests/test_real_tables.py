@@ -1,11 +1,8 @@
-"""Tables and picture of the real runs, from numbers made up here."""
+"""Tables of the real runs, from numbers made up here."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from surgery.scripts import real_runs, real_tables
 
@@ -65,21 +62,6 @@ def test_what_was_not_run_is_not_there() -> None:
     text = real_tables.markdown({k: v for k, v in RESULT.items() if k not in ("routers", "healed", "peers", "times")})
     assert "minus policies" not in text and "Time of" not in text and "undone" not in text
     assert "not scored yet" in real_tables.markdown({"title": "A network"})
-
-
-def test_tables_replace_what_stood_between_the_marks(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{real_tables.START}\nold\n{real_tables.END}\nafter\n", encoding="utf-8")
-    real_tables.replace(page, [RESULT])
-    text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "### A network" in text
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_picture_is_drawn(tmp_path: Path, count: int) -> None:
-    pytest.importorskip("matplotlib")
-    real_tables.draw(tmp_path / "p.png", [RESULT] * count)
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_name_what_exists() -> None:
