@@ -121,7 +121,7 @@ def current_point(state: GatedState) -> BudgetPoint:
 
 
 def first_pass(state: GatedState) -> tuple[BudgetPoint, float]:
-    """What the first pass does at the current budget, and the share of inputs that is looked at again."""
+    """What the first pass does at the current budget, and the largest share of inputs that is to be looked at again."""
     if state.margin is None or state.budget is None:
         return current_point(state), 0.0
     look = look_at(state.looks, state.budget)

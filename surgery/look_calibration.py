@@ -26,7 +26,7 @@ _GRID = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85,
 _QUANTILES = 101
 _MOST = 0.6  # the largest share of inputs that is worth a second look
 _FEWEST = 100  # with fewer inputs the share of second looks comes in steps of more than 0.01
-_BEYOND_CHANCE = 1.64  # one-sided: a second look that does nothing is left out anyway
+_BEYOND_CHANCE = 1.64  # standard errors, one-sided: 95 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,9 @@ def calibrate_second_look(
     """Decide for every budget how to share it between a first pass and a second look; the current budget is set again.
 
     One pass over the data at every first-pass budget gives outputs and margins; what any share of second looks would
-    change follows from these and the dense outputs.
+    change follows from these and the dense outputs. Since the share among few inputs may be small by chance, the margin is
+    one at which other inputs of the same kind take no larger share than there is budget for, with 95 % confidence (the
+    score interval's end, Wilson 1927, "Probable inference, the law of succession, and statistical inference").
 
     Args:
         gated: A calibrated gated model whose budget is set.
@@ -132,7 +134,7 @@ def _best(goal: float, passes: Mapping[float, _Pass], errors: float) -> LookPoin
         share = goal - one.cost
         if base > goal or not 0 < share <= _MOST:
             continue
-        looked = least_certain(one.margins, one.weights, share)
+        looked = least_certain(one.margins, one.weights, float(_cautious(share, one.weights)))
         change = passes[goal].distances - torch.where(looked, 0.0, one.distances)
         mean, error = float(change.mean()), float(change.std()) / math.sqrt(len(change))
         if mean > max(gain, errors * error):
@@ -141,9 +143,16 @@ def _best(goal: float, passes: Mapping[float, _Pass], errors: float) -> LookPoin
 
 
 def _quantiles(margin: Tensor, weights: Tensor) -> tuple[float, ...]:
-    """The margin below which a share of 0, 1, …, 100 % of the weight lies."""
+    """The margin below which a share of at most 0, 1, …, 100 % of the weight of other inputs will lie."""
     order = margin.argsort(stable=True)
     total = weights[order].cumsum(0) - weights[order] / 2  # the nearest number of inputs, not the next lower one
-    wanted = torch.linspace(0, 1, _QUANTILES, dtype=torch.float64)
+    wanted = _cautious(torch.linspace(0, 1, _QUANTILES, dtype=torch.float64), weights)
     index = torch.searchsorted(total, wanted).clamp_max(len(order) - 1)
     return tuple(margin[order][index].tolist())
+
+
+def _cautious(share: float | Tensor, weights: Tensor) -> Tensor:
+    """The share among these inputs at which the true one is at most `share`, with 95 % confidence."""
+    share = torch.as_tensor(share, dtype=torch.float64)
+    error = (share * (1 - share) * weights.square().sum()).sqrt()  # of equal weights: share * (1 - share) / N
+    return (share - _BEYOND_CHANCE * error).clamp_min(0)

@@ -56,7 +56,7 @@ class Status:
         attainable: Smallest and largest budget of the table below 1.0; None before calibration.
         sites: One row per gate, in order of execution.
         notes: What the conversion found worth saying.
-        again: Share of inputs that get a second look, which counts in rates and cost.
+        again: Largest share of inputs that is to get a second look, which counts in rates and cost.
         always_on: Sites that run unless they are forced not to.
         first_tokens: For how many first tokens of every sequence all gates per token are open.
     """
@@ -116,11 +116,14 @@ class Status:
         if self.attainable is None:
             return f"runs {self.runs}; not calibrated yet"
         low, high = (percent(value) for value in self.attainable)
+        most = "at most " if self.again else ""
         cost = (
-            "" if self.cost is None else f", cost {percent(self.cost)} of dense on calibration data ({self.cost_unit})"
+            ""
+            if self.cost is None
+            else f", cost {most}{percent(self.cost)} of dense on calibration data ({self.cost_unit})"
         )
         budget = "none" if self.budget is None else percent(self.budget)
-        look = f"; second look at the least certain {percent(self.again)} of the inputs" if self.again else ""
+        look = f"; second look at the least certain inputs, at most {percent(self.again)}" if self.again else ""
         return f"runs {self.runs}{look}; budget {budget}{cost}; attainable budgets {low} to {high}, and 100 % (dense)"
 
 
