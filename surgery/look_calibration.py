@@ -134,7 +134,7 @@ def _best(goal: float, passes: Mapping[float, _Pass], errors: float) -> LookPoin
         share = goal - one.cost
         if base > goal or not 0 < share <= _MOST:
             continue
-        looked = least_certain(one.margins, one.weights, float(_cautious(share, one.weights)))
+        looked = least_certain(one.margins, one.weights, share)
         change = passes[goal].distances - torch.where(looked, 0.0, one.distances)
         mean, error = float(change.mean()), float(change.std()) / math.sqrt(len(change))
         if mean > max(gain, errors * error):
@@ -151,8 +151,7 @@ def _quantiles(margin: Tensor, weights: Tensor) -> tuple[float, ...]:
     return tuple(margin[order][index].tolist())
 
 
-def _cautious(share: float | Tensor, weights: Tensor) -> Tensor:
+def _cautious(share: Tensor, weights: Tensor) -> Tensor:
     """The share among these inputs at which the true one is at most `share`, with 95 % confidence."""
-    share = torch.as_tensor(share, dtype=torch.float64)
     error = (share * (1 - share) * weights.square().sum()).sqrt()  # of equal weights: share * (1 - share) / N
     return (share - _BEYOND_CHANCE * error).clamp_min(0)

@@ -303,7 +303,8 @@ def test_what_two_inputs_gain_may_be_chance(flagged: int, mode: Any, on: bool) -
 )
 def test_few_inputs_leave_a_reserve(share: float, inputs: int, expected: float) -> None:
     weights = torch.full((inputs,), 1 / inputs, dtype=torch.float64)
-    assert float(look_calibration._cautious(share, weights)) == pytest.approx(expected, abs=1e-9)  # 0.2 - 1.64 * 0.04
+    found = look_calibration._cautious(torch.tensor(share, dtype=torch.float64), weights)
+    assert float(found) == pytest.approx(expected, abs=1e-9)  # 0.2 - 1.64 * 0.04
 
 
 def test_other_inputs_exceed_the_share_once_in_twenty() -> None:
