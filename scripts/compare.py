@@ -133,7 +133,7 @@ class Comparison:
     def metric(self) -> str:
         """What is compared."""
         first = next(iter(self.reports.values()), None)
-        return "agreement" if first is None else next(iter(first.metric), "agreement")
+        return "agreement" if first is None else first.compared
 
     @property
     def scale(self) -> int:

@@ -106,6 +106,14 @@ class Report:
     phases: tuple[Phase, ...] = ()
     healed: str = ""
 
+    @property
+    def compared(self) -> str:
+        """What policies are compared by: the first metric; without labels the agreement with dense, as the share of equal
+        predictions (`agreement`) or as the mean `cosine` of values.
+        """
+        agreement = "agreement" if self.agreement_of == "argmax" else self.agreement_of
+        return next(iter(self.metric), agreement)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form."""
         return {

@@ -125,7 +125,7 @@ def _phases(report: Report) -> RenderableType | None:
 def _peers(report: Report) -> RenderableType | None:
     if not report.peers:
         return None
-    metric = next(iter(report.metric), "agreement")
+    metric = report.compared
     table = _table(("policy", ">cost", f">{_words(metric)}", ">gated minus policy", ">95 % interval"))
     for peer in report.peers:
         difference, low, high = (

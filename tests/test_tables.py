@@ -104,6 +104,16 @@ def test_report_table_without_options_is_short() -> None:
     assert "policy" not in text and "batch" not in text and "agreement with dense" in text
 
 
+def test_cosines_are_not_shown_as_percent() -> None:
+    peers = (Peer("static", 0.61, 0.9, 0.0125, -0.001, 0.02),)
+    report = dataclasses.replace(REPORT, metric={}, dense_metric={}, agreement_of="cosine", peers=peers)
+    lines = [line.split() for line in render(report_table(report)).splitlines()]
+    assert ["static", "61.0", "%", "0.9", "+0.0125", "-0.001", "…", "+0.02"] in lines
+    assert any(line[:3] == ["policy", "cost", "cosine"] for line in lines)
+    equal = render(report_table(dataclasses.replace(report, agreement_of="argmax")))
+    assert "90.00 %" in equal and "+1.25 pt" in equal
+
+
 def test_losses_are_not_shown_as_percent() -> None:
     report = dataclasses.replace(REPORT, metric={"nats_per_token": 1.58}, dense_metric={"nats_per_token": 1.5})
     assert "nats per token" in render(report_table(report)) and "+0.08" in render(report_table(report))
