@@ -30,6 +30,10 @@ def share(model: nn.Module) -> nn.Module:
     memo |= {id(buffer): buffer.detach() for buffer in buffers}
     with torch.no_grad():  # torch.jit clones
         twin = copy.deepcopy(model, memo)
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in twin.named_modules():  # torchvision's extracted features are copied into train mode
+        if modes.get(name, module.training) != module.training:
+            module.train(modes[name])
     for module in twin.modules():
         if isinstance(module, torch.jit.ScriptModule):
             for parameter in module.parameters():
