@@ -82,6 +82,8 @@ class Program:
     """Whether a call like its first one was compared with the original before."""
     proved: dict[Any, bool] = field(default_factory=dict)
     """Kinds of those arguments -> whether it may run."""
+    sure: bool = False
+    """Whether it may run whatever they are, since there are none."""
     instead: Held = "kinds"
     """What has to be held fixed for these calls, if it is more than for others of this host."""
 
@@ -111,11 +113,18 @@ class Programs:
     """The weights' dtype that decided what some program does, or None."""
     leaders: tuple[str, ...] = field(init=False)
     """Sites from whose routers others read."""
+    nests: bool = field(init=False)
+    """Whether calls with a nested tensor are to be expected."""
+    arguments: int = field(init=False)
+    """How many there are if all have names and places, else -1."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while a program is made: threads may meet new patterns at once."""
 
     def __post_init__(self) -> None:
         self.leaders = tuple(mark.leader for mark in self.marked if mark.leader)
+        self.nests = issubclass(self.base, nn.TransformerEncoderLayer)
+        count, variadic = len(self.signature.named), self.signature.extra or self.signature.keywords
+        self.arguments = -1 if variadic or self.signature.positional < count else count
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the program of this call's pattern; generate it when the pattern is new. Dense calls run the
@@ -123,7 +132,7 @@ class Programs:
         """
         if runs_dense(module._modules[GATES].state):  # type: ignore[union-attr, arg-type]
             return self.base.forward(module, *args, **kwargs)
-        if (nested := nested_stream(self.base, args, kwargs)) is not None:
+        if self.nests and (nested := nested_stream(self.base, args, kwargs)) is not None:
             return run_padded(lambda *call, **named: self.run(module, call, named), nested)
         if self.dtype is not None and (self.dtype != weights_dtype(module) or is_autocast(module)):
             logger.warning(
@@ -133,14 +142,19 @@ class Programs:
         if self.traced and (changed := self._changed(module)):
             self._warn_once(f"{changed} was changed after gates were inserted")
             return self.base.forward(module, *args, **kwargs)
-        values, extra, rest = self.signature.bind(args, kwargs)
-        if not self.signature.fits(values, rest, args):
-            return self.base.forward(module, *args, **kwargs)  # says what is missing or too much
+        values: Sequence[Any]
+        rest: Mapping[str, Any]
+        if len(args) == self.arguments and not kwargs:
+            values, extra, rest = args, (), {}
+        else:
+            values, extra, rest = self.signature.bind(args, kwargs)
+            if not self.signature.fits(values, rest, args):
+                return self.base.forward(module, *args, **kwargs)  # says what is missing or too much
         program = self._program(module, values, extra, rest)
         if program.run is None:
             return self.base.forward(module, *args, **kwargs)
         inputs = (module, *values, *extra, *[rest[name] for name in sorted(rest)])
-        if not self._may_run(program, inputs, lambda: self._original(values, extra, rest)):
+        if not program.sure and not self._may_run(program, inputs, lambda: self._original(values, extra, rest)):
             return self.base.forward(module, *args, **kwargs)
         return self._share(program.run, inputs) if self.leaders else program.run(*inputs)
 
@@ -168,6 +182,7 @@ class Programs:
         kinds = tuple([kind_of_object(inputs[place]) for place in program.objects])
         known = program.proved.get(kinds)
         if known is not None:
+            program.sure = known and not kinds
             return known
         if program.trusted and not program.proved:
             program.proved[kinds] = True
