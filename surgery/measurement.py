@@ -233,8 +233,10 @@ class _Run:
         if not self.decides:
             found.append("every gate was open for every input, so this is the dense model; set a budget below 1")
         elif budget is not None and budget < 1 and abs(self.cost - budget) > 0.01:
-            whole = self.state.policy == "static" and not self.state.margin and self.cost < budget
-            why = "no further branch fits in, or " * whole + "it was calibrated on other data"
+            below, looks = self.cost < budget, self.state.margin is not None
+            why = "no further branch fits in, or " * (below and self.state.policy == "static" and not looks)
+            why += "second looks leave a reserve for chance, or " * (below and looks)
+            why += "it was calibrated on other data"
             found.append(f"the cost on this data is {self.cost:.3f}, the budget is {budget:g}: {why}")
         if self.state.policy == "static":
             alike = "its first pass treats all inputs alike" if self.state.margin else "all inputs are treated alike"
