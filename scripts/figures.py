@@ -94,7 +94,7 @@ def draw_networks(path: Path, panels: Sequence[tuple[str, float, Sequence[Curve]
                     [100 * x for x, _ in points], [100 * y for _, y in points], color=color, marker=marker, linestyle=line,
                     markersize=5, label=curve.label,
                 )  # fmt: skip
-            axes.set_xlabel(f"{label} (% of dense)")
+            axes.set_xlabel(f"{label}{' of the first seed' * (label == 'time')} (% of dense)")
             axes.grid(alpha=0.3)
         upper.set_title(title, fontsize=10)
         lower.axvline(100, color=GREY, linewidth=1)

@@ -26,20 +26,28 @@ def replace(page: Path, sections: Mapping[str, str]) -> None:
         sections: Title -> text with its heading.
 
     Raises:
-        ValueError: If a mark is missing.
+        ValueError: If a mark is missing, or a title is there twice.
     """
     before, now, after = _parts(page)
     kept = _sections(now) | {title: text.strip() for title, text in sections.items()}
-    page.write_text(f"{before}{START}\n\n" + "\n\n".join([*kept.values(), f"{END}{after}"]), encoding="utf-8")
+    preamble = now.partition(f"\n{HEADING}")[0].strip()
+    parts = [START, *([preamble] if preamble else []), *kept.values(), f"{END}{after}"]
+    page.write_text(before + "\n\n".join(parts), encoding="utf-8")
 
 
 def draw(picture: Path, page: Path) -> None:
-    """One panel per network against cost, one below it against time; sections without an accuracy are left out."""
+    """One panel per network against cost, one below it against time; sections without an accuracy are left out.
+
+    Raises:
+        ValueError: If there is no other.
+    """
     panels = []
     for title, text in _sections(_parts(page)[1]).items():
-        if dense := re.search(r"^Dense: \w+ ([\d.]+)", text, re.MULTILINE):
+        if dense := re.search(r"^Dense: (?:accuracy|top1) ([\d.]+)", text, re.MULTILINE):
             tables = list(_tables(text))
             panels.append((title, float(dense.group(1)), list(_curves(tables)), list(_timed(tables))))
+    if not panels:
+        raise ValueError(f"{page} has no table of accuracies to draw")
     draw_networks(picture, panels)
 
 
@@ -54,8 +62,14 @@ def _parts(page: Path) -> tuple[str, str, str]:
 
 def _sections(text: str) -> dict[str, str]:
     """Title -> text with its heading."""
-    parts = re.split(rf"^(?={HEADING})", text, flags=re.MULTILINE)
-    return {part.partition("\n")[0].removeprefix(HEADING): part.strip() for part in parts if part.startswith(HEADING)}
+    found: dict[str, str] = {}
+    for part in re.split(rf"^(?={HEADING})", text, flags=re.MULTILINE):
+        title = part.partition("\n")[0].removeprefix(HEADING)
+        if title in found:
+            raise ValueError(f"there are two sections {title!r}")
+        if part.startswith(HEADING):
+            found[title] = part.strip()
+    return found
 
 
 def _tables(text: str) -> Iterator[Table]:

@@ -369,17 +369,19 @@ class Work:
         alone = [(1, False, 1)] * (1 in self.run.times and self.threads > 1)
         kinds = [(size, False, self.threads) for size in self.run.times] + alone
         kinds += [(self.run.times[-1], True, self.threads)] * self.run.texts
-        for budget in self.run.budgets:
-            set_budget(gated, budget)
-            sizes = {}
-            for size, like, threads in kinds:
-                torch.set_num_threads(threads)
-                inputs = inputs_of(loaded, str(self._file("train")), "train", size, 0, group_by_length=like)
-                steps, repeats = (steps_of(gated, inputs), steps_of(loaded.model, inputs)), 100 if size == 1 else 30
-                ratio = compare(*steps, repeats=repeats, device=where)
-                sizes[f"{size}{', one thread' * (threads != self.threads)}{' of like length' * like}"] = ratio.to_dict()
-            found[str(budget)] = sizes
-        torch.set_num_threads(self.threads)
+        try:
+            for budget in self.run.budgets:
+                set_budget(gated, budget)
+                sizes = {}
+                for size, like, threads in kinds:
+                    torch.set_num_threads(threads)
+                    inputs = inputs_of(loaded, str(self._file("train")), "train", size, 0, group_by_length=like)
+                    steps, repeats = (steps_of(gated, inputs), steps_of(loaded.model, inputs)), 100 if size == 1 else 30
+                    ratio = compare(*steps, repeats=repeats, device=where).to_dict()
+                    sizes[f"{size}{', one thread' * (threads != self.threads)}{' of like length' * like}"] = ratio
+                found[str(budget)] = sizes
+        finally:
+            torch.set_num_threads(self.threads)
         self.keep(times=found, conditions=conditions(where, dtype_of(loaded.model)))
 
     def _dense(self) -> Loaded:

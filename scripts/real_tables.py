@@ -92,6 +92,7 @@ def _times(result: Mapping[str, Any]) -> list[str]:
         return []
     sizes, looks = list(next(iter(result["times"].values()))), any(result["looks"])
     where = ", ".join(f"{name} {value}" for name, value in result["conditions"].items())
+    where += "; one where the column says so" * any("one thread" in size for size in sizes)
     lines = [
         f"Time of the first seed by that of the dense network, medians and middle halves of at least 30 pairs ({where})"
         f"{'; in brackets also the sum of all calls, since second looks are few and long' * looks}:",

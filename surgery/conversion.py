@@ -127,7 +127,7 @@ def convert(
     Returns:
         A module of the same class, called in the same way. Its mean cost on held-out data is within 0.01 of the budget, or,
         where the static policy runs, the largest that some set of sites has at most; within 0.02 of a budget in time. Second
-        looks leave a reserve, so that chance alone makes other inputs exceed it once in twenty times at most.
+        looks leave a reserve against chance (docs/second_look.md), by which it is lower.
 
     Raises:
         BudgetError: If the budget is outside (0, 1] or cannot be reached.

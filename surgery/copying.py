@@ -30,10 +30,7 @@ def share(model: nn.Module) -> nn.Module:
     memo |= {id(buffer): buffer.detach() for buffer in buffers}
     with torch.no_grad():  # torch.jit clones
         twin = copy.deepcopy(model, memo)
-    modes = {name: module.training for name, module in model.named_modules()}
-    for name, module in twin.named_modules():  # torchvision's extracted features are copied into train mode
-        if modes.get(name, module.training) != module.training:
-            module.train(modes[name])
+    keep_modes(twin, model)
     for module in twin.modules():
         if isinstance(module, torch.jit.ScriptModule):
             for parameter in module.parameters():
@@ -41,6 +38,25 @@ def share(model: nn.Module) -> nn.Module:
         elif module._parameters or module._buffers:
             module.register_load_state_dict_pre_hook(_own_memory_before_loading)
     return twin
+
+
+def keep_modes(twin: nn.Module, model: nn.Module) -> None:
+    """Put every module of a copy into the mode of its original: what torchvision's `create_feature_extractor` makes is copied
+    into train mode, and has one graph for each.
+    """
+    modes = {name: mode for name, module in model.named_modules() if (mode := _mode(module)) is not None}
+    parts = [(module, modes[name]) for name, module in twin.named_modules() if name in modes]
+    for module, mode in parts:
+        if _mode(module) not in (None, mode):
+            module.train(mode)  # takes the graph of that mode, and everything inside along
+    for module, mode in parts:
+        if _mode(module) not in (None, mode):
+            module.training = mode
+
+
+def _mode(module: nn.Module) -> bool | None:
+    """None where a module knows none, as one that torch.jit froze."""
+    return getattr(module, "training", None)
 
 
 def _computed(model: nn.Module) -> Iterator[Tensor]:

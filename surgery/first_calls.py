@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from surgery.context import Scope, entered, override
+from surgery.copying import keep_modes
 from surgery.counting import uncounted
 from surgery.gates import Gate
 from surgery.state import GatedState
@@ -98,6 +99,7 @@ def _twin(module: nn.Module, state: GatedState) -> nn.Module:
     """A copy without hooks that shares weights and large buffers, so that nothing is written or noticed outside."""
     shared = [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.numel() > _SMALL), state]
     twin = copy.deepcopy(module, {id(one): one for one in shared})
+    keep_modes(twin, module)
     for part in twin.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()

@@ -52,9 +52,10 @@ def calibrate_second_look(
     """Decide for every budget how to share it between a first pass and a second look; the current budget is set again.
 
     One pass over the data at every first-pass budget gives outputs and margins; what any share of second looks would
-    change follows from these and the dense outputs. Since the share among few inputs may be small by chance, the margin is
-    one at which other inputs of the same kind take no larger share than there is budget for, with 95 % confidence (the
-    score interval's end, Wilson 1927, "Probable inference, the law of succession, and statistical inference").
+    change follows from these and the dense outputs. Since the share among few inputs may be small by chance, fewer are looked
+    at than there is budget for: so many that the true share is within the budget with about 95 % confidence (the score
+    interval's end, Wilson 1927, "Probable inference, the law of succession, and statistical inference"). What the first
+    pass costs is taken as it is.
 
     Args:
         gated: A calibrated gated model whose budget is set.
@@ -127,23 +128,29 @@ def _may_look(gated: nn.Module, dense: Sequence[Tensor], mode: Literal["auto", T
 
 def _best(goal: float, passes: Mapping[float, _Pass], errors: float) -> LookPoint:
     """How a budget is shared best: one pass, unless a cheaper one and second looks come nearer to dense by more than so many
-    standard errors.
+    standard errors with the whole share, and nearer at all with what the reserve leaves of it.
     """
     found, gain = LookPoint(goal, goal, goal, _quantiles(passes[goal].margins, passes[goal].weights)), 0.0
     for base, one in passes.items():
         share = goal - one.cost
         if base > goal or not 0 < share <= _MOST:
             continue
-        looked = least_certain(one.margins, one.weights, share)
-        change = passes[goal].distances - torch.where(looked, 0.0, one.distances)
-        mean, error = float(change.mean()), float(change.std()) / math.sqrt(len(change))
-        if mean > max(gain, errors * error):
+        mean, error = _gain(passes[goal], one, share)
+        given, _ = _gain(passes[goal], one, float(_cautious(torch.tensor(share), one.weights)))
+        if mean > max(gain, errors * error) and given > 0:
             found, gain = LookPoint(goal, base, one.cost, _quantiles(one.margins, one.weights)), mean
     return found
 
 
+def _gain(alone: _Pass, first: _Pass, share: float) -> tuple[float, float]:
+    """How much nearer to dense a first pass and so many second looks are than one pass alone: mean and standard error."""
+    looked = least_certain(first.margins, first.weights, share)
+    change = alone.distances - torch.where(looked, 0.0, first.distances)
+    return float(change.mean()), float(change.std()) / math.sqrt(len(change))
+
+
 def _quantiles(margin: Tensor, weights: Tensor) -> tuple[float, ...]:
-    """The margin below which a share of at most 0, 1, …, 100 % of the weight of other inputs will lie."""
+    """The margin for a share of 0, 1, …, 100 % of the weight, less the reserve."""
     order = margin.argsort(stable=True)
     total = weights[order].cumsum(0) - weights[order] / 2  # the nearest number of inputs, not the next lower one
     wanted = _cautious(torch.linspace(0, 1, _QUANTILES, dtype=torch.float64), weights)
@@ -152,6 +159,6 @@ def _quantiles(margin: Tensor, weights: Tensor) -> tuple[float, ...]:
 
 
 def _cautious(share: Tensor, weights: Tensor) -> Tensor:
-    """The share among these inputs at which the true one is at most `share`, with 95 % confidence."""
+    """The share among these inputs at which the true one is within `share`, with about 95 % confidence."""
     error = (share * (1 - share) * weights.square().sum()).sqrt()  # of equal weights: share * (1 - share) / N
     return (share - _BEYOND_CHANCE * error).clamp_min(0)

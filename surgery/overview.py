@@ -28,7 +28,8 @@ class SiteStatus:
         granularity: sample, token or prefill.
         skip_path: identity, affine, low-rank, linear, depthwise or narrow.
         threshold: Scores above it keep the branch; None where no router runs.
-        active_rate: Share of calibration inputs (or tokens, or heads) for which the branch ran; None before calibration.
+        active_rate: Share of calibration inputs (or tokens, or heads) for which the branch ran, with second looks at most;
+            None before calibration.
         cost_share: What branch, skip path and router cost at that rate, as a fraction of the dense model.
         router: `own`, or the name of the site whose router it shares; shown where one does.
     """
@@ -51,7 +52,7 @@ class Status:
         model: Class of the model.
         runs: `dense`, `routed` or `static`.
         budget: What was asked for; None before calibration.
-        cost: Mean cost on calibration data as a fraction of dense; None before calibration.
+        cost: Mean cost on calibration data as a fraction of dense, with second looks at most; None before calibration.
         cost_unit: flops or seconds.
         attainable: Smallest and largest budget of the table below 1.0; None before calibration.
         sites: One row per gate, in order of execution.

@@ -13,6 +13,7 @@ what it made with the original (`surgery.first_calls`).
 
 from __future__ import annotations
 
+import inspect
 import logging
 import operator
 import threading
@@ -115,16 +116,22 @@ class Programs:
     """Sites from whose routers others read."""
     nests: bool = field(init=False)
     """Whether calls with a nested tensor are to be expected."""
-    arguments: int = field(init=False)
-    """How many there are if all have names and places, else -1."""
+    required: int = field(init=False)
+    """How many arguments a call has to give."""
+    most: int = field(init=False)
+    """How many it may give by place, if all have one, else -1."""
+    defaults: tuple[Any, ...] = field(init=False)
+    """Of all arguments by name."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while a program is made: threads may meet new patterns at once."""
 
     def __post_init__(self) -> None:
         self.leaders = tuple(mark.leader for mark in self.marked if mark.leader)
         self.nests = issubclass(self.base, nn.TransformerEncoderLayer)
-        count, variadic = len(self.signature.named), self.signature.extra or self.signature.keywords
-        self.arguments = -1 if variadic or self.signature.positional < count else count
+        named, empty = self.signature.named, inspect.Parameter.empty
+        self.defaults = tuple(parameter.default for parameter in named)
+        self.required = sum(value is empty for value in self.defaults)
+        self.most = -1 if self.signature.extra or self.signature.positional < len(named) else len(named)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the program of this call's pattern; generate it when the pattern is new. Dense calls run the
@@ -144,8 +151,8 @@ class Programs:
             return self.base.forward(module, *args, **kwargs)
         values: Sequence[Any]
         rest: Mapping[str, Any]
-        if len(args) == self.arguments and not kwargs:
-            values, extra, rest = args, (), {}
+        if not kwargs and self.required <= len(args) <= self.most:
+            values, extra, rest = (*args, *self.defaults[len(args) :]), (), {}
         else:
             values, extra, rest = self.signature.bind(args, kwargs)
             if not self.signature.fits(values, rest, args):
@@ -182,7 +189,8 @@ class Programs:
         kinds = tuple([kind_of_object(inputs[place]) for place in program.objects])
         known = program.proved.get(kinds)
         if known is not None:
-            program.sure = known and not kinds
+            if known and not program.objects:
+                program.sure = True
             return known
         if program.trusted and not program.proved:
             program.proved[kinds] = True

@@ -73,8 +73,8 @@ class LookPoint:
         base: Budget of the first pass.
         cost: What the first pass cost on calibration data, as a fraction of dense; equal to `budget` where no input is
             looked at again.
-        margins: The margin below which a share of at most 0, 1, …, 100 % of inputs lies after that first pass, with 95 %
-            confidence for inputs like those that it was calibrated on.
+        margins: The margin for a share of 0, 1, …, 100 % of inputs after that first pass: the true share below it is no
+            larger, with about 95 % confidence for inputs like those that it was calibrated on.
     """
 
     budget: float

@@ -43,6 +43,10 @@ def extracted() -> nn.Module:
     return model.eval()
 
 
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return bool(ours) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("make", [traced, extracted])
 def test_gates_in_a_graph_module(make: Any) -> None:
     model, x = make(), torch.randn(4, 3, 8, 8)
@@ -57,14 +61,14 @@ def test_gates_in_a_graph_module(make: Any) -> None:
         with torch.no_grad(), surgery.force(gated, decision), surgery.execution(gated, mode):
             return tensors(gated(x))
 
-    assert all(map(torch.equal, outputs(1.0), dense))
+    assert same(outputs(1.0), dense)
     closed = outputs(0.0)
     assert not torch.equal(closed[-1], dense[-1])
     for ours, masked in zip(closed, outputs(0.0, "mask"), strict=True):
         torch.testing.assert_close(ours, masked)
     gated.train()
     gated.eval()  # torchvision's class compiles another graph in each mode
-    assert all(map(torch.equal, outputs(0.0), closed))
+    assert same(outputs(0.0), closed)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -76,3 +80,27 @@ def test_a_copy_is_in_the_mode_of_its_original(make: Any, train: bool) -> None:
     twin = share(model)
     modes = {name: module.training for name, module in twin.named_modules()}
     assert modes == {name: module.training for name, module in model.named_modules()}
+
+
+def test_a_module_that_lies_in_two_keeps_its_mode() -> None:
+    model = nn.Module()
+    features = extracted()
+    model.add_module("first", features.get_submodule("layers.1.bn1").train())
+    model.add_module("features", features)
+    twin = share(model)
+    assert [module.training for module in twin.modules()] == [module.training for module in model.modules()]
+    assert twin.get_submodule("first").training and not twin.get_submodule("features").training
+
+
+def test_frozen_programs_know_no_mode() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = torch.jit.freeze(torch.jit.script(nn.Conv2d(3, 8, 3).eval()))
+            self.layers = nn.Sequential(Block(8), Block(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(self.stem(x))
+
+    model, x = Frozen().eval(), torch.randn(2, 3, 8, 8)
+    assert len(surgery.find_sites(model, x)) == 2

@@ -28,7 +28,7 @@ Dense: accuracy 0.8000 on 1,234 test inputs. 2 conversions.
 | 0.75 | 0.90x (0.80 to 1.00) | 0.95x (0.90 to 1.00) |
 | 0.50 | **0.60x** (0.50 to 0.70; all 0.65) | 0.70x (0.60 to 0.80) |
 """
-SECOND = "### Second\n\nnats per token, no accuracy\n"
+SECOND = "### Second\n\nDense: nats_per_token 1.5800 on 100 texts.\n"
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_what_is_not_run_again_stays(page: Path) -> None:
     real_page.replace(page, {})
     assert page.read_text(encoding="utf-8") == before
     real_page.replace(page, {"Second": "### Second\n\nmeasured again\n", "Third": "### Third\n\nnew\n"})
-    expected = before.replace("nats per token, no accuracy\n", "measured again\n\n### Third\n\nnew\n")
+    expected = before.replace("Dense: nats_per_token 1.5800 on 100 texts.\n", "measured again\n\n### Third\n\nnew\n")
     assert page.read_text(encoding="utf-8") == expected
 
 
@@ -52,6 +52,25 @@ def test_an_empty_page_takes_them(tmp_path: Path) -> None:
     page.write_text(f"a\n{real_page.START}\n{real_page.END}\nb\n", encoding="utf-8")
     real_page.replace(page, {"Second": SECOND})
     assert page.read_text(encoding="utf-8") == f"a\n{real_page.START}\n\n{SECOND}\n{real_page.END}\nb\n"
+
+
+def test_what_stands_before_the_first_heading_stays(page: Path) -> None:
+    before = page.read_text(encoding="utf-8").replace(FIRST, f"An introduction.\n\n{FIRST}")
+    page.write_text(before, encoding="utf-8")
+    real_page.replace(page, {})
+    assert page.read_text(encoding="utf-8") == before
+
+
+def test_two_sections_of_a_title_are_refused(page: Path) -> None:
+    page.write_text(page.read_text(encoding="utf-8").replace(SECOND, f"{SECOND}\n{SECOND}"), encoding="utf-8")
+    with pytest.raises(ValueError, match="two sections 'Second'"):
+        real_page.replace(page, {})
+
+
+def test_a_page_without_accuracies_is_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(f"{real_page.START}\n\n{SECOND}\n{real_page.END}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no table of accuracies"):
+        real_page.draw(tmp_path / "p.png", tmp_path / "page.md")
 
 
 def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_a_static_policy_with_a_second_look_spends_its_budget(gated: nn.Module, 
             found = observe(gated, data).decided
             share, inputs = point.budget - point.cost, sum(map(len, data))
             cautious = share - 1.64 * math.sqrt(share * (1 - share) / inputs)
-            assert found.again == pytest.approx(max(cautious, 0), abs=0.005)
+            assert found.again == pytest.approx(max(cautious, 0), abs=0.01)
             assert found.cost(state.costs) == pytest.approx(point.cost + found.again)
 
 
@@ -307,7 +307,7 @@ def test_few_inputs_leave_a_reserve(share: float, inputs: int, expected: float) 
     assert float(found) == pytest.approx(expected, abs=1e-9)  # 0.2 - 1.64 * 0.04
 
 
-def test_other_inputs_exceed_the_share_once_in_twenty() -> None:
+def test_the_true_share_exceeds_the_budget_once_in_twenty() -> None:
     generator = torch.Generator().manual_seed(0)
     over, draws = 0, 1000
     weights = torch.full((512,), 1 / 512, dtype=torch.float64)
@@ -315,6 +315,22 @@ def test_other_inputs_exceed_the_share_once_in_twenty() -> None:
         margins = torch.rand(512, generator=generator, dtype=torch.float64)
         over += look_calibration._quantiles(margins, weights)[20] > 0.2  # a margin of m has a true share of m
     assert 0.03 <= over / draws <= 0.07
+
+
+def test_no_look_is_set_that_the_reserve_leaves_nothing_of() -> None:
+    margins = torch.linspace(0, 1, 100, dtype=torch.float64)
+    weights, nothing = torch.full_like(margins, 0.01), torch.zeros_like(margins)
+    apart = torch.where(margins < 0.1, 1.0, 0.0).double()  # ten inputs that a first pass gets wrong and is not sure of
+    first = look_calibration._Pass(0.4, apart, margins, weights)
+
+    def best(share: float, distances: Tensor) -> LookPoint:
+        alone = look_calibration._Pass(0.4 + share, distances, margins, weights)
+        return look_calibration._best(0.4 + share, {0.4: first, 0.4 + share: alone}, 0.0)
+
+    assert best(0.2, apart / 2).base == 0.4  # 13 of 100 are looked at, and none is left wrong
+    assert best(0.02, apart).base == pytest.approx(0.42)  # none would be
+    assert best(0.1, apart / 10).base == pytest.approx(0.5)  # five left wrong are worse than ten tenths
+    assert best(0.2, nothing).base == pytest.approx(0.6)
 
 
 def test_no_more_than_six_in_ten_are_looked_at_again() -> None:
