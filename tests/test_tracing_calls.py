@@ -53,8 +53,9 @@ def test_none_default_keeps_one_graph_per_pattern(probed_with_mask: bool) -> Non
             ):  # type: ignore[arg-type]
                 found.append(outputs(gated, example))
         assert_close(*found, 1e-6)
-    with surgery.force(gated, 1.0):  # positional as well
-        assert_equal([gated(x, mask).detach()], [toy(x, mask).detach()])
+    with surgery.force(gated, 1.0):
+        for call in ((x,), (x, None), (x, mask), (x, mask, 2.0), (x, None, 0.5)):  # by place as well
+            assert_equal([gated(*call).detach()], [toy(*call).detach()])
 
 
 def gated_name(gated: nn.Module) -> str:
