@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import surgery
@@ -34,6 +35,16 @@ def make():
 """
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = x + self.body(x)
+        return made
+
+
 @pytest.fixture
 def network(tmp_path: Path) -> str:
     (tmp_path / "net.py").write_text(NETWORK, encoding="utf-8")
@@ -50,6 +61,35 @@ def test_wider_paths_are_nearer_to_dense(network: str) -> None:
     assert 0 < 5 * narrow.divergence < linear.divergence
     with pytest.raises(ValueError, match="could not convert"):
         list(skips_trial.compare(network, "digits:8", ["narrow:wide"], [0.5], sizes, augment=False, seed=0))
+
+
+def test_the_best_kind_of_each_site_at_a_price() -> None:
+    model = nn.Sequential(Block(), Block()).eval()
+    sites = surgery.find_sites(model, torch.randn(2, 4, 8, 8))
+    first, second = (site.name for site in sites)
+    plans = [sites.plan(granularity="sample", skip=kind) for kind in ("affine", "linear")]
+    cheap = skips_trial.Fitted(plans[0], {first: 0.9, second: 0.8}, {first: 0.01, second: 0.01}, 0.1)
+    dear = skips_trial.Fitted(plans[1], {first: 0.2, second: 0.6}, {first: 0.11, second: 0.11}, 0.1)
+
+    def kinds(floor: float) -> list[str]:
+        return [planned.skip for planned in skips_trial.best_kinds([cheap, dear], floor).sites]
+
+    assert kinds(0.33) == ["linear", "linear"]
+    assert kinds(0.3) == ["linear", "affine"]  # it repairs 0.7 for 0.1 of the cost, at the second site 0.2
+    assert kinds(0.121) == ["affine", "affine"]
+    with pytest.raises(ValueError, match="0.120 of the cost is left, above 0.11"):
+        kinds(0.11)
+
+
+def test_kinds_chosen_per_site_are_scored(network: str) -> None:
+    kinds = ["affine", "narrow:0.75"]
+    rows = list(
+        skips_trial.compare(network, "digits:8", kinds, [0.1], (120, 60, 20), augment=False, seed=0, per_site=[0.5])
+    )
+    assert [row.kind for row in rows] == [*kinds, "per site, 0.5"]
+    affine, narrow, mixed = rows
+    assert affine.cost < mixed.cost <= 0.5 < narrow.cost
+    assert 0 < narrow.divergence < mixed.divergence
 
 
 def test_it_prints_a_table(network: str) -> None:
