@@ -10,7 +10,9 @@ from torch import Tensor, fx, nn
 
 import surgery
 from surgery.calling import tensors
+from surgery.context import state_of
 from surgery.copying import share
+from surgery.first_calls import _twin
 
 
 class Block(nn.Module):
@@ -80,6 +82,12 @@ def test_a_copy_is_in_the_mode_of_its_original(make: Any, train: bool) -> None:
     twin = share(model)
     modes = {name: module.training for name, module in twin.named_modules()}
     assert modes == {name: module.training for name, module in model.named_modules()}
+
+
+def test_first_calls_are_compared_in_the_mode_of_the_model() -> None:
+    model = extracted()
+    gated = surgery.insert_gates(model, surgery.find_sites(model, torch.randn(2, 3, 8, 8)).plan())
+    assert not any(module.training for module in _twin(gated, state_of(gated)).modules())
 
 
 def test_a_module_that_lies_in_two_keeps_its_mode() -> None:

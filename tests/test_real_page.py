@@ -93,8 +93,12 @@ def test_the_picture_shows_the_tables(page: Path, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_it_is_a_png(tmp_path: Path, count: int) -> None:
+def test_it_is_a_png(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
+    made, canvas = [], figures._canvas
+    monkeypatch.setattr(figures, "_canvas", lambda size: made.append(canvas(size)) or made[-1])
     curve = figures.Curve("a curve", [(0.5, 0.7), (0.75, 0.8)])
     figures.draw_networks(tmp_path / "p.png", [("a network", 0.8, [curve], [curve])] * count)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    [figure] = made
+    assert sum(axes.axison for axes in figure.axes) == 2 * count  # what is left of the last row stays empty

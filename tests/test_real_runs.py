@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from surgery.scripts import real_page, real_runs, stories
 
@@ -97,3 +99,10 @@ def test_one_command_makes_tables_and_picture(shared: Path, tmp_path: Path, monk
     run(stage=["convert", "write"])  # what is there is kept
     assert {file: file.stat().st_mtime_ns for file in out.rglob("surgery.safetensors")} == before
     assert page.read_text(encoding="utf-8") == text
+
+
+def test_a_picture_without_a_page_is_refused_at_once(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(real_runs.main)
+    result = CliRunner().invoke(app, ["--out", str(tmp_path / "out"), "--picture", str(tmp_path / "p.png")])
+    assert result.exit_code == 2 and "--write PAGE" in result.output and not (tmp_path / "out").exists()
